@@ -1,0 +1,1 @@
+"""CachedAttention under SGLang's unified radix cache."""

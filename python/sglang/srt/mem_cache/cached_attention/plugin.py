@@ -1,0 +1,5 @@
+"""Entry point of group `sglang.srt.plugins`: runs in every SGLang process."""
+
+
+def activate() -> None:
+    pass
