@@ -1,0 +1,80 @@
+"""The platform class: defaults with which the PyPI wheel of SGLang serves on a CPU."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_BACKEND = "torch_native"
+# KV pool and weights take this part of the free memory, over all ranks: the pool's memory is the machine's
+# memory, which the host tier, the tokenizer and everything else live in too.
+STATIC_MEMORY_FRACTION = 0.6
+
+
+class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Any CPU that torch runs on, without `sgl_kernel`'s AMX build."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def get_device(self, device_id: int = 0) -> str:  # type: ignore[override]
+        # Upstream compares with the string "cpu" (threads, memory, RoPE); a torch.device would miss all of it.
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return ATTENTION_BACKEND
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Fill what the user left open: attention and sampling backend, memory share, no graphs."""
+        from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+        if server_args.attention_backend in (None, "intel_amx"):
+            # intel_amx is upstream's answer to --device cpu; its kernels are not in the PyPI wheel.
+            server_args.attention_backend = self.get_default_attention_backend()
+        if server_args.sampling_backend is None:
+            server_args.sampling_backend = "pytorch"
+        ranks = server_args.tp_size * server_args.pp_size
+        if server_args.mem_fraction_static is None:
+            server_args.mem_fraction_static = round(STATIC_MEMORY_FRACTION / ranks, 3)
+        graphs = with_phase(server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
+        server_args.cuda_graph_config = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
+        share_cpus(ranks)
+
+    def init_backend(self) -> None:
+        # Rotating stored keys by a delta needs cos/sin of full precision, as upstream keeps them on CUDA.
+        os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        logger.info("No accelerator found: serving on the CPU with %d threads", torch.get_num_threads())
+
+
+def share_cpus(ranks: int) -> None:
+    """Give each of several ranks its own CPUs, through the variable by which upstream binds ranks.
+
+    Without it upstream allows no more ranks than the machine has NUMA nodes.
+    """
+    if ranks > 1:
+        groups = split_cpus(sorted(os.sched_getaffinity(0)), ranks)
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, g)) for g in groups))
+
+
+def split_cpus(cpus: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deal `cpus` to `ranks` in contiguous, nearly equal parts; ranks beyond the last CPU share."""
+    if len(cpus) < ranks:
+        return [[cpus[rank % len(cpus)]] for rank in range(ranks)]
+    bounds = [len(cpus) * rank // ranks for rank in range(ranks + 1)]
+    return [list(cpus[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
