@@ -1,0 +1,204 @@
+"""Small models with random weights and a tokenizer, made on the spot, for benchmarks and tests.
+
+    python -m benchmark.model out/model --size 100m
+
+Greedy decoding gives readable nonsense that never settles on one token and that depends on the whole
+context, so two runs that agree token for token have really read the same KV cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
+
+from benchmark.tokenizer import make_tokenizer, word_ids
+
+Size = Literal["tiny", "100m"]
+Dtype = Literal["float32", "bfloat16"]
+Architecture = Literal["llama", "deepseek-mla"]
+
+SPEC_FILE = "benchmark-model.json"
+HEAD_DIM = 64
+# Standard deviation of the attention logits: high enough that a single far token can change the output.
+ATTENTION_SHARPNESS = 3.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama: hidden, intermediate and vocabulary in elements, the others in units."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+SHAPES: dict[Size, Shape] = {
+    "tiny": Shape(hidden=192, intermediate=384, layers=4, heads=4, kv_heads=2, vocabulary=1_024),
+    "100m": Shape(hidden=768, intermediate=2_048, layers=14, heads=12, kv_heads=4, vocabulary=8_192),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that decides the bytes of a model directory; `context` in tokens."""
+
+    size: Size
+    context: int
+    dtype: Dtype
+    architecture: Architecture
+    seed: int
+
+
+def make_model(
+    path: Path,
+    size: Size = "tiny",
+    context: int = 4_096,
+    dtype: Dtype = "float32",
+    architecture: Architecture = "llama",
+    seed: int = 0,
+) -> Path:
+    """Directory `path` with config, weights and tokenizer; returns it.
+
+    A complete directory made with the same arguments is reused; anything else in `path` is FileExistsError.
+    """
+    spec = Spec(size, context, dtype, architecture, seed)
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        _check_same(path, spec)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        _write(draft, spec)
+        draft.chmod(0o755)
+        _publish(draft, path, spec)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return path
+
+
+def _check_same(path: Path, spec: Spec) -> None:
+    marker = path / SPEC_FILE
+    present = json.loads(marker.read_text()) if marker.exists() else None
+    if present != asdict(spec):
+        found = present or "something else"
+        raise FileExistsError(f"{path} holds {found}, wanted {asdict(spec)}; remove it or take another path")
+
+
+def _publish(draft: Path, path: Path, spec: Spec) -> None:
+    try:
+        os.replace(draft, path)
+    except OSError:  # another process was faster
+        _check_same(path, spec)
+
+
+def _write(directory: Path, spec: Spec) -> None:
+    import torch
+
+    shape = SHAPES[spec.size]
+    tokenizer = make_tokenizer(shape.vocabulary, spec.context)
+    model = _empty_model(_config(spec, shape))
+    _initialise(model, word_ids(tokenizer), spec.seed)
+    model.to(getattr(torch, spec.dtype)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n")
+
+
+def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    begin, end, pad = range(3)
+    shared = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": spec.context,
+        "rope_theta": 10_000.0,
+        "bos_token_id": begin,
+        "eos_token_id": end,
+        "pad_token_id": pad,
+        "tie_word_embeddings": False,
+        "dtype": spec.dtype,
+    }
+    if spec.architecture == "llama":
+        return AutoConfig.for_model("llama", num_key_value_heads=shape.kv_heads, head_dim=HEAD_DIM, **shared)
+    return AutoConfig.for_model("deepseek_v2", **_latent_attention(shape), **shared)
+
+
+def _latent_attention(shape: Shape) -> dict[str, int | None]:
+    dense_layers = shape.layers  # all of them: the experts below exist only in the config
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": dense_layers}
+    return {
+        "num_key_value_heads": shape.heads,
+        "q_lora_rank": None,
+        "kv_lora_rank": 2 * HEAD_DIM,
+        "qk_nope_head_dim": HEAD_DIM,
+        "qk_rope_head_dim": HEAD_DIM,
+        "v_head_dim": HEAD_DIM,
+        "moe_intermediate_size": shape.intermediate // 2,
+        **experts,
+        **groups,
+    }
+
+
+def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.to_empty(device="cpu")
+
+
+def _initialise(model: PreTrainedModel, emitted: list[int], seed: int) -> None:
+    """Unit-variance activations, sharp attention, and logits that only the `emitted` tokens can win."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            elif "embed_tokens" in name:
+                weight.normal_(0.0, 1.0, generator=generator)
+            else:
+                gain = ATTENTION_SHARPNESS**0.5 if "q_proj" in name or "k_proj" in name else 1.0
+                weight.normal_(0.0, gain * weight.shape[-1] ** -0.5, generator=generator)
+        silent = torch.ones(model.lm_head.weight.shape[0], dtype=torch.bool)
+        silent[emitted] = False
+        model.lm_head.weight[silent] = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a small random model and its tokenizer.")
+    parser.add_argument("path", type=Path, help="directory to make; reused when complete")
+    parser.add_argument("--size", choices=get_args(Size), default="100m")
+    parser.add_argument("--context", type=int, default=4_096, help="context window in tokens")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32")
+    parser.add_argument("--architecture", choices=get_args(Architecture), default="llama")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    path = make_model(args.path, args.size, args.context, args.dtype, args.architecture, args.seed)
+    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    detail = f"{args.architecture} {args.size}, {args.context} tokens of context"
+    print(f"{path}: {detail}, {weights / 2**20:.0f} MiB of weights")
+
+
+if __name__ == "__main__":
+    main()
