@@ -1,0 +1,32 @@
+"""The page keys of one prompt, and how far the store can restore them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from cached_attention.index import PageKey
+
+
+@dataclass
+class Chain:
+    """Page keys in order. A request keeps its chain, so that a key is computed and looked up once."""
+
+    keys: list[PageKey] = field(default_factory=list)
+    restorable: int = 0
+    """Leading pages the store held when last asked; the store's memo, see `restorable_pages`."""
+    epoch: int = -1
+
+
+@dataclass(frozen=True)
+class PageRun:
+    """Consecutive pages of a chain that lie on the device."""
+
+    parent: PageKey | None
+    """Key of the page before the run; None at the start of a prompt."""
+    first_page: int
+    """Pages before the run."""
+    keys: list[PageKey]
+    device_slots: torch.Tensor
+    """`[len(keys) * page_size]`, integer: the token slots, in order."""

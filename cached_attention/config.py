@@ -1,0 +1,76 @@
+"""What an operator sets, parsed and checked once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Z]*)", re.IGNORECASE)
+
+DEFAULT_PAGE_SIZE = 64
+"""Tokens per page where the operator gave no `--page-size`."""
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message says what was given, what is allowed and what to do."""
+
+
+def parse_size(flag: str, text: str | int | float, available: int) -> int:
+    """Bytes meant by `text`: `"8GB"`, `"512MiB"`, a number of bytes, or a share such as `"0.5"`.
+
+    A number from 0 to 1 is a share of `available` (bytes free on this machine now).
+
+    Raises:
+        ConfigError: not a size, not above zero, or more than `available`.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(
+            f"{flag} is {text!r}: give a size such as 8GB, or a share of free memory such as 0.5."
+        )
+    number, unit = float(match[1]), match[2].upper()
+    size = int(number * available) if not unit and number <= 1 else int(number * _UNITS[unit])
+    if size <= 0:
+        raise ConfigError(f"{flag} is {text!r}: it must be above zero; leave the flag out for its default.")
+    if size > available:
+        raise ConfigError(
+            f"{flag} is {text!r}, but only {format_size(available)} are free: "
+            f"give at most that, or a share such as 0.5."
+        )
+    return size
+
+
+def format_size(size: float) -> str:
+    """`size` (bytes) in words, in powers of ten: 1500000000 -> '1.5 GB'."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+@dataclass(frozen=True)
+class CachedAttentionConfig:
+    """Settings of one server, plain values only, so that they travel to every process as JSON."""
+
+    host_size: int
+    """Bytes of host memory for pages, over all ranks of the server."""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> CachedAttentionConfig:
+        """The inverse of `to_settings`.
+
+        Raises:
+            ConfigError: a name is unknown or missing.
+        """
+        names = {field.name for field in fields(cls)}
+        if settings.keys() != names:
+            raise ConfigError(f"settings are {sorted(settings)}; they must be {sorted(names)}.")
+        return cls(**settings)
+
+    def to_settings(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Who goes and who comes: functions of the index and the queue, without I/O."""

@@ -1,0 +1,1 @@
+"""Where page records live."""

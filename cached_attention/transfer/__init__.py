@@ -1,0 +1,1 @@
+"""Moving page records between the device pool and the host arena."""

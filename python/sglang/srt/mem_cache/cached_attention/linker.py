@@ -1,0 +1,155 @@
+"""SGLang's linker interface, spoken by the store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+from sglang.srt.server_args import ServerArgs
+
+from cached_attention.chain import Chain, PageRun
+from cached_attention.config import CachedAttentionConfig, format_size
+from cached_attention.store import CachedAttentionStore
+
+from .pools import device_pool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PathTransfer(PoolTransfer):
+    """The KV of one tree node, with the hashes of what comes before it."""
+
+    prefix_hashes: Sequence[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BatchProgress:
+    """One batch of the layer counter, as the store's load thread sees it."""
+
+    counter: LayerWiseLoadCounter
+    batch: int
+
+    def complete(self, layer: int) -> None:
+        self.counter.complete(self.batch, layer)
+
+    def fail(self, error: BaseException) -> None:
+        self.counter.fail(self.batch, error)
+
+
+def page_keys(hashes: Sequence[str]) -> list[bytes]:
+    """SGLang's page hashes (hexadecimal SHA-256) as the store's keys."""
+    return [bytes.fromhex(page_hash) for page_hash in hashes]
+
+
+class CachedAttentionLinker(UnifiedCacheLinker):
+    """Owns this rank's store."""
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        params: CacheInitParams,
+        *,
+        components: set[ComponentType],
+        extra_config: dict[str, Any],
+        forward_stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        config = CachedAttentionConfig.from_settings(extra_config)
+        pool = device_pool(params, components)
+        self.forward_stream = forward_stream
+        self.on_cpu = pool.device.type == "cpu"
+        self.pools = {PoolName.KV: pool}
+        self.store = CachedAttentionStore(pool, config.host_size // ranks_per_machine(server_args))
+        self.layer_done_counter = LayerWiseLoadCounter(pool.layout.num_layers)
+        self._announce()
+
+    def _announce(self) -> None:
+        layout, capacity = self.store.layout, self.store.host.capacity
+        logger.info(
+            "CachedAttention: host tier of %s per rank holds %d tokens (%d pages of %d tokens, %s each).",
+            format_size(capacity * layout.stride),
+            capacity * layout.page_size,
+            capacity,
+            layout.page_size,
+            format_size(layout.page_bytes),
+        )
+
+    def record_offload_ready(self) -> list[torch.cuda.Event]:
+        # Without streams the forward has returned, and its pages are written, before this is called.
+        return [] if self.on_cpu else super().record_offload_ready()
+
+    def reserve(self, rid: str, chain: Chain) -> int:
+        return self.store.reserve(rid, chain)
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        (kv,) = transfers
+        return list(range(1, self.reserve(rid, Chain(page_keys(kv.keys or []))) + 1))
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        (kv,) = transfers
+        return self.store.queue_load(rid, page_keys(kv.keys or []), kv.device_indices)
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        return self.store.cancel_load(rid)
+
+    def start_layer_wise_loading(self) -> int:
+        if not self.store.has_queued_loads:
+            return -1
+        batch = self.layer_done_counter.update_producer()
+        # The slots may have been freed by a request whose last forward still runs.
+        self.store.start_load(
+            batch, BatchProgress(self.layer_done_counter, batch), self.record_offload_ready()
+        )
+        return batch
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        landed = self.layer_done_counter.finish(counter_index)
+        self.store.finish_load(counter_index)
+        return landed
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        # Always taken: ranks decline at different times, and must agree on what is pending.
+        (kv,) = transfers
+        self.store.save(self.page_run(kv), self.record_offload_ready())
+        return True
+
+    def page_run(self, transfer: PoolTransfer) -> PageRun:
+        prefix = transfer.prefix_hashes if isinstance(transfer, PathTransfer) else []
+        parent = bytes.fromhex(prefix[-1]) if prefix else None
+        return PageRun(parent, len(prefix), page_keys(transfer.keys), transfer.device_indices)
+
+    def num_completed_offloads(self) -> int:
+        return self.store.poll()
+
+    def pop_completed_offload(self) -> bool:
+        return self.store.pop_save()
+
+    def reset(self) -> None:
+        self.store.reset()
+        self.layer_done_counter.reset()
+
+    def close(self) -> None:
+        self.store.close()
+
+    def describe(self) -> dict[str, Any]:
+        store = self.store
+        return {
+            "page_size": store.layout.page_size,
+            "page_bytes": store.layout.page_bytes,
+            "host_pages": store.host.capacity,
+            "host_pages_used": store.resident_pages,
+            **asdict(store.stats),
+        }
+
+
+def ranks_per_machine(server_args: ServerArgs) -> int:
+    """How many ranks share this machine's memory."""
+    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
+    return max(1, server_args.tp_size * server_args.pp_size * replicas // server_args.nnodes)

@@ -1,0 +1,43 @@
+"""The radix cache of a server that runs with `--enable-cached-attention`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from .linker import CachedAttentionLinker
+from .tree_link import TreeLink
+
+CHECK_INVARIANTS = "CACHED_ATTENTION_CHECK_INVARIANTS"
+"""Environment variable: `/server_info` walks the whole store and reports what is wrong. For tests."""
+
+
+class CachedAttentionRadixCache(UnifiedRadixCache):
+    """Upstream's tree over a store of ours."""
+
+    linker: TreeLink
+
+    def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
+        self.linker = TreeLink(self, cache_linker)
+
+    def check_hicache_events(self) -> None:
+        # The first thing in a scheduling pass: what the last pass matched and did not admit is let go.
+        self.linker.cache_linker.store.end_pass()
+        super().check_hicache_events()
+
+    def describe_store(self) -> dict[str, Any]:
+        linker = self.linker.cache_linker
+        state = linker.describe()
+        if os.environ.get(CHECK_INVARIANTS):
+            state["damage"] = _damage(linker)
+        return state
+
+
+def _damage(linker: CachedAttentionLinker) -> str:
+    try:
+        linker.store.check_invariants()
+    except AssertionError as error:
+        return str(error) or "an invariant does not hold"
+    return ""

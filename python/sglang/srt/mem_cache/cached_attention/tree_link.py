@@ -1,0 +1,98 @@
+"""What happens between the radix tree and the linker: match, load back, save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
+    ExternalCacheHitMarker,
+    UnifiedCacheLinkerWrapper,
+)
+from sglang.srt.mem_cache.utils import get_storage_hash_str
+
+from cached_attention.chain import Chain
+
+from .linker import CachedAttentionLinker, PathTransfer, page_keys
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+
+class RequestChain(NamedTuple):
+    """The page hashes of a request, kept for as long as SGLang keeps the request."""
+
+    hashes: list[str]
+    chain: Chain
+
+    def extend(self, key: RadixKey, page_size: int) -> None:
+        """Hash the pages of `key` that were not hashed before."""
+        known, pages = len(self.hashes), len(key) // page_size
+        if known >= pages:
+            return
+        last = self.hashes[-1] if self.hashes else None
+        tail = get_storage_hash_str(key[known * page_size : pages * page_size], last, page_size=page_size)
+        self.hashes.extend(tail)
+        self.chain.keys.extend(page_keys(tail))
+
+
+class TreeLink(UnifiedCacheLinkerWrapper):
+    """Upstream's wrapper with a memo of hashes per request, and saves that know their place in the chain."""
+
+    cache_linker: CachedAttentionLinker
+
+    def __init__(self, cache: UnifiedRadixCache, cache_linker: CachedAttentionLinker) -> None:
+        super().__init__(cache, cache_linker)
+        self._chains: WeakKeyDictionary[Req, RequestChain] = WeakKeyDictionary()
+
+    def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        """Add to `result` the pages that the store holds beyond the device's."""
+        self.hit_markers.pop(req.rid, None)
+        key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
+        page_size = self.cache.page_size
+        on_device, in_prompt = result.device_prefix_len // page_size, len(key) // page_size
+        # Asked for even if the device has it all: the conversation is in use, its copy must not age.
+        restorable = self.cache_linker.reserve(req.rid, self._chain(key, req))
+        if on_device >= in_prompt:
+            return result
+        pages = self._agree(min(restorable, in_prompt))
+        if pages <= on_device:
+            return result
+        tail = self._chains[req].hashes[on_device:pages]
+        self.hit_markers[req.rid] = ExternalCacheHitMarker(tail, result.device_prefix_len)
+        return result._replace(
+            last_host_node=result.best_match_node, host_hit_length=(pages - on_device) * page_size
+        )
+
+    def _chain(self, key: RadixKey, req: Req) -> Chain:
+        known = self._chains.setdefault(req, RequestChain([], Chain()))
+        known.extend(key, self.cache.page_size)
+        return known.chain
+
+    def _agree(self, pages: int) -> int:
+        """The prefix that every rank can restore: the shortest, since all shorter ones can be too."""
+        agreed = torch.tensor([pages], dtype=torch.int)
+        self.cache._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
+        return int(agreed.item())
+
+    def offload_nodes(self, node_ids: Sequence[NodeId]) -> None:
+        for node_id in node_ids:
+            transfers = self.cache.tree_core.build_external_linker_offload_transfers(node_id)
+            if transfers:
+                self._offload_node(node_id, [self._with_prefix(node_id, transfer) for transfer in transfers])
+
+    def _with_prefix(self, node_id: NodeId, transfer: PoolTransfer) -> PathTransfer:
+        """The node's pages, or its whole path where the store has lost what comes before them."""
+        prefix = self.cache.tree_core.get_prefix_hash_values(node_id)
+        path = PathTransfer(PoolName.KV, None, transfer.device_indices, transfer.keys, prefix_hashes=prefix)
+        if self.cache_linker.store.lacks_parent(self.cache_linker.page_run(path)):
+            indices = self.cache.path_device_indices(node_id).to(torch.int64)
+            return PathTransfer(PoolName.KV, None, indices, [*prefix, *(transfer.keys or [])])
+        return path
