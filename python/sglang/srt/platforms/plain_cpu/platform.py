@@ -3,20 +3,24 @@
 import logging
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_BACKEND = "torch_native"
+ATTENTION_BACKEND = "plain_cpu"
 # KV pool and weights take this part of the free memory, over all ranks: the pool's memory is the machine's
 # memory, which the host tier, the tokenizer and everything else live in too.
 STATIC_MEMORY_FRACTION = 0.6
+# Upstream writes zeros over the whole pool at start: without a limit a small model would take that share of
+# the machine, and half a minute, for millions of slots that no CPU can fill.
+MAX_TOTAL_TOKENS = 262_144
+MAX_RUNNING_REQUESTS = 256
 
 
 class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -25,8 +29,13 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities()
 
-    def get_device(self, device_id: int = 0) -> str:  # type: ignore[override]
-        # Upstream compares with the string "cpu" (threads, memory, RoPE); a torch.device would miss all of it.
+    def __init__(self) -> None:
+        super().__init__()
+        if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
+            add_attention_backend_choices([ATTENTION_BACKEND])
+
+    def get_device(self, device_id: int = 0) -> str:
+        # Upstream compares with the string "cpu" (threads, memory, RoPE): a torch.device would miss that.
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
@@ -50,13 +59,24 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         ranks = server_args.tp_size * server_args.pp_size
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = round(STATIC_MEMORY_FRACTION / ranks, 3)
+            if server_args.max_total_tokens is None:
+                server_args.max_total_tokens = MAX_TOTAL_TOKENS
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
         graphs = with_phase(server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
         server_args.cuda_graph_config = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
         share_cpus(ranks)
 
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        # Inductor would need a C++ compiler where the server runs, and half a minute of the first request.
+        return "eager"
+
     def init_backend(self) -> None:
         # Rotating stored keys by a delta needs cos/sin of full precision, as upstream keeps them on CUDA.
         os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
+        from sglang.srt.platforms.plain_cpu.registration import register_in_worker
+
+        register_in_worker()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         logger.info("No accelerator found: serving on the CPU with %d threads", torch.get_num_threads())
@@ -77,4 +97,4 @@ def split_cpus(cpus: Sequence[int], ranks: int) -> list[list[int]]:
     if len(cpus) < ranks:
         return [[cpus[rank % len(cpus)]] for rank in range(ranks)]
     bounds = [len(cpus) * rank // ranks for rank in range(ranks + 1)]
-    return [list(cpus[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [list(cpus[start:stop]) for start, stop in pairwise(bounds)]
