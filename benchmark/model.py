@@ -47,7 +47,8 @@ class Shape:
 
 SHAPES: dict[Size, Shape] = {
     "tiny": Shape(hidden=192, intermediate=384, layers=4, heads=4, kv_heads=2, vocabulary=1_024),
-    "100m": Shape(hidden=768, intermediate=2_048, layers=14, heads=12, kv_heads=4, vocabulary=8_192),
+    # Wide and shallow, with few heads: attention takes the small share of the work that it has in large models.
+    "100m": Shape(hidden=1_024, intermediate=3_584, layers=7, heads=8, kv_heads=4, vocabulary=8_192),
 }
 
 

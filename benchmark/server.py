@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -97,9 +97,13 @@ class Server:
         except OSError:
             return False
 
-    def wait_ready(self) -> Self:
-        """Return when the server answers; ServerError if it dies or takes longer than `timeout_s`."""
+    def wait_ready(self, on_wait: Callable[[], object] = lambda: None) -> Self:
+        """Return when the server answers; ServerError if it dies or takes longer than `timeout_s`.
+
+        `on_wait` is called a few times a second meanwhile.
+        """
         while not self.ready:
+            on_wait()
             waited = time.monotonic() - self._started
             if waited > self.timeout_s:
                 raise ServerError(

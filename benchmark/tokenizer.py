@@ -54,6 +54,4 @@ def make_tokenizer(vocabulary: int, context: int) -> PreTrainedTokenizerFast:
 
 def word_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of the whole words: what the models emit, and what prompts are best made of."""
-    return sorted(
-        id for token, id in tokenizer.get_vocab().items() if token[0] == "\u0120" and len(token) == 5
-    )
+    return sorted(id for token, id in tokenizer.get_vocab().items() if token[0] == "\u0120" and len(token) == 5)
