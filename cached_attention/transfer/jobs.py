@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from cached_attention.chain import PageRun
-from cached_attention.checksum import record_checksum
+from cached_attention.checksum import page_checksum
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import PageCopier
 
@@ -84,9 +84,7 @@ class Transfers:
         for event in after:
             event.synchronize()
         self._copier.save(device_pages(run.device_slots, self._page_size), slots)
-        return [
-            record_checksum(key, self._host.record(slot)) for key, slot in zip(run.keys, slots, strict=True)
-        ]
+        return [page_checksum(key, self._host.record(slot)) for key, slot in zip(run.keys, slots, strict=True)]
 
     def close(self) -> None:
         """Let what runs finish; nothing new starts."""

@@ -1,0 +1,113 @@
+"""Small models, real servers and conversations for the end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.model import make_model
+from benchmark.server import Server
+
+WORDS = range(5, 1000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
+
+
+class Conversation:
+    """A seeded user who sends its whole history each turn."""
+
+    def __init__(self, seed: int, history: int) -> None:
+        self._words = random.Random(seed)
+        self.tokens = self.words(history)
+        self.answers: list[list[int]] = []
+        self.cached: list[dict[str, int]] = []
+
+    def words(self, count: int) -> list[int]:
+        return self._words.choices(WORDS, k=count)
+
+    def turn(self, server: Server, new_tokens: int, answer: int, **request: Any) -> None:
+        """Sends `new_tokens` more and takes the answer of `answer` tokens into the history."""
+        self.tokens += self.words(new_tokens)
+        reply = server.generate(self.tokens, answer, **request)
+        self.answers.append(reply["output_ids"])
+        self.cached.append(reply["meta_info"]["cached_tokens_details"] or {"device": 0, "host": 0})
+        self.tokens += reply["output_ids"]
+
+
+class Town:
+    """Conversations that are held with one server, some of them at once."""
+
+    def __init__(self, conversations: int, history: int, seed: int = 0) -> None:
+        self.conversations = [Conversation(seed * 10_000 + i, history + 37 * i) for i in range(conversations)]
+
+    def hold(self, server: Server, turns: int, concurrency: tuple[int, ...] = (1,)) -> None:
+        """Round robin over the conversations; turn t runs with `concurrency[t % len]` at once."""
+        for turn in range(turns):
+            with ThreadPoolExecutor(concurrency[turn % len(concurrency)]) as pool:
+                list(pool.map(lambda c: c.turn(server, 40, 16), self.conversations))
+
+    @property
+    def answers(self) -> list[list[list[int]]]:
+        return [conversation.answers for conversation in self.conversations]
+
+    def cached(self, tier: str) -> int:
+        """Tokens that came from `tier`, over all turns."""
+        return sum(turn[tier] for conversation in self.conversations for turn in conversation.cached)
+
+
+@pytest.fixture(scope="session")
+def town() -> type[Town]:
+    return Town
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a tiny model of the given kind, once per session."""
+    root = tmp_path_factory.mktemp("models")
+
+    def model(architecture: Any = "llama", dtype: Any = "float32") -> Path:
+        return make_model(root / f"{architecture}-{dtype}", architecture=architecture, dtype=dtype)
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def store_states() -> Callable[[Server], list[dict[str, Any]]]:
+    """Per rank that answers: the counters of its store, and `damage`, empty when the invariants hold."""
+
+    def states(server: Server) -> list[dict[str, Any]]:
+        info = json.loads(server.get("/server_info"))
+        return [state["cached_attention"] for state in info["internal_states"]]
+
+    return states
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callable[..., Any]:
+    """Starts a server, with CachedAttention where `host_size` is given; checks its store at the end."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    @contextmanager
+    def start(model: Path, *args: str, host_size: str | None = None, **server: Any) -> Iterator[Server]:
+        ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
+        command = [*ours, "--page-size", "64", "--enable-cache-report", *args]
+        log = logs / f"{len(list(logs.iterdir()))}.log"
+        with Server(
+            model, command, env={"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}, log=log, **server
+        ) as running:
+            yield running
+            if host_size:
+                assert [state["damage"] for state in store_states(running)] == [""]
+
+    return start
