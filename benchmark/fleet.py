@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from benchmark.server import Server
 from benchmark.workload import WorkloadShape, make_workload
 
 WARM_UP_ROUND = -1
+# Into a file or a pipe, a progress bar is a line at a time: write few of them.
+IS_TERMINAL = sys.stderr.isatty()
+REDRAW_S = 0.1 if IS_TERMINAL else 15.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Fleet:
         log = self.logs / f"{configuration.name}.log"
         server = Server(self.model, configuration.args, log=log, timeout_s=self.timeout_s)
         self._servers.callback(server.stop)
-        return server.wait_ready(bar.refresh)
+        return server.wait_ready(bar.refresh if IS_TERMINAL else lambda: None)
 
 
 def run_rounds(urls: dict[str, str], plan: Plan) -> list[Round]:
@@ -79,7 +83,7 @@ def run_rounds(urls: dict[str, str], plan: Plan) -> list[Round]:
     """
     turns = plan.shape.total_turns * plan.rounds * len(urls)
     results = []
-    with tqdm(total=turns, desc="turns", unit="turn") as bar:
+    with tqdm(total=turns, desc="turns", unit="turn", mininterval=REDRAW_S) as bar:
         for url in urls.values():
             bar.set_postfix_str("warming up")
             _warm_up(url, plan)

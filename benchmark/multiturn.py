@@ -146,7 +146,7 @@ def check_context(shape: WorkloadShape, model: Path) -> None:
     context = AutoConfig.from_pretrained(str(model)).get_text_config().max_position_embeddings
     if shape.tokens_per_conversation >= context:
         raise ValueError(
-            f"a conversation reaches {shape.tokens_per_conversation} tokens, the context of {model} is {context}; "
+            f"a conversation reaches {shape.tokens_per_conversation} tokens, but {model} takes {context}; "
             "lower --history, --turns, --new or --out"
         )
 

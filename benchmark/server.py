@@ -40,7 +40,8 @@ def free_port() -> int:
 class Server:
     """SGLang serving `model` on a free port, in a process group of its own.
 
-    `args` are added to the command line as they are. `env` is laid over the present environment.
+    `args` are added to the command line as they are; a float32 model is served in float32 unless they hold
+    --dtype. `env` is laid over the present environment.
     `log` takes stdout and stderr (default: a new temporary file). The constructor starts the process;
     entering the context, or `wait_ready()`, waits until it answers. Requests may come from many threads.
     """
@@ -60,7 +61,8 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         launch = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
-        self.command = [*launch, "--host", "127.0.0.1", "--port", str(port), *args]
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        self.command = [*launch, *where, *_own_dtype(self.model, args), *args]
         self._log_file: BinaryIO = self.log.open("wb")
         self._started = time.monotonic()
         self._seen: set[psutil.Process] = set()
@@ -223,6 +225,15 @@ def _temporary_log() -> Path:
     handle, name = tempfile.mkstemp(prefix="sglang-server-", suffix=".log")
     os.close(handle)
     return Path(name)
+
+
+def _own_dtype(model: Path, args: Sequence[str]) -> list[str]:
+    """Keep a float32 model float32: SGLang's default would serve it in float16, slowly on a CPU and with
+    rounding that turns near-ties between tokens."""
+    config = model / "config.json"
+    if "--dtype" in args or not config.is_file():
+        return []
+    return ["--dtype", "float32"] if json.loads(config.read_text()).get("dtype") == "float32" else []
 
 
 def _is_text(prompt: str | Sequence[Any]) -> bool:
