@@ -1,0 +1,87 @@
+"""What decides, besides its tokens, whether the bytes of a page may be used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FORMAT_VERSION = 1
+"""Of the page record and of the stores that hold it: any change that old bytes do not survive."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Equal fingerprints: pages are interchangeable. Anything else: they must never meet.
+
+    All values are plain JSON. A weight update in place must change `weights`.
+    """
+
+    model: str
+    """Name or path, as the operator gave it."""
+    weights: str
+    """Identity of the weights: revision, digest, or a count of updates."""
+    kv_dtype: str
+    page_size: int
+    """Tokens per page."""
+    component_bytes: tuple[tuple[int, ...], ...]
+    """Per layer, per component (K and V, or a latent): bytes of one page on this rank."""
+    ranks: Mapping[str, int]
+    """Which part of the model this rank holds, e.g. `{"tp_rank": 0, "tp_size": 2}`."""
+    rope: Mapping[str, Any]
+    """Parameters of the rotation that the stored keys went through."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+    """What else the engine knows to matter, e.g. KV scales or the attention backend."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page record without padding."""
+        return sum(map(sum, self.component_bytes))
+
+    def to_json(self) -> str:
+        """Canonical: equal fingerprints give equal text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Fingerprint:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not JSON, or not the JSON of a fingerprint.
+        """
+        values = json.loads(text)
+        try:
+            layers = tuple(tuple(map(int, layer)) for layer in values.pop("component_bytes"))
+            return cls(component_bytes=layers, **values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a fingerprint: {error}") from error
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Short name, fit for a directory."""
+        return self.digest()[:16]
+
+    def describe(self) -> dict[str, str]:
+        """In words, one line per property."""
+        layers = self.component_bytes
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "KV dtype": self.kv_dtype,
+            "page": f"{self.page_size} tokens, {self.page_bytes:,} bytes, {len(layers)} layers",
+            "ranks": _words(self.ranks),
+            "RoPE": _words(self.rope),
+            "other": _words(self.other),
+            "format": f"version {self.format_version}",
+        }
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(values.items())) or "none"

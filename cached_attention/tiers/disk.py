@@ -1,0 +1,364 @@
+"""The disk tier: page records that survive a restart and a crash.
+
+A page is reported saved after its bytes, and then its index row, are on stable storage. A crash at any
+point loses pages, and never makes one that is wrong: a record is good only if it hashes, with its key, to
+the checksum in its row. There is no header in the slot: it would repeat what the row says, and cost the
+alignment that lets one `preadv` fill the arena. The price: without its index a store is empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.tiers.disk_committer import Committer
+from cached_attention.tiers.disk_directory import INDEX_NAME, DirectoryInUseError
+from cached_attention.tiers.disk_files import FileIO, NoRoomError
+from cached_attention.tiers.disk_health import Health
+from cached_attention.tiers.disk_index import DiskRecord, open_read_only, read_rows, unseal
+from cached_attention.tiers.disk_opening import open_store
+from cached_attention.tiers.disk_pages import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
+from cached_attention.tiers.disk_queue import IoQueue, Priority
+from cached_attention.tiers.disk_runs import IO_ERRORS, PlacedRead, Run, read_run, runs
+from cached_attention.tiers.disk_slots import FREE, REMOVING, SAVED, SlotTable
+from cached_attention.tiers.disk_space import disk_usage, slot_stride
+
+__all__ = [
+    "DirectoryInUseError",
+    "DiskRecord",
+    "DiskStats",
+    "DiskTier",
+    "FileIO",
+    "PageRead",
+    "PageWrite",
+    "Priority",
+    "ReadOutcome",
+    "slot_stride",
+]
+
+logger = logging.getLogger(__name__)
+
+GROWTH_PAUSE = 30.0
+"""Seconds without new attempts after the directory could not grow."""
+GRACE_SECONDS = 0.5
+"""What `close` waits beyond its time for threads that only have to end."""
+
+
+class DiskTier:
+    """Page records of one fingerprint in `directory`.
+
+    No method waits for the disk except the constructor, `flush`, `close` and `check_invariants`;
+    `records` reads the index as it is iterated. All but those may be called from any thread. Futures
+    are completed on the tier's own threads: callbacks must be short.
+
+    Args:
+        directory: one owner at a time; made where it is missing.
+        capacity_bytes: what `directory` never exceeds, in blocks of the file system, with everything in
+            it: other fingerprints' stores and files that are not ours take from it.
+        io_threads: disk queue depth; writes use all but one.
+        queued_write_bytes: writes are declined while this much waits.
+        ttl: seconds after its last use that a page, or another fingerprint's whole store, is dropped
+            when the store is opened; None: never.
+        probe_seconds: between attempts to come back into service, at first and at most.
+
+    Raises:
+        DirectoryInUseError: another process owns the directory.
+        OSError, sqlite3.Error: the directory cannot be used.
+        ValueError: `capacity_bytes` does not hold one page.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: Fingerprint,
+        capacity_bytes: int,
+        *,
+        io: FileIO | None = None,
+        io_threads: int = 4,
+        queued_write_bytes: int = 1 << 30,
+        ttl: float | None = None,
+        probe_seconds: tuple[float, float] = (1.0, 60.0),
+    ) -> None:
+        self.directory = directory
+        self.page_bytes = fingerprint.page_bytes
+        self.stride = slot_stride(self.page_bytes)
+        self.capacity_bytes = capacity_bytes
+        self.stats = DiskStats()
+        self._queued_write_bytes = queued_write_bytes
+        self._lock = threading.Lock()
+        self._grow_at = float("-inf")
+        self._closing = self._given_up = self._closed = False
+        self._writes: dict[int, tuple[Ticket[int | None], int]] = {}
+        self._reads: set[Ticket[ReadOutcome]] = set()
+        self._store = open_store(
+            directory, fingerprint, capacity_bytes, io or FileIO(), ttl, may_grow=self._may_grow
+        )
+        self.path = self._store.path
+        self.stats.dropped = self._store.dropped
+        self._files = self._store.files
+        self._slots = SlotTable(self._store.states, self._files.end())
+        self._health = Health(str(self.path), *probe_seconds)
+        self._queue = IoQueue(io_threads)
+        self._committer = Committer(self._store.index, self._health, self, self._files.sync, self._files.probe)
+
+    @property
+    def healthy(self) -> bool:
+        """False: out of service after errors; comes back by itself."""
+        return self._health.healthy and not self._closing
+
+    @property
+    def io_errors(self) -> int:
+        return self._health.errors
+
+    @property
+    def capacity_slots(self) -> int:
+        return self._slots.capacity
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that a write can have now."""
+        return self._slots.free if self._growing else self._slots.recycled
+
+    @property
+    def direct(self) -> bool:
+        """Whether I/O goes around the page cache."""
+        return self._files.direct
+
+    def records(self) -> Iterator[DiskRecord]:
+        """What the store held when it was opened, by slot; iterate once, before the first write.
+
+        A key comes twice only if the index was damaged: `remove` the slot that is not kept. Rows that
+        are damaged or cannot be read are left out, and removed at the end.
+        """
+        unread = bytearray(self._slots.states)
+        damaged: list[int] = []
+        now = time.time()
+        try:
+            with closing(open_read_only(self.path / INDEX_NAME)) as connection:
+                for record in unseal(read_rows(connection), damaged):
+                    unread[record.slot] = REMOVING
+                    if not (0 <= record.last_use <= now and record.uses >= 0):
+                        record = record._replace(
+                            last_use=min(max(record.last_use, 0), now), uses=max(record.uses, 0)
+                        )
+                    yield record
+        except sqlite3.Error as error:
+            self._health.failed(error)
+        left = [slot for slot in range(len(unread)) if unread[slot] == SAVED]
+        if left:
+            logger.warning("%s: %d damaged index rows; their pages are lost.", self.path, len(left))
+            self.stats.dropped += len(left)
+            self.remove(left)
+
+    def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]:
+        """Save pages; per page its slot once it is durable, None where it was declined or failed.
+
+        Where not all fit, the first ones are taken.
+        """
+        self._check_buffers(pages)
+        ticket = Ticket[int | None](len(pages), None)
+        ticket.begin()
+        with self._lock:
+            slots = self._take_slots(len(pages))
+            self._writes.update((slot, (ticket, place)) for place, slot in enumerate(slots))
+            self.stats.declined += len(pages) - len(slots)
+            for place in range(len(slots), len(pages)):
+                ticket.settle(place, None)
+        if not slots:
+            ticket.finish()
+            return ticket.future
+        jobs = [partial(self._write_run, run) for run in runs(zip(slots, pages, strict=False), self._files)]
+        if not self._queue.submit(Priority.WRITE, jobs):
+            self._settle_writes(slots, saved=False)
+        return ticket.future
+
+    def read(self, pages: Sequence[PageRead], priority: Priority = Priority.NOW) -> Future[list[ReadOutcome]]:
+        """Fill the pages' buffers, verified. `cancel` works until the first of them is begun."""
+        self._check_buffers(pages)
+        ticket = Ticket(len(pages), ReadOutcome.UNAVAILABLE)
+        with self._lock:
+            self._reads.add(ticket)
+        items = [(page.slot, PlacedRead(place, page)) for place, page in enumerate(pages)]
+        jobs = [partial(self._read_run, ticket, run) for run in runs(items, self._files)]
+        if not (jobs and self.healthy and self._queue.submit(priority, jobs)):
+            self._settle_reads(ticket, [(place, ReadOutcome.UNAVAILABLE) for place in range(len(pages))])
+        return ticket.future
+
+    def remove(self, slots: Iterable[int]) -> None:
+        """Forget saved pages. A slot is free again once that is durable.
+
+        Raises:
+            ValueError: a slot holds no saved page.
+        """
+        slots = list(slots)
+        with self._lock:
+            for slot in slots:
+                if not (0 <= slot < self.capacity_slots and self._slots.states[slot] == SAVED):
+                    raise ValueError(f"slot {slot} of {self.path} holds no saved page.")
+                self._slots.states[slot] = REMOVING
+            self.stats.removed += len(slots)
+        self._committer.remove(slots)
+
+    def touch(self, slot: int, last_use: float, uses: int) -> None:
+        """A saved page was used; persisted within seconds, lost in a crash before."""
+        if self._slots.states[slot] == SAVED:
+            self._committer.touch(slot, last_use, uses)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything asked for is done; False where `timeout` (seconds) was too short."""
+        deadline = time.monotonic() + timeout
+        return self._queue.wait_idle(timeout) and self._committer.flush(max(0.0, deadline - time.monotonic()))
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """Finish what can be finished in `timeout` seconds, give up the rest, let go of the directory.
+
+        Every future is done afterwards. False where the disk still holds a thread: then the directory
+        stays owned until the process ends.
+        """
+        if self._closed:
+            return True
+        deadline = time.monotonic() + timeout
+        self._closing = True
+        self.flush(timeout)
+        self._given_up = True
+        ended = self._queue.close(max(GRACE_SECONDS, deadline - time.monotonic()))
+        ended = self._committer.close(max(GRACE_SECONDS, deadline - time.monotonic())) and ended
+        with self._lock:
+            self._closed = True
+            open_tickets = {ticket for ticket, _ in self._writes.values()} | self._reads
+            self._writes.clear()
+            self._reads.clear()
+        for ticket in open_tickets:
+            ticket.begin()
+            ticket.finish()
+        if ended:
+            self._store.close()
+        return ended
+
+    def check_invariants(self) -> None:
+        """Slots, index and files agree, and the directory is within its limit; waits for pending work.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        assert self.flush(60), "pending work did not end"
+        with self._lock:
+            self._slots.check_invariants()
+            states = bytes(self._slots.states)
+        with closing(open_read_only(self.path / INDEX_NAME)) as connection:
+            rows = {slot for (slot,) in connection.execute("SELECT slot FROM pages")}
+        assert rows == {slot for slot, state in enumerate(states) if state == SAVED}, "index and slots differ"
+        assert states.count(SAVED) + states.count(FREE) == len(states), "a slot is left between states"
+        assert all(slot < self._files.end() for slot in rows), "a page lies beyond its file"
+        usage = disk_usage(self.directory)
+        assert usage <= self.capacity_bytes, f"{usage} bytes on disk, {self.capacity_bytes} allowed"
+
+    def _check_buffers(self, pages: Sequence[PageRead] | Sequence[PageWrite]) -> None:
+        for page in pages:
+            if page.buffer.nbytes != self.stride:
+                raise ValueError(f"a buffer of {page.buffer.nbytes} bytes; slots have {self.stride}: give that.")
+
+    @property
+    def _growing(self) -> bool:
+        return time.monotonic() >= self._grow_at
+
+    def _take_slots(self, count: int) -> list[int]:
+        queued = len(self._writes) * self.stride
+        room = (self._queued_write_bytes - queued) // self.stride
+        return self._slots.take(max(0, min(count, room)), self._growing) if self.healthy else []
+
+    def _may_grow(self, length: int) -> bool:
+        """Measured on the file system, because others may write to the directory too."""
+        if not self._growing:
+            return False
+        others = disk_usage(self.directory) - disk_usage(self.path)
+        own = self._files.allocated_bytes + self._store.space.reserve
+        return others + own + length <= self.capacity_bytes
+
+    def _write_run(self, run: Run[PageWrite]) -> None:
+        slots = [slot for slot, _ in run]
+        if self._given_up or not self._health.healthy:
+            self._settle_writes(slots, saved=False)
+            return
+        try:
+            self._files.write(slots[0], [page.buffer for _, page in run])
+        except NoRoomError as error:
+            self._stop_growing(error)
+            self._settle_writes(slots, saved=False)
+        except IO_ERRORS as error:
+            self._health.failed(error)
+            self._settle_writes(slots, saved=False)
+        else:
+            self._committer.save(
+                DiskRecord(
+                    page.key, slot, page.parent, page.base_position, page.checksum, page.last_use, page.uses
+                )
+                for slot, page in run
+            )
+
+    def _stop_growing(self, error: NoRoomError) -> None:
+        with self._lock:
+            if self._growing:
+                logger.warning("%s: %s; pages are declined until others leave.", self.path, error)
+            self._grow_at = time.monotonic() + GROWTH_PAUSE
+            self._slots.growth_ended(self._files.end())
+
+    def _read_run(self, ticket: Ticket[ReadOutcome], run: Run[PlacedRead]) -> None:
+        with self._lock:
+            wanted = ticket.begin() and not self._given_up
+        if wanted:
+            outcomes = list(read_run(run, self._files, self._health, self.page_bytes))
+        else:
+            outcomes = [(item.place, ReadOutcome.UNAVAILABLE) for _, item in run]
+        self._settle_reads(ticket, outcomes)
+
+    def _settle_reads(self, ticket: Ticket[ReadOutcome], outcomes: list[tuple[int, ReadOutcome]]) -> None:
+        with self._lock:
+            if ticket not in self._reads:
+                return
+            for place, outcome in outcomes:
+                ticket.settle(place, outcome)
+                setattr(self.stats, outcome.value, getattr(self.stats, outcome.value) + 1)
+            if not ticket.settled:
+                return
+            self._reads.discard(ticket)
+            ticket.begin()
+        ticket.finish()
+
+    def _settle_writes(self, slots: Iterable[int], saved: bool) -> None:
+        done = []
+        with self._lock:
+            for slot in slots:
+                if slot not in self._writes:
+                    continue
+                ticket, place = self._writes.pop(slot)
+                if saved:
+                    self._slots.states[slot] = SAVED
+                    self.stats.saved += 1
+                else:
+                    self._slots.give_back(slot)
+                    self.stats.failed += 1
+                ticket.settle(place, slot if saved else None)
+                if ticket.settled:
+                    done.append(ticket)
+        for ticket in done:
+            ticket.finish()
+
+    def saved(self, records: list[DiskRecord]) -> None:
+        self._settle_writes([record.slot for record in records], saved=True)
+
+    def unsaved(self, records: list[DiskRecord]) -> None:
+        self._settle_writes([record.slot for record in records], saved=False)
+
+    def removed(self, slots: list[int]) -> None:
+        with self._lock:
+            for slot in slots:
+                self._slots.give_back(slot)

@@ -1,0 +1,148 @@
+"""The directory that the operator gave: one owner, one sub-directory per fingerprint."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.tiers.disk_files import FILE_NAME, PROBE_NAME
+from cached_attention.tiers.disk_space import disk_usage
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "cached-attention.lock"
+FINGERPRINT_NAME = "fingerprint.json"
+INDEX_NAME = "index.sqlite3"
+STORE_NAME = re.compile(r"[0-9a-f]{16}")
+_OWN_NAMES = {PROBE_NAME, INDEX_NAME, *(INDEX_NAME + end for end in ("-wal", "-shm", "-journal"))}
+_OWN_NAMES |= {FINGERPRINT_NAME, FINGERPRINT_NAME + ".new"}
+
+
+class DirectoryInUseError(RuntimeError):
+    """Another process owns the directory."""
+
+
+class DirectoryLock:
+    """Ownership of a directory, for as long as this process lives and does not `release` it.
+
+    The lock file stays: removing it would let two processes hold two locks of the same name.
+
+    Raises:
+        DirectoryInUseError: another process is the owner.
+        OSError: the directory cannot be made or written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / LOCK_NAME
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if not self._acquire():
+            os.close(self._fd)
+            raise DirectoryInUseError(
+                f"{directory} is in use by {owner(directory) or 'another process'}: a directory has one "
+                f"owner at a time. Stop that process, or give this one another directory."
+            )
+        with suppress(OSError):
+            self._sign()
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+    def _acquire(self) -> bool:
+        """More than one attempt: `is_owned` holds the lock for a moment."""
+        for pause in (0.05, 0.1, None):
+            with suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            if pause:
+                time.sleep(pause)
+        return False
+
+    def _sign(self) -> None:
+        """The lock holds without its text, e.g. on a full disk."""
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text.encode(), 0)
+
+
+def owner(directory: Path) -> str | None:
+    """The last owner in words; None where there was none. Whether it still runs, only the lock says."""
+    try:
+        values = json.loads((directory / LOCK_NAME).read_bytes())
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(values["since"]))
+        return f"process {values['pid']} on {values['host']} (since {since})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_owned(directory: Path) -> bool:
+    """Whether a process owns the directory now."""
+    try:
+        fd = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def make_store(directory: Path, fingerprint: Fingerprint) -> Path:
+    """The sub-directory for `fingerprint`, made where it is new."""
+    path = directory / fingerprint.name
+    path.mkdir(mode=0o700, exist_ok=True)
+    text = fingerprint.to_json().encode() + b"\n"
+    named = path / FINGERPRINT_NAME
+    with suppress(FileNotFoundError):
+        if named.read_bytes() == text:
+            return path
+    new = path / (FINGERPRINT_NAME + ".new")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(fd)
+    new.rename(named)
+    return path
+
+
+def read_fingerprint(store: Path) -> Fingerprint | None:
+    """What the store says it is for; None where that is damaged or of an unknown format."""
+    with suppress(OSError, ValueError):
+        fingerprint = Fingerprint.from_json((store / FINGERPRINT_NAME).read_bytes())
+        if fingerprint.name == store.name:
+            return fingerprint
+    return None
+
+
+def stores(directory: Path) -> list[Path]:
+    """The sub-directories that are stores, of whatever format, by name."""
+    found = (path for path in directory.iterdir() if STORE_NAME.fullmatch(path.name))
+    return sorted(path for path in found if not path.is_symlink() and (path / FINGERPRINT_NAME).is_file())
+
+
+def remove_store(store: Path) -> int:
+    """Remove a store's own files, and its directory if nothing else is in it; bytes given back.
+
+    The fingerprint goes last: a store half removed is still known as one.
+    """
+    before = disk_usage(store)
+    own = [path for path in store.iterdir() if path.name in _OWN_NAMES or FILE_NAME.fullmatch(path.name)]
+    for path in sorted(own, key=lambda path: path.name == FINGERPRINT_NAME):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        store.rmdir()
+    return before - disk_usage(store)

@@ -1,0 +1,82 @@
+"""Whether the disk tier is in service."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+ERRORS_IN_A_ROW = 5
+QUIET_SECONDS = 30.0
+
+
+class Health:
+    """Out of service after errors in a row, back after a probe succeeds; probes at growing distances.
+
+    Any thread.
+
+    Args:
+        name: of the store, for the log.
+        first_probe, last_probe: seconds between probes, at first and at most.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        first_probe: float = 1.0,
+        last_probe: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.healthy = True
+        self.errors = 0
+        self._name = name
+        self._first, self._last = first_probe, last_probe
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._in_a_row = 0
+        self._distance = first_probe
+        self._probe_at = 0.0
+        self._quiet_until = float("-inf")
+        self._unsaid = 0
+
+    def succeeded(self) -> None:
+        if self._in_a_row and self.healthy:
+            with self._lock:
+                self._in_a_row = 0
+
+    def failed(self, error: BaseException) -> None:
+        with self._lock:
+            self.errors += 1
+            self._in_a_row += 1
+            self._warn(error)
+            if self.healthy and self._in_a_row >= ERRORS_IN_A_ROW:
+                self.healthy = False
+                self._distance = self._first
+                self._probe_at = self._clock() + self._distance
+                logger.warning("%s: out of service after %d errors in a row.", self._name, self._in_a_row)
+
+    def seconds_to_probe(self) -> float | None:
+        """None while healthy; 0 or less: probe now."""
+        return None if self.healthy else self._probe_at - self._clock()
+
+    def probed(self, works: bool) -> None:
+        with self._lock:
+            if works:
+                self.healthy = True
+                self._in_a_row = 0
+                logger.warning("%s: back in service.", self._name)
+            else:
+                self._distance = min(2 * self._distance, self._last)
+                self._probe_at = self._clock() + self._distance
+
+    def _warn(self, error: BaseException) -> None:
+        now = self._clock()
+        if now < self._quiet_until:
+            self._unsaid += 1
+            return
+        before = f" ({self._unsaid} more since the last such line)" if self._unsaid else ""
+        logger.warning("%s: %s: %s%s", self._name, type(error).__name__, error, before)
+        self._quiet_until, self._unsaid = now + QUIET_SECONDS, 0

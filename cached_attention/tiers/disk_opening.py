@@ -1,0 +1,167 @@
+"""Opening a disk store: what was left by the last process, whatever ended it."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.tiers.disk_directory import (
+    INDEX_NAME,
+    DirectoryLock,
+    make_store,
+    read_fingerprint,
+    remove_store,
+    stores,
+)
+from cached_attention.tiers.disk_files import FileIO, SlotFiles
+from cached_attention.tiers.disk_index import KEY_BYTES, DiskIndex, open_read_only
+from cached_attention.tiers.disk_slots import SAVED
+from cached_attention.tiers.disk_space import SECTOR, Space, disk_usage, slot_stride
+
+logger = logging.getLogger(__name__)
+
+_RANGES = 100
+"""Slot ranges per SQL condition."""
+
+
+@dataclass
+class OpenStore:
+    """A store that is ours, and consistent."""
+
+    path: Path
+    lock: DirectoryLock
+    index: DiskIndex
+    files: SlotFiles
+    space: Space
+    states: bytearray
+    """Per slot, SAVED where the index has a page, else FREE."""
+    dropped: int
+    """Pages that were found and not kept."""
+
+    def close(self) -> None:
+        self.index.close()
+        self.files.close()
+        self.lock.release()
+
+
+def open_store(
+    directory: Path,
+    fingerprint: Fingerprint,
+    capacity: int,
+    io: FileIO,
+    ttl: float | None,
+    may_grow: Callable[[int], bool],
+) -> OpenStore:
+    """See `DiskTier` for arguments and errors."""
+    stride = slot_stride(fingerprint.page_bytes)
+    if Space.within(capacity, stride).slots < 1:
+        raise ValueError(
+            f"{capacity:,} bytes of disk hold no page of {stride:,} bytes and its index: "
+            f"give at least {stride + Space(stride, 1, 1).reserve:,}."
+        )
+    lock = DirectoryLock(directory)
+    try:
+        before = None if ttl is None else time.time() - ttl
+        if before is not None:
+            _remove_expired_stores(directory, fingerprint, before)
+        path = make_store(directory, fingerprint)
+        index = DiskIndex(path / INDEX_NAME, {"fingerprint": fingerprint.digest()}, io)
+        try:
+            return _open(directory, path, lock, index, capacity, stride, io, before, may_grow)
+        except BaseException:
+            index.close()
+            raise
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _open(
+    directory: Path,
+    path: Path,
+    lock: DirectoryLock,
+    index: DiskIndex,
+    capacity: int,
+    stride: int,
+    io: FileIO,
+    before: float | None,
+    may_grow: Callable[[int], bool],
+) -> OpenStore:
+    space = _plan(directory, path, index, capacity, stride)
+    index.set_meta("slots_per_file", str(space.slots_per_file))
+    index.limit(space)
+    files = SlotFiles(path, stride, space.slots, space.slots_per_file, io, may_grow)
+    dropped = _drop(index, files, space, before)
+    files.cut(space.slots)
+    states = bytearray(space.slots)
+    for slot in index.slots():
+        states[slot] = SAVED
+    logger.info(
+        "%s: %d pages, room for %d%s.",
+        path,
+        states.count(SAVED),
+        space.slots,
+        "" if files.direct else ", no O_DIRECT",
+    )
+    return OpenStore(path, lock, index, files, space, states, dropped)
+
+
+def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: int) -> Space:
+    others = disk_usage(directory) - disk_usage(path)
+    text = index.meta("slots_per_file") or ""
+    per_file = int(text) if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 40 else None
+    space = Space.within(capacity - others, stride, per_file)
+    # An index that was made for a larger capacity does not shrink.
+    excess = disk_usage(index.path) - space.index_pages * SECTOR
+    if excess > 0:
+        space = Space.within(capacity - others - excess, stride, per_file)
+    siblings = [store for store in stores(directory) if store != path]
+    if siblings:
+        logger.warning(
+            "%s: %d stores of other models or settings take %d of its %d bytes, which leaves %d pages for this "
+            "one. `cached-attention inspect` says what they are, `cached-attention prune` removes what is old.",
+            directory,
+            len(siblings),
+            sum(map(disk_usage, siblings)),
+            capacity,
+            space.slots,
+        )
+    return space
+
+
+def _drop(index: DiskIndex, files: SlotFiles, space: Space, before: float | None) -> int:
+    """Delete the rows that cannot be served."""
+    dropped = index.drop(
+        "slot < 0 OR slot >= ? OR length(key) <> ? OR last_use < ?",
+        space.slots,
+        KEY_BYTES,
+        float("-inf") if before is None else before,
+    )
+    ranges = files.missing(space.slots)
+    for first in range(0, len(ranges), _RANGES):
+        some = ranges[first : first + _RANGES]
+        condition = " OR ".join("slot BETWEEN ? AND ?" for _ in some)
+        dropped += index.drop(condition, *(end for low, high in some for end in (low, high - 1)))
+    if dropped:
+        logger.info("%s: %d pages dropped: expired, damaged, or beyond the capacity.", index.path, dropped)
+    return dropped
+
+
+def _remove_expired_stores(directory: Path, fingerprint: Fingerprint, before: float) -> None:
+    """Other fingerprints' stores in which every page has expired: nothing in them could be served again."""
+    for store in stores(directory):
+        if store.name == fingerprint.name or read_fingerprint(store) is None:
+            continue
+        try:
+            with closing(open_read_only(store / INDEX_NAME)) as connection:
+                (newest,) = connection.execute("SELECT max(last_use) FROM pages").fetchone()
+        except sqlite3.Error:
+            continue
+        if newest is None or newest < before:
+            logger.warning("%s: removed, every page in it had expired (%d bytes).", store, remove_store(store))

@@ -1,0 +1,90 @@
+"""What goes into the disk tier, and what comes back."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, NamedTuple, TypeVar
+
+
+class PageWrite(NamedTuple):
+    key: bytes
+    """32 bytes."""
+    parent: bytes | None
+    """Key of the page before it; None at the start of a prompt."""
+    base_position: int
+    checksum: int
+    """`page_checksum` of the key and the record without padding."""
+    last_use: float
+    """Seconds since the epoch."""
+    uses: int
+    buffer: memoryview
+    """`slot_stride` bytes, aligned to 4,096; stays as it is until the write is done."""
+
+
+class PageRead(NamedTuple):
+    key: bytes
+    slot: int
+    checksum: int
+    buffer: memoryview
+    """`slot_stride` bytes, aligned to 4,096, writable; overwritten whatever the outcome."""
+
+
+class ReadOutcome(Enum):
+    READ = "read"
+    """The buffer holds the page."""
+    LOST = "lost"
+    """The record is damaged, short, foreign or unreadable: remove the page."""
+    UNAVAILABLE = "unavailable"
+    """Not tried: out of service, closing, or cancelled. The page may still be there: keep it."""
+
+
+@dataclass
+class DiskStats:
+    """Counts since the tier was opened, in pages."""
+
+    read: int = 0
+    lost: int = 0
+    unavailable: int = 0
+    saved: int = 0
+    declined: int = 0
+    """Writes not begun: full, too much queued, or out of service."""
+    failed: int = 0
+    """Writes begun and given up."""
+    removed: int = 0
+    dropped: int = 0
+    """Found when the store was opened and not kept: expired, beyond the capacity, or damaged."""
+
+
+T = TypeVar("T")
+
+
+class Ticket(Generic[T]):
+    """The results of one call, one per page, as they come in. Not thread-safe, but for `future`."""
+
+    def __init__(self, count: int, default: T) -> None:
+        self.future: Future[list[T]] = Future()
+        self.results = [default] * count
+        self._missing = count
+        self._begun = self._cancelled = False
+
+    def begin(self) -> bool:
+        """From now on the future cannot be cancelled; False where it was."""
+        if not self._begun:
+            self._begun = True
+            self._cancelled = not self.future.set_running_or_notify_cancel()
+        return not self._cancelled
+
+    def settle(self, place: int, result: T) -> None:
+        self.results[place] = result
+        self._missing -= 1
+
+    @property
+    def settled(self) -> bool:
+        return self._missing == 0
+
+    def finish(self) -> None:
+        """Complete the future, with defaults where there is no result; call once."""
+        if not self._cancelled:
+            self.future.set_result(self.results)

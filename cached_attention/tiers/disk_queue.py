@@ -1,0 +1,114 @@
+"""The disk's I/O threads: reads before writes, writes in the slack."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+WRITE_PATIENCE = 0.25
+"""Seconds after which one write goes beside the reads: reads without end must not stop all writes."""
+
+
+class Priority(IntEnum):
+    NOW = 0
+    """A request waits for it."""
+    AHEAD = 1
+    """Read ahead of need."""
+    WRITE = 2
+
+
+Job = Callable[[], None]
+
+
+class IoQueue:
+    """Runs jobs on `threads` threads. A job handles its own errors.
+
+    A write starts only while no read waits or runs, and one thread is kept from writing, so that a
+    read that comes finds it free.
+    """
+
+    def __init__(self, threads: int, name: str = "disk") -> None:
+        self._changed = threading.Condition()
+        self._queues: tuple[deque[tuple[float, Job]], ...] = (deque(), deque(), deque())
+        self._reading = self._writing = 0
+        self._most_writing = max(1, threads - 1)
+        self._last_write = 0.0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-io-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, priority: Priority, jobs: Sequence[Job]) -> bool:
+        """False after `close`."""
+        now = time.monotonic()
+        with self._changed:
+            if self._closed:
+                return False
+            self._queues[priority].extend((now, job) for job in jobs)
+            self._changed.notify(len(jobs))
+            return True
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until no job waits or runs; False where `timeout` (seconds) was too short."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._idle, timeout)
+
+    def close(self, timeout: float) -> bool:
+        """End after the jobs that are there; False if one still runs after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def _idle(self) -> bool:
+        return not (any(self._queues) or self._reading or self._writing)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while (priority := self._next()) is None:
+                    if self._closed:
+                        return
+                    self._changed.wait(self._patience())
+                _, job = self._queues[priority].popleft()
+                self._count(priority, 1)
+            try:
+                job()
+            finally:
+                with self._changed:
+                    self._count(priority, -1)
+                    self._changed.notify_all()
+
+    def _count(self, priority: Priority, change: int) -> None:
+        if priority is Priority.WRITE:
+            self._writing += change
+            self._last_write = time.monotonic()
+        else:
+            self._reading += change
+
+    def _next(self) -> Priority | None:
+        writes = self._queues[Priority.WRITE]
+        if writes and self._patience() == 0.0:
+            return Priority.WRITE
+        for priority in (Priority.NOW, Priority.AHEAD):
+            if self._queues[priority]:
+                return priority
+        may_write = writes and (self._closed or not self._reading) and self._writing < self._most_writing
+        return Priority.WRITE if may_write else None
+
+    def _patience(self) -> float | None:
+        """Seconds until a waiting write may go beside reads; None where nothing but a change helps."""
+        if not self._queues[Priority.WRITE] or self._writing:
+            return None
+        since = max(self._last_write, self._queues[Priority.WRITE][0][0])
+        return max(0.0, since + WRITE_PATIENCE - time.monotonic())

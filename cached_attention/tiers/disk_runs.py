@@ -1,0 +1,67 @@
+"""Neighbouring slots, moved together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+from cached_attention.checksum import page_checksum
+from cached_attention.tiers.disk_files import SlotFiles
+from cached_attention.tiers.disk_health import Health
+from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
+
+RUN_BYTES = 8 << 20
+"""Neighbouring slots are moved by one system call up to this size."""
+RUN_PAGES = 512
+"""And up to this many: the kernel takes 1,024 buffers."""
+IO_ERRORS = (OSError, ValueError, TypeError)
+"""The disk's, and Python's for a buffer that was released meanwhile."""
+
+Item = TypeVar("Item")
+Run = list[tuple[int, Item]]
+
+
+class PlacedRead(NamedTuple):
+    place: int
+    """In the caller's list."""
+    page: PageRead
+
+
+def runs(items: Iterable[tuple[int, Item]], files: SlotFiles) -> list[Run[Item]]:
+    """Cut (slot, item) pairs into runs of neighbours within one file, in order."""
+    most = max(1, min(RUN_BYTES // files.stride, RUN_PAGES))
+    found: list[Run[Item]] = []
+    for slot, item in items:
+        run = found[-1] if found else []
+        if run and slot == run[-1][0] + 1 and slot % files.slots_per_file and len(run) < most:
+            run.append((slot, item))
+        else:
+            found.append([(slot, item)])
+    return found
+
+
+def read_run(
+    run: Run[PlacedRead], files: SlotFiles, health: Health, page_bytes: int
+) -> Iterator[tuple[int, ReadOutcome]]:
+    """Read and verify a run; (place, outcome) for each page.
+
+    After an error every page is tried alone, so that one bad sector costs one page; when errors put
+    the tier out of service, the rest is left untried.
+    """
+    if not health.healthy:
+        yield from ((item.place, ReadOutcome.UNAVAILABLE) for _, item in run)
+        return
+    try:
+        whole = files.read(run[0][0], [item.page.buffer for _, item in run])
+    except IO_ERRORS as error:
+        if len(run) > 1:
+            for one in run:
+                yield from read_run([one], files, health, page_bytes)
+        else:
+            health.failed(error)
+            yield run[0][1].place, ReadOutcome.LOST
+        return
+    health.succeeded()
+    for number, (_, (place, page)) in enumerate(run):
+        good = number < whole and page_checksum(page.key, page.buffer[:page_bytes]) == page.checksum
+        yield place, ReadOutcome.READ if good else ReadOutcome.LOST

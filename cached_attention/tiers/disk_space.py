@@ -1,0 +1,91 @@
+"""How many pages fit, when the directory's blocks on the file system are what is limited."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cached_attention.tiers.disk_files import SECTOR
+
+FILE_BYTES = 1 << 30
+"""Smallest full size of a slot file."""
+MOST_FILES = 64
+"""Slot files of a store, at the size it was made with: each is an open file."""
+ROW_BYTES = 384
+"""Index bytes per page at worst: a row has about 110, and SQLite's leaves are at least a third full."""
+EXTENT_BYTES = 64
+"""File system's own records per slot at worst, counted in the file's blocks: every slot an extent of its own."""
+FIXED_BYTES = 24 * SECTOR
+"""Directories, lock, fingerprint, probe file, and an index without rows."""
+TRANSACTION_ROWS = 1024
+"""Most rows that one commit changes."""
+FRAME_BYTES = SECTOR + 24
+"""One page in SQLite's write-ahead log."""
+
+
+def slot_stride(page_bytes: int) -> int:
+    """Bytes from one record to the next: `page_bytes` up to a boundary that O_DIRECT takes."""
+    return -(-page_bytes // SECTOR) * SECTOR
+
+
+def disk_usage(path: Path) -> int:
+    """Bytes of the file system's blocks that `path`, and all under it, hold."""
+    if not path.is_dir():
+        return _blocks(path)
+    names = (os.path.join(root, name) for root, _, files in os.walk(path) for name in ("", *files))
+    return sum(map(_blocks, names))
+
+
+def _blocks(path: str | Path) -> int:
+    try:
+        return os.lstat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a store may take of a directory."""
+
+    stride: int
+    slots: int
+    slots_per_file: int
+
+    @classmethod
+    def within(cls, budget: int, stride: int, slots_per_file: int | None = None) -> Space:
+        """The most slots that, with all that belongs to them, never take more than `budget` bytes.
+
+        Args:
+            slots_per_file: of the store's files where it has some already.
+        """
+        per_file = slots_per_file or max(FILE_BYTES, budget // MOST_FILES) // stride or 1
+        most = cls(stride, max(budget, 0) // stride, per_file)
+        rest = budget - most._overhead
+        return cls(stride, max(0, rest // (stride + ROW_BYTES + EXTENT_BYTES)), per_file)
+
+    @property
+    def index_pages(self) -> int:
+        """Limit of the index file, in SQLite pages of 4 KiB."""
+        return self.slots * ROW_BYTES // SECTOR + 16
+
+    @property
+    def transaction_bytes(self) -> int:
+        """What one commit adds to the write-ahead log at worst: a row dirties up to 4 pages, each once."""
+        return min(4 * TRANSACTION_ROWS + 16, self.index_pages) * FRAME_BYTES + SECTOR
+
+    @property
+    def log_bytes(self) -> int:
+        """Limit of the write-ahead log."""
+        return 2 * self.transaction_bytes
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that may be taken besides the slots themselves."""
+        return self._overhead + self.slots * (ROW_BYTES + EXTENT_BYTES)
+
+    @property
+    def _overhead(self) -> int:
+        shared_memory = 32768 * (2 + self.log_bytes // (4000 * FRAME_BYTES))
+        files = self.slots // self.slots_per_file + 1
+        return FIXED_BYTES + self.log_bytes + shared_memory + files * 2 * SECTOR
