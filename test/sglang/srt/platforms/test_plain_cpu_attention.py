@@ -1,5 +1,6 @@
 """The plain-CPU attention against an fp32 reference and against upstream's torch_native."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.platforms.plain_cpu import plan as plan_module
 from sglang.srt.platforms.plain_cpu.attention import PlainCpuAttnBackend
+from sglang.srt.platforms.plain_cpu.plan import LayerKind
 
 POOL_SLOTS = 4096
 CONTEXT = 1024
@@ -104,6 +106,15 @@ def make_case(
     return Case(runner, batch, layer, q, k, v)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: OpenMP's barriers would be most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run(backend_class: type[TorchNativeAttnBackend], case: Case) -> torch.Tensor:
     backend = backend_class(case.runner)
     backend.init_forward_metadata(case.batch)
@@ -114,22 +125,23 @@ def run(backend_class: type[TorchNativeAttnBackend], case: Case) -> torch.Tensor
 
 
 def naive(case: Case) -> torch.Tensor:
-    """fp32 attention, one query and one head at a time as the definition has it."""
+    """fp32 attention as the definition has it, all scores of a sequence at once."""
     pool, table, layer = case.runner.token_to_kv_pool, case.runner.req_to_token_pool.req_to_token, case.layer
     group = layer.tp_q_head_num // layer.tp_k_head_num
     window = layer.sliding_window_size if layer.sliding_window_size > -1 else CONTEXT
-    out, token = [], 0
     pool.set_kv_buffer(layer, SimpleNamespace(loc=case.batch.out_cache_loc), case.k, case.v)
-    for row, (p, n) in enumerate(
-        zip(case.batch.extend_prefix_lens.tolist(), case.batch.extend_seq_lens.tolist(), strict=True), start=1
+    new = case.batch.extend_seq_lens.tolist()
+    out = []
+    for row, (p, q) in enumerate(
+        zip(case.batch.extend_prefix_lens.tolist(), case.q.float().split(new), strict=True), start=1
     ):
-        for position in range(p, p + n):
-            slots = table[row, max(0, position - window) : position + 1].long()
-            k, v = (x[slots].float().repeat_interleave(group, 1) for x in (pool.k, pool.v))
-            weights = (torch.einsum("hd,khd->hk", case.q[token].float(), k) * layer.scaling).softmax(-1)
-            out.append(torch.einsum("hk,khd->hd", weights, v).flatten())
-            token += 1
-    return torch.stack(out)
+        slots = table[row, : p + len(q)].long()
+        k, v = (x[slots].float().repeat_interleave(group, 1) for x in (pool.k, pool.v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * layer.scaling
+        distance = torch.arange(p, p + len(q))[:, None] - torch.arange(p + len(q))
+        scores[:, (distance < 0) | (distance > window)] = float("-inf")
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1))
+    return torch.cat(out)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -235,27 +247,24 @@ def test_keys_stored_in_another_dtype() -> None:
 
 def test_padding_tokens_come_out_as_zero() -> None:
     case = make_case([(4, 3)])
-    padded = case._replace(
-        **{n: torch.cat([getattr(case, n), torch.ones_like(getattr(case, n)[:2])]) for n in "q"}
-    )
+    padded = case._replace(q=torch.cat([case.q, torch.ones_like(case.q[:2])]))
     out = run(PlainCpuAttnBackend, padded)
     assert_close(out[:3], naive(case), torch.float32)
     assert out[3:].eq(0).all()
 
 
-def test_layers_share_one_plan_until_the_next_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_share_one_plan_until_the_next_forward() -> None:
     case = make_case([(40, 7), (50, 1)])
     backend = PlainCpuAttnBackend(case.runner)
     backend.init_forward_metadata(case.batch)
-    built = []
-    monkeypatch.setattr(
-        plan_module.ForwardPlan,
-        "_slots",
-        lambda self, *a, f=plan_module.ForwardPlan._slots: built.append(a) or f(self, *a),
-    )
-    for _ in range(3):
-        backend.forward_extend(case.q.flatten(1), case.k.flatten(1), case.v.flatten(1), case.layer, case.batch)
-    assert len(built) == 2
+    assert backend.plan is not None
+    kind = LayerKind(None, 3, False, torch.float32)
+    first = backend.plan.work(kind)
+    assert backend.plan.work(kind) is first
+    assert backend.plan.work(kind._replace(window=8)) is not first
+    plan = backend.plan
+    backend.init_forward_metadata(case.batch)
+    assert backend.plan is not plan
 
 
 @pytest.mark.parametrize("change", [{"is_cross_attention": True}, {"attn_type": AttentionType.ENCODER_ONLY}])
@@ -278,5 +287,6 @@ def test_sliding_window_pool_is_read_at_its_own_slots() -> None:
     backend = PlainCpuAttnBackend(case.runner)
     backend.init_forward_metadata(case.batch)
     backend.use_sliding_window_kv_pool = True
-    out = backend.forward_extend(case.q.flatten(1), None, None, case.layer, case.batch)
+    q, k, v = (x.flatten(1) for x in case[3:])
+    out = backend.forward_extend(q, k, v, case.layer, case.batch, save_kv_cache=False)
     assert_close(out, expected, torch.float32)

@@ -5,17 +5,25 @@ import os
 
 logger = logging.getLogger(__name__)
 
+# Of the platform (SGLANG_PLATFORM) and of its attention backend (--attention-backend).
+NAME = "plain_cpu"
 PLATFORM_CLASS = "sglang.srt.platforms.plain_cpu.platform.PlainCpuPlatform"
 
 
 def activate() -> str | None:
     """Class path of the plain-CPU platform, or None where an accelerator or another choice is there."""
+    chosen = os.environ.get("SGLANG_PLATFORM")
+    if chosen and chosen != NAME:
+        return None
+    if not chosen and os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
+        return None
+
     from sglang.srt.platforms.plain_cpu.detection import accelerator_in_sight
 
-    if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
-        return None
     found = accelerator_in_sight()
-    if found is not None:
-        logger.debug("plain_cpu stays out: found %s", found)
-        return None
-    return PLATFORM_CLASS
+    if found is None:
+        logger.info("No accelerator found: SGLang runs on the CPU (platform %s)", NAME)
+        return PLATFORM_CLASS
+    if chosen:
+        logger.error("SGLANG_PLATFORM=%s, but torch sees %s: hide it first (CUDA_VISIBLE_DEVICES=)", NAME, found)
+    return None

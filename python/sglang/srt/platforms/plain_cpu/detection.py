@@ -4,8 +4,7 @@ import glob
 import os
 
 import torch
-
-EXPLICIT_NAME = "plain_cpu"
+from sglang.srt.platforms.plain_cpu import NAME
 
 NVIDIA_NODES = ("/dev/nvidia[0-9]*", "/dev/nvhost-ctrl-gpu", "/usr/lib/wsl/lib/libcuda.so*")
 ROCM_NODES = ("/dev/kfd",)
@@ -20,7 +19,7 @@ def accelerator_in_sight() -> str | None:
     CPU one. `SGLANG_PLATFORM=plain_cpu` skips them: whoever asks by name gets the CPU unless torch itself
     would still take the GPU.
     """
-    if os.environ.get("SGLANG_PLATFORM") != EXPLICIT_NAME:
+    if os.environ.get("SGLANG_PLATFORM") != NAME:
         node = _device_file()
         if node is not None:
             return node

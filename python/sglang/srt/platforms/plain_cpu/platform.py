@@ -10,10 +10,10 @@ import torch
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
+from sglang.srt.platforms.plain_cpu import NAME
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_BACKEND = "plain_cpu"
 # KV pool and weights take this part of the free memory, over all ranks: the pool's memory is the machine's
 # memory, which the host tier, the tokenizer and everything else live in too.
 STATIC_MEMORY_FRACTION = 0.6
@@ -31,15 +31,15 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def __init__(self) -> None:
         super().__init__()
-        if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
-            add_attention_backend_choices([ATTENTION_BACKEND])
+        if NAME not in ATTENTION_BACKEND_CHOICES:
+            add_attention_backend_choices([NAME])
 
     def get_device(self, device_id: int = 0) -> str:
         # Upstream compares with the string "cpu" (threads, memory, RoPE): a torch.device would miss that.
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
-        return ATTENTION_BACKEND
+        return NAME
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"
@@ -65,7 +65,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         graphs = with_phase(server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
         server_args.cuda_graph_config = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
-        share_cpus(ranks)
+        prepare_threads(ranks)
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         # Inductor would need a C++ compiler where the server runs, and half a minute of the first request.
@@ -82,11 +82,14 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         logger.info("No accelerator found: serving on the CPU with %d threads", torch.get_num_threads())
 
 
-def share_cpus(ranks: int) -> None:
-    """Give each of several ranks its own CPUs, through the variable by which upstream binds ranks.
+def prepare_threads(ranks: int) -> None:
+    """Set what the worker processes read from the environment before their first parallel loop.
 
-    Without it upstream allows no more ranks than the machine has NUMA nodes.
+    Idle OpenMP threads sleep: where they spin, the default, a rank that shares its cores with the tokenizer, the
+    detokenizer or anything else decodes ten times slower. Several ranks each get CPUs of their own, through the
+    variable by which upstream binds ranks; without it upstream allows no more ranks than there are NUMA nodes.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if ranks > 1:
         groups = split_cpus(sorted(os.sched_getaffinity(0)), ranks)
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, g)) for g in groups))

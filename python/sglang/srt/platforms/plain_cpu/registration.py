@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from sglang.srt.platforms.plain_cpu import NAME
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 BOOTSTRAP = "sglang.srt.distributed.bootstrap"
@@ -14,13 +15,13 @@ def register_in_worker() -> None:
     """Add the attention backend, and replace two functions that upstream keys by backend or CPU name."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
 
-    if "plain_cpu" in ATTENTION_BACKENDS:
+    if NAME in ATTENTION_BACKENDS:
         return
-    register_attention_backend("plain_cpu")(_create_backend)
+    register_attention_backend(NAME)(_create_backend)
     # Upstream takes the torch version for "torch_native" only, and a Triton kernel for any other name.
-    HookRegistry.register(f"{ALLOCATION}.get_last_loc", _last_slots, HookType.REPLACE)
+    HookRegistry.register(f"{ALLOCATION}.get_last_loc", last_slots, HookType.REPLACE)
     # Upstream binds threads with an op of its AMX build, which it takes for granted on ARM.
-    HookRegistry.register(f"{BOOTSTRAP}._init_cpu_threads_env", _bind_rank, HookType.REPLACE)
+    HookRegistry.register(f"{BOOTSTRAP}._init_cpu_threads_env", bind_rank, HookType.REPLACE)
     HookRegistry.apply_hooks()
 
 
@@ -30,16 +31,15 @@ def _create_backend(model_runner: Any) -> Any:
     return PlainCpuAttnBackend(model_runner)
 
 
-def _last_slots(
+def last_slots(
     req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, prefix_lens: torch.Tensor
 ) -> torch.Tensor:
     """Slot of each request's last prefix token, -1 where it has no prefix. All [requests] but the table."""
-    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+    last = req_to_token[req_pool_indices, (prefix_lens - 1).clamp_min(0)].to(prefix_lens.dtype)
+    return torch.where(prefix_lens > 0, last, -1)
 
-    return get_last_loc_torch(req_to_token, req_pool_indices, prefix_lens)
 
-
-def _bind_rank(*, local_omp_cpuid: str | None, dist_init_method: str | None = None) -> None:
+def bind_rank(*, local_omp_cpuid: str | None, dist_init_method: str | None = None) -> None:
     """Keep this rank on its CPUs, a list like "0-3,8", where ranks were given CPUs at all."""
     if local_omp_cpuid is None or not os.environ.get("SGLANG_CPU_OMP_THREADS_BIND"):
         return
