@@ -81,6 +81,16 @@ class CachedAttentionStore:
         """Pages in host memory, those still on their way included."""
         return self._in_host.pages
 
+    @property
+    def pins(self) -> int:
+        """Holds on pages: one per reservation, per load, and per page on its way to the host."""
+        return sum(self._index.pins)
+
+    @property
+    def saving(self) -> int:
+        """Saves that have not ended."""
+        return len(self._saves)
+
     # Looking up
 
     def restorable_pages(self, chain: Chain) -> int:
@@ -300,7 +310,7 @@ class CachedAttentionStore:
         holders = len(self._reserved) + len(self._queued)
         holders += sum(len(loads) for _, loads in self._loading.values())
         holders += sum(len(save.rows) for save in self._saves)
-        assert sum(self._index.pins) == holders, f"{sum(self._index.pins)} pins for {holders} holders"
+        assert self.pins == holders, f"{self.pins} pins for {holders} holders"
         for row in rows:
             assert self._in_host.ready[row] or self._index.pins[row], "a page without bytes can be evicted"
             closed = not self._index.position[row] or self._index.parent[row] in self._in_host

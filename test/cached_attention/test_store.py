@@ -48,9 +48,7 @@ class Engine:
 
     @staticmethod
     def keys(name: str, pages: int) -> list[bytes]:
-        return [
-            sha256(f"{name[: i + 1] if len(name) > i else name}/{i}".encode()).digest() for i in range(pages)
-        ]
+        return [sha256(f"{name[: i + 1] if len(name) > i else name}/{i}".encode()).digest() for i in range(pages)]
 
     def run(self, keys: list[bytes], first: int, device: list[int]) -> PageRun:
         slots = torch.tensor([page * PAGE + i for page in device for i in range(PAGE)])
@@ -73,9 +71,7 @@ class Engine:
         assert progress.layers == list(range(LAYERS))
 
     def page(self, page: int) -> torch.Tensor:
-        parts = [
-            buffer[page * PAGE : (page + 1) * PAGE].flatten() for layer in self.buffers for buffer in layer
-        ]
+        parts = [buffer[page * PAGE : (page + 1) * PAGE].flatten() for layer in self.buffers for buffer in layer]
         return torch.cat(parts).clone()
 
     def restorable(self, keys: list[bytes]) -> int:

@@ -103,9 +103,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
         ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
         command = [*ours, "--page-size", "64", "--enable-cache-report", *args]
         log = logs / f"{len(list(logs.iterdir()))}.log"
-        with Server(
-            model, command, env={"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}, log=log, **server
-        ) as running:
+        with Server(model, command, env={"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}, log=log, **server) as running:
             yield running
             if host_size:
                 assert [state["damage"] for state in store_states(running)] == [""]

@@ -69,9 +69,7 @@ def fold(values: MutableMapping[str, Any]) -> None:
     for name, reason in _EXCLUSIVE.items():
         if values.get(name):
             option = Flag(name, None, "").option
-            raise ConfigError(
-                f"{ENABLE.option} cannot be used with {option} ({reason}): leave one of them out."
-            )
+            raise ConfigError(f"{ENABLE.option} cannot be used with {option} ({reason}): leave one of them out.")
     available = psutil.virtual_memory().available
     host_size = HOST_SIZE.default if given[HOST_SIZE] is None else given[HOST_SIZE]
     config = CachedAttentionConfig(host_size=parse_size(HOST_SIZE.option, host_size, available))

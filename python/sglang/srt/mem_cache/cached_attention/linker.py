@@ -104,9 +104,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             return -1
         batch = self.layer_done_counter.update_producer()
         # The slots may have been freed by a request whose last forward still runs.
-        self.store.start_load(
-            batch, BatchProgress(self.layer_done_counter, batch), self.record_offload_ready()
-        )
+        self.store.start_load(batch, BatchProgress(self.layer_done_counter, batch), self.record_offload_ready())
         return batch
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:

@@ -31,7 +31,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         linker = self.linker.cache_linker
         state = linker.describe()
         if os.environ.get(CHECK_INVARIANTS):
-            state["damage"] = _damage(linker)
+            state |= {"saving": linker.store.saving, "pins": linker.store.pins, "damage": _damage(linker)}
         return state
 
 

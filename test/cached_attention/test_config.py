@@ -1,0 +1,62 @@
+"""Sizes as operators write them, and settings on their way between processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from cached_attention.config import CachedAttentionConfig, ConfigError, format_size, parse_size
+
+FREE = 10**12
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GB", 8 * 10**9),
+        ("8 gb", 8 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("512MiB", 2**29),
+        ("0.5", FREE // 2),
+        (0.25, FREE // 4),
+        ("1", FREE),
+        (123456, 123456),
+        ("123456", 123456),
+        ("0.5GB", 5 * 10**8),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("--size", text, FREE) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8XB", "-1", "-8GB", "eight", "1e9", "0x10", "8GB!", "nan", None])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="--size is .*: give a size such as 8GB, or a share"):
+        parse_size("--size", text, FREE)
+
+
+@pytest.mark.parametrize("text", ["0", "0GB", "0.0", 0])
+def test_zero(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be above zero"):
+        parse_size("--size", text, FREE)
+
+
+def test_more_than_there_is() -> None:
+    with pytest.raises(ConfigError, match="'2TB', but only 1 TB are free"):
+        parse_size("--size", "2TB", FREE)
+
+
+def test_words_for_sizes() -> None:
+    assert [format_size(n) for n in (1, 1500, 131072, 64 * 10**9, 2.5 * 10**12)] == [
+        "1 B",
+        "1.5 KB",
+        "131 KB",
+        "64 GB",
+        "2.5 TB",
+    ]
+
+
+def test_settings_travel() -> None:
+    config = CachedAttentionConfig(host_size=5)
+    assert CachedAttentionConfig.from_settings(config.to_settings()) == config
+    with pytest.raises(ConfigError, match="they must be"):
+        CachedAttentionConfig.from_settings({"hostsize": 5})

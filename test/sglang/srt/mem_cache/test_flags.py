@@ -1,0 +1,130 @@
+"""The flags, as the command line, a YAML file and `sgl.Engine` give them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.mem_cache.cached_attention import flags, plugin
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+from cached_attention.config import ConfigError
+
+MODEL = ["--model-path", "some/model"]
+ON = [*MODEL, "--enable-cached-attention"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugins() -> None:
+    load_plugins()
+
+
+def host_size(args: ServerArgs) -> int:
+    assert args.enable_unified_cache_external_linker
+    assert args.unified_cache_external_linker_backend == "dynamic"
+    config = args.unified_cache_external_linker_config
+    assert flags.is_enabled(config)
+    return config["linker_extra_config"]["host_size"]
+
+
+def test_without_the_flag_nothing_changes() -> None:
+    args = prepare_server_args(MODEL)
+    assert not args.enable_unified_cache_external_linker
+    assert args.unified_cache_external_linker_config is None
+    assert args.page_size is None
+
+
+def test_command_line() -> None:
+    args = prepare_server_args([*ON, "--cached-attention-host-size", "200MB"])
+    assert host_size(args) == 200 * 10**6
+    assert args.page_size == 64
+
+
+def test_a_given_page_size_stays() -> None:
+    assert prepare_server_args([*ON, "--page-size", "16"]).page_size == 16
+
+
+def test_the_default_is_a_share_of_free_memory() -> None:
+    half = host_size(prepare_server_args(ON))
+    quarter = host_size(prepare_server_args([*ON, "--cached-attention-host-size", "0.25"]))
+    assert 1.6 < half / quarter < 2.4
+
+
+def test_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("enable-cached-attention: true\ncached-attention-host-size: 300MB\n")
+    assert host_size(prepare_server_args([*MODEL, "--config", str(config)])) == 300 * 10**6
+
+
+def test_engine_arguments() -> None:
+    from sglang.srt.entrypoints.engine import Engine
+
+    plugin._accept_engine_arguments()
+    args = Engine.server_args_class(
+        model_path="some/model", enable_cached_attention=True, cached_attention_host_size="100MB"
+    )
+    assert isinstance(args, ServerArgs)
+    assert host_size(args) == 10**8
+    assert Engine.server_args_class(model_path="some/model").unified_cache_external_linker_config is None
+    with pytest.raises(ConfigError, match="no effect without --enable-cached-attention"):
+        Engine.server_args_class(model_path="some/model", cached_attention_host_size="100MB")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--cached-attention-host-size", "0"], "--cached-attention-host-size is '0': it must be above zero"),
+        (["--cached-attention-host-size=-1"], "--cached-attention-host-size is '-1': give a size such as 8GB"),
+        (["--cached-attention-host-size", "900TB"], "but only .* are free"),
+        (["--enable-hierarchical-cache"], "cannot be used with --enable-hierarchical-cache"),
+        (["--disable-radix-cache"], "cannot be used with --disable-radix-cache"),
+        (["--enable-lmcache"], "cannot be used with --enable-lmcache"),
+        (["--speculative-algorithm", "NGRAM"], "cannot be used with --speculative-algorithm"),
+    ],
+)
+def test_contradictions_stop_the_server(extra: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
+        prepare_server_args([*ON, *extra])
+    assert "\n" not in str(stop.value.code)
+
+
+def test_a_setting_without_the_flag_stops_the_server() -> None:
+    with pytest.raises(SystemExit, match="has no effect without --enable-cached-attention: add it"):
+        prepare_server_args([*MODEL, "--cached-attention-host-size", "1GB"])
+
+
+def test_help_names_every_flag() -> None:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    text = parser.format_help()
+    assert all(flag.option in text for flag in flags.FLAGS)
+
+
+def test_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "version", lambda _: "0.6.0")
+    with pytest.raises(ImportError, match=r"supports sglang 0\.5\.23, but 0\.6\.0 is installed"):
+        plugin.activate()
+
+
+@pytest.mark.parametrize(
+    ("env", "extra", "message"),
+    [
+        ({}, ["--cached-attention-host-size", "0"], "error: --cached-attention-host-size is '0'"),
+        ({"SGLANG_PLUGINS": "another"}, [], "unrecognized arguments: --enable-cached-attention"),
+    ],
+    ids=["wrong value", "plugin not loaded"],
+)
+def test_the_launcher_stops_at_once(env: dict[str, str], extra: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", *ON, *extra]
+    run: Any = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode != 0
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
