@@ -30,7 +30,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "8XB", "-1", "-8GB", "eight", "1e9", "0x10", "8GB!", "nan", None])
 def test_what_is_not_a_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="--size is .*: give a size such as 8GB, or a share"):
+    with pytest.raises(ConfigError, match=r"--size is .*: give a size such as 8GB, or a share"):
         parse_size("--size", text, FREE)
 
 
