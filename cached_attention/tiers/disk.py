@@ -105,18 +105,26 @@ class DiskTier:
         self.stats.dropped = self._store.dropped
         self._files = self._store.files
         self._slots = SlotTable(self._store.states, self._files.end())
-        self._health = Health(str(self.path), *probe_seconds)
+        self._read_health = Health(f"{self.path}, reads", *probe_seconds)
+        self._write_health = Health(f"{self.path}, writes", *probe_seconds)
         self._queue = IoQueue(io_threads)
-        self._committer = Committer(self._store.index, self._health, self, self._files.sync, self._files.probe)
+        self._committer = Committer(
+            self._store.index,
+            self._read_health,
+            self._write_health,
+            self,
+            self._files.sync,
+            self._files.probe,
+        )
 
     @property
     def healthy(self) -> bool:
-        """False: out of service after errors; comes back by itself."""
-        return self._health.healthy and not self._closing
+        """False: out of service after errors, comes back by itself; reads may still be served."""
+        return self._read_health.healthy and self._write_health.healthy and not self._closing
 
     @property
     def io_errors(self) -> int:
-        return self._health.errors
+        return self._read_health.errors + self._write_health.errors
 
     @property
     def capacity_slots(self) -> int:
@@ -151,7 +159,7 @@ class DiskTier:
                         )
                     yield record
         except sqlite3.Error as error:
-            self._health.failed(error)
+            self._read_health.failed(error)
         left = [slot for slot in range(len(unread)) if unread[slot] == SAVED]
         if left:
             logger.warning("%s: %d damaged index rows; their pages are lost.", self.path, len(left))
@@ -188,7 +196,7 @@ class DiskTier:
             self._reads.add(ticket)
         items = [(page.slot, PlacedRead(place, page)) for place, page in enumerate(pages)]
         jobs = [partial(self._read_run, ticket, run) for run in runs(items, self._files)]
-        if not (jobs and self.healthy and self._queue.submit(priority, jobs)):
+        if not (jobs and not self._closing and self._read_health.healthy and self._queue.submit(priority, jobs)):
             self._settle_reads(ticket, [(place, ReadOutcome.UNAVAILABLE) for place in range(len(pages))])
         return ticket.future
 
@@ -285,7 +293,7 @@ class DiskTier:
 
     def _write_run(self, run: Run[PageWrite]) -> None:
         slots = [slot for slot, _ in run]
-        if self._given_up or not self._health.healthy:
+        if self._given_up or not self._write_health.healthy:
             self._settle_writes(slots, saved=False)
             return
         try:
@@ -294,7 +302,7 @@ class DiskTier:
             self._stop_growing(error)
             self._settle_writes(slots, saved=False)
         except IO_ERRORS as error:
-            self._health.failed(error)
+            self._write_health.failed(error)
             self._settle_writes(slots, saved=False)
         else:
             self._committer.save(
@@ -315,7 +323,7 @@ class DiskTier:
         with self._lock:
             wanted = ticket.begin() and not self._given_up
         if wanted:
-            outcomes = list(read_run(run, self._files, self._health, self.page_bytes))
+            outcomes = list(read_run(run, self._files, self._read_health, self.page_bytes))
         else:
             outcomes = [(item.place, ReadOutcome.UNAVAILABLE) for _, item in run]
         self._settle_reads(ticket, outcomes)

@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from cached_attention.tiers.disk_health import Health
@@ -35,7 +35,10 @@ class Committer:
     A batch is what came while the batch before was being committed. Saves that fail are given up;
     removals and uses are kept and tried again, for a slot must not be used anew before its row is gone.
 
+    It also brings the disk back into service.
+
     Args:
+        reads, writes: health of the two directions.
         sync: makes the bytes of slots durable; raises OSError.
         probe: raises OSError while the directory does not work.
     """
@@ -43,13 +46,15 @@ class Committer:
     def __init__(
         self,
         index: DiskIndex,
-        health: Health,
+        reads: Health,
+        writes: Health,
         outcome: Outcome,
         sync: Callable[[Iterable[int]], None],
         probe: Callable[[], None],
     ) -> None:
         self.commits = 0
-        self._index, self._health, self._outcome = index, health, outcome
+        self._index, self._outcome = index, outcome
+        self._reads, self._writes = reads, writes
         self._sync, self._probe = sync, probe
         self._changed = threading.Condition()
         self._saves: deque[DiskRecord] = deque()
@@ -60,6 +65,7 @@ class Committer:
         self._committing = False
         self._hurry = self._closed = False
         self._thread = threading.Thread(target=self._work, name="disk-index", daemon=True)
+        reads.on_outage = writes.on_outage = self._wake
         self._thread.start()
 
     def save(self, records: Iterable[DiskRecord]) -> None:
@@ -87,7 +93,7 @@ class Committer:
         with self._changed:
             self._hurry = True
             self._changed.notify()
-            done = self._changed.wait_for(lambda: self._idle or not self._health.healthy, timeout)
+            done = self._changed.wait_for(lambda: self._idle or not self._writes.healthy, timeout)
             self._hurry = False
             return done and self._idle
 
@@ -99,6 +105,10 @@ class Committer:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     @property
     def _idle(self) -> bool:
         return not (self._saves or self._removals or self._touches or self._committing)
@@ -107,13 +117,13 @@ class Committer:
         while True:
             with self._changed:
                 while (wait := self._seconds_to_work()) is None or wait > 0:
-                    if self._closed and (self._idle or not self._health.healthy):
+                    if self._closed and (self._idle or not self._writes.healthy):
                         return
                     self._changed.wait(wait)
                 changes = self._take()
                 self._committing = True
             self._probe_if_due()
-            done = self._health.healthy and self._commit(changes)
+            done = self._writes.healthy and self._commit(changes)
             if not done and changes.saved:
                 self._outcome.unsaved(changes.saved)
             with self._changed:
@@ -124,17 +134,20 @@ class Committer:
 
     def _seconds_to_work(self) -> float | None:
         """None: nothing to do; 0 or less: now."""
+        return min((wait for wait in self._waits() if wait is not None), default=None)
+
+    def _waits(self) -> Iterator[float | None]:
         now = time.monotonic()
-        to_probe = self._health.seconds_to_probe()
         if self._saves:
-            return 0.0
-        if to_probe is not None:
-            return None if self._closed else to_probe
-        if self._removals or len(self._touches) >= TRANSACTION_ROWS:
-            return self._retry_at - now
-        if self._touches:
-            return self._retry_at - now if self._hurry or self._closed else self._touch_at - now
-        return None
+            yield 0.0
+        if not self._closed:
+            yield self._writes.seconds_to_probe()
+            yield self._reads.seconds_to_probe()
+        if self._writes.healthy:
+            if self._removals or len(self._touches) >= TRANSACTION_ROWS:
+                yield self._retry_at - now
+            if self._touches:
+                yield (self._retry_at if self._hurry or self._closed else self._touch_at) - now
 
     def _take(self) -> Changes:
         changes = Changes()
@@ -163,22 +176,24 @@ class Committer:
             self._sync(record.slot for record in changes.saved)
             self._index.apply(changes)
         except DISK_ERRORS as error:
-            self._health.failed(error)
+            self._writes.failed(error)
             return False
-        self._health.succeeded()
+        self._writes.succeeded()
         self.commits += 1
         self._outcome.removed(changes.removed)
         self._outcome.saved(changes.saved)
         return True
 
     def _probe_if_due(self) -> None:
-        wait = self._health.seconds_to_probe()
-        if wait is None or wait > 0:
+        waits = [(health, health.seconds_to_probe()) for health in (self._reads, self._writes)]
+        due = [health for health, wait in waits if wait is not None and wait <= 0]
+        if not due:
             return
         try:
             self._probe()
             self._index.set_meta("probed", str(time.time()))
+            works = True
         except DISK_ERRORS:
-            self._health.probed(works=False)
-        else:
-            self._health.probed(works=True)
+            works = False
+        for health in due:
+            health.probed(works)

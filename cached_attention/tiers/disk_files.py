@@ -105,9 +105,12 @@ class SlotFiles:
         """Fill `buffers` from the slots that start at `slot`; how many whole records there were.
 
         Raises:
-            OSError: the device failed, or the file is gone.
+            OSError: the device failed.
         """
-        fd, offset = self._locate(slot)
+        try:
+            fd, offset = self._locate(slot)
+        except FileNotFoundError:
+            return 0
         return self._transfer(self._io.preadv, fd, buffers, offset) // self.stride
 
     def write(self, slot: int, buffers: Sequence[memoryview]) -> None:

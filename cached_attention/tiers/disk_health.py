@@ -1,4 +1,4 @@
-"""Whether the disk tier is in service."""
+"""Whether the disk is in service, for reads or for writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Health:
     Any thread.
 
     Args:
-        name: of the store, for the log.
+        name: of the store and direction, for the log.
         first_probe, last_probe: seconds between probes, at first and at most.
     """
 
@@ -32,6 +32,7 @@ class Health:
     ) -> None:
         self.healthy = True
         self.errors = 0
+        self.on_outage: Callable[[], None] = lambda: None
         self._name = name
         self._first, self._last = first_probe, last_probe
         self._clock = clock
@@ -52,11 +53,14 @@ class Health:
             self.errors += 1
             self._in_a_row += 1
             self._warn(error)
-            if self.healthy and self._in_a_row >= ERRORS_IN_A_ROW:
+            out = self.healthy and self._in_a_row >= ERRORS_IN_A_ROW
+            if out:
                 self.healthy = False
                 self._distance = self._first
                 self._probe_at = self._clock() + self._distance
                 logger.warning("%s: out of service after %d errors in a row.", self._name, self._in_a_row)
+        if out:
+            self.on_outage()
 
     def seconds_to_probe(self) -> float | None:
         """None while healthy; 0 or less: probe now."""

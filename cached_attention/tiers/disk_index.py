@@ -44,6 +44,8 @@ _SETTINGS = (
     "PRAGMA cell_size_check = ON",
 )
 _COLUMNS = "slot, key, parent, base_position, checksum, last_use, uses, seal"
+_BUSY_SECONDS = 0.05
+"""How long the owner waits for readers, which never keep it from anything but emptying the log."""
 _DROP_ROWS = 4 * TRANSACTION_ROWS
 _FIXED = struct.Struct("<qqQ")
 Row = tuple[int, bytes, bytes | None, int, int, float, int, int]
@@ -214,7 +216,9 @@ class DiskIndex:
     def _connect(self) -> sqlite3.Connection:
         # SQLite gives its log the mode of the index file, but would make that with the umask's.
         os.close(self._io.open(self.path, os.O_RDWR | os.O_CREAT))
-        connection = sqlite3.connect(self.path, timeout=1, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
         connection.text_factory = lambda text: text.decode(errors="replace")
         for setting in _SETTINGS:
             connection.execute(setting)

@@ -4,6 +4,7 @@ import hashlib
 import mmap
 import os
 import random
+import tempfile
 import time
 from pathlib import Path
 
@@ -128,8 +129,19 @@ class FaultyIO(FileIO):
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "kv")
+def fast_path(tmp_path):
+    """In memory where there is such a place: what is tested here does not depend on the device."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def store(fast_path):
+    return Store(fast_path / "kv")
 
 
 @pytest.fixture
