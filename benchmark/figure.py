@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmark.client import Round
 from benchmark.report import tiers
-from benchmark.summary import Summary, by_configuration, paired_ratios, total_throughput
+from benchmark.summary import COMPUTED, Summary, by_configuration, paired_ratios, total_throughput
 
 CONFIGURATION_COLOURS = {
     "stock": "#8c8c8c",
@@ -27,7 +27,7 @@ TIER_COLOURS = {
     "host": "#0072b2",
     "disk": "#e69f00",
     "remote": "#cc79a7",
-    "computed": "#d9d9d9",
+    COMPUTED: "#d9d9d9",
 }
 OTHER_COLOUR = "#56b4e9"
 

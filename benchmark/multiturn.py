@@ -61,8 +61,8 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--history", type=int, default=1_500, help="length of what precedes the first question")
     shape.add_argument("--new", type=int, default=48, help="what the user adds in a turn")
     shape.add_argument("--out", type=int, default=16, help="length of an answer")
-    shape.add_argument("--arrival-rate", type=float, default=1.0, help="conversations per second; 0: all at once")
-    shape.add_argument("--think-time", type=float, default=1.0, help="mean seconds between answer and next turn")
+    shape.add_argument("--arrival-rate", type=float, default=4.0, help="conversations per second; 0: all at once")
+    shape.add_argument("--think-time", type=float, default=4.0, help="mean seconds between answer and next turn")
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:

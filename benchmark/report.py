@@ -16,6 +16,7 @@ from rich.table import Table
 
 from benchmark.client import Round
 from benchmark.summary import (
+    COMPUTED,
     Agreement,
     Summary,
     agreement,
@@ -43,16 +44,16 @@ def multiturn_table(summaries: Sequence[Summary], agreements: Sequence[Agreement
     add("TTFT mean", lambda s: _seconds(s.ttft.mean))
     add("TTFT P50", lambda s: _seconds(s.ttft.p50))
     add("TTFT P99", lambda s: _seconds(s.ttft.p99))
-    add(f"TTFT mean vs {reference.configuration}", lambda s: f"{reference.ttft.mean / s.ttft.mean:.2f}x faster")
+    add(f"speed-up over {reference.configuration}", lambda s: f"{reference.ttft.mean / s.ttft.mean:.2f}x")
     add("end to end, mean", lambda s: _seconds(s.e2e.mean))
     add("inter-token, mean", lambda s: _seconds(s.itl.mean))
     add("inter-token, P99", lambda s: _seconds(s.itl.p99))
     add("first turn TTFT, mean", lambda s: _seconds(s.first_turn_ttft.mean))
-    add("input throughput, all turns", lambda s: f"{s.input_throughput:.1f} tok/s")
-    add("output throughput, all turns", lambda s: f"{s.output_throughput:.1f} tok/s")
+    add("input, all turns", lambda s: f"{s.input_throughput:.1f} tok/s")
+    add("output, all turns", lambda s: f"{s.output_throughput:.1f} tok/s")
     table.add_section()
     for tier in tiers(summaries):
-        add(f"prompt from {tier}", _share_of(tier))
+        add("prompt computed" if tier == COMPUTED else f"prompt from {tier}", _share_of(tier))
     table.add_section()
     counts = {one.configuration: f"{len(one.mismatches)} of {one.compared}" for one in agreements}
     add("answers that differ", lambda s: counts.get(s.configuration, "reference"))
@@ -94,7 +95,7 @@ def mismatch_lines(agreements: Sequence[Agreement]) -> list[str]:
 
 def tiers(summaries: Sequence[Summary]) -> list[str]:
     """Tiers that served any prompt token, fastest first as the server names them, "computed" last."""
-    order = {"device": 0, "host": 1, "disk": 2, "remote": 3, "storage": 4, "computed": 9}
+    order = {"device": 0, "host": 1, "disk": 2, "remote": 3, "storage": 4, COMPUTED: 9}
     seen = {tier for summary in summaries for tier in summary.origin}
     return sorted(seen, key=lambda tier: (order.get(tier, 5), tier))
 

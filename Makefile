@@ -1,0 +1,50 @@
+# Everything runs from a virtual environment in VENV, made by `make install`; an existing one is reused.
+VENV ?= .venv
+PYTHON ?= python3
+MODEL ?= out/model
+HOST_SIZE ?= 4GB
+PORT ?= 30000
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.sglang-cached-attention
+CHECKED := cached_attention benchmark examples python
+
+# Few and short enough for two cores: 8 conversations come back 3 times each, in 2 rounds of 3 servers.
+DEMO := --conversations 8 --turns 4 --history 1500 --new 48 --out 16 --rounds 2 --concurrency 2
+
+.PHONY: help install demo serve test lint clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-9s %s\n", $$1, $$2}'
+	@echo "  variables: VENV=$(VENV) PYTHON=$(PYTHON) MODEL=$(MODEL) HOST_SIZE=$(HOST_SIZE) PORT=$(PORT)"
+
+install: $(INSTALLED)  ## SGLang and this package, editable, into VENV
+
+$(INSTALLED): pyproject.toml
+	@echo "Installing SGLang and this package into $(VENV): about 11 GB, minutes on a fast network."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[test]'
+	@touch $@
+
+out/model: | $(INSTALLED)
+	$(BIN)/python -m benchmark.model $@ --size 100m --context 4096
+
+demo: $(INSTALLED) | out/model  ## stock SGLang, CachedAttention and an endless device compared, on the spot
+	@echo "Three servers, then the same conversations on each: about 10 minutes on two cores."
+	$(BIN)/python -m benchmark.multiturn --compare --model-path out/model $(DEMO) --output out/multiturn
+
+# SGLang's default would serve the float32 demo model in float16.
+serve: $(INSTALLED) | $(filter out/model,$(MODEL))  ## a server with CachedAttention for MODEL on PORT
+	$(BIN)/python -m sglang.launch_server --model-path $(MODEL) --port $(PORT) \
+		--enable-cached-attention --cached-attention-host-size $(HOST_SIZE) \
+		$(if $(filter out/model,$(MODEL)),--dtype float32) $(ARGS)
+
+test: $(INSTALLED)  ## all tests; ARGS goes to pytest, e.g. ARGS="-m 'not e2e'"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CHECKED)
+
+clean:  ## models, results and logs of the demo; VENV stays
+	rm -rf out
