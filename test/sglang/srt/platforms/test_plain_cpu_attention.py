@@ -206,6 +206,14 @@ def test_latent_values_are_columns_of_the_keys() -> None:
     assert_close(run(PlainCpuAttnBackend, case), naive(case), torch.float32)
 
 
+def test_a_layer_that_does_not_read_its_pool_is_refused() -> None:
+    case = make_case([(0, 6)])
+    narrow = case._replace(q=case.q[..., :16])
+    case.layer.qk_head_dim = 16
+    with pytest.raises(ValueError, match="16 columns"):
+        run(PlainCpuAttnBackend, narrow)
+
+
 def test_a_small_mask_budget_only_makes_more_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([(100, 60), (0, 30), (10, 45)])
     monkeypatch.setattr(plan_module, "MAX_MASK_ELEMENTS", 5000)

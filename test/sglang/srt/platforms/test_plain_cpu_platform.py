@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+from sglang.srt.layers.rotary_embedding import factory
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig
 from sglang.srt.platforms import plain_cpu
 from sglang.srt.platforms.interface import SRTPlatform
@@ -182,3 +183,32 @@ def test_last_slots() -> None:
     table = torch.arange(12).view(2, 6)
     slots = registration.last_slots(table, torch.tensor([1, 0, 1]), torch.tensor([3, 0, 6]))
     assert slots.tolist() == [8, -1, 11]
+
+
+def test_ropes_that_upstream_refuses_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def upstream(*args: object, **kwargs: object) -> str:
+        return "upstream's"
+
+    plain = {"head_size": 16, "rotary_dim": 16, "max_position": 64, "base": 10000}
+    yarn = {"rope_type": "deepseek_yarn", "factor": 4.0}
+    assert registration.any_rope(upstream, **plain, rope_scaling=yarn, device="cpu") == "upstream's"
+    seen = []
+    monkeypatch.setattr(factory, "get_rope", lambda **call: seen.append(call))
+    registration.any_rope(upstream, 16, 16, 64, 10000, rope_scaling=None, device="cpu")
+    assert seen == [{**plain, "rope_scaling": None}]
+
+
+def test_latent_models_always_read_the_latent_cache() -> None:
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    registration.use_latent_attention()
+    choose = AttentionBackendRegistry.get_handler("plain_cpu")
+    assert choose(SimpleNamespace(), SimpleNamespace()) == AttnForwardMethod.MLA
+
+
+def test_workers_know_the_backend() -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    registration.register_backend()
+    assert "plain_cpu" in ATTENTION_BACKENDS

@@ -127,7 +127,15 @@ def attend(
         keys: [slots, kv_heads, qk_dim], the layer's pool, any floating dtype.
         values: [slots, kv_heads, v_dim]; may be the first columns of `keys` (MLA).
         scale: factor on the scores.
+
+    Raises:
+        ValueError: queries and stored keys differ in width.
     """
+    if query.shape[-1] != keys.shape[-1]:
+        raise ValueError(
+            f"Queries have {query.shape[-1]} columns, the keys in the KV pool {keys.shape[-1]}: this model hands "
+            "its keys to the attention backend, which on a CPU takes only those in the pool. Serve it on a GPU."
+        )
     v_dim = output.shape[-1]
     for single in work.singles:
         k, v = _gather(keys, values, single.slots, query.dtype)

@@ -11,6 +11,8 @@ from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attenti
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 from sglang.srt.platforms.plain_cpu import NAME
+from sglang.srt.platforms.plain_cpu.registration import register_backend, register_hooks
+from sglang.srt.plugins.hook_registry import HookRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         super().__init__()
         if NAME not in ATTENTION_BACKEND_CHOICES:
             add_attention_backend_choices([NAME])
+            register_hooks()
 
     def get_device(self, device_id: int = 0) -> str:
         # Upstream compares with the string "cpu" (threads, memory, RoPE): a torch.device would miss that.
@@ -74,9 +77,8 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         # Rotating stored keys by a delta needs cos/sin of full precision, as upstream keeps them on CUDA.
         os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
-        from sglang.srt.platforms.plain_cpu.registration import register_in_worker
-
-        register_in_worker()
+        register_backend()
+        HookRegistry.apply_hooks()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         logger.info("No accelerator found: serving on the CPU with %d threads", torch.get_num_threads())

@@ -1,34 +1,62 @@
 """What a worker process must know before it builds a model runner."""
 
 import os
+from collections.abc import Callable
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
 from sglang.srt.platforms.plain_cpu import NAME
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-BOOTSTRAP = "sglang.srt.distributed.bootstrap"
-ALLOCATION = "sglang.srt.mem_cache.allocation"
+SRT = "sglang.srt"
 
 
-def register_in_worker() -> None:
-    """Add the attention backend, and replace two functions that upstream keys by backend or CPU name."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
-
-    if NAME in ATTENTION_BACKENDS:
-        return
-    register_attention_backend(NAME)(_create_backend)
+def register_hooks() -> None:
+    """Replace three functions in which upstream goes by a backend's or CPU's name. Once per process."""
     # Upstream takes the torch version for "torch_native" only, and a Triton kernel for any other name.
-    HookRegistry.register(f"{ALLOCATION}.get_last_loc", last_slots, HookType.REPLACE)
+    HookRegistry.register(f"{SRT}.mem_cache.allocation.get_last_loc", last_slots, HookType.REPLACE)
     # Upstream binds threads with an op of its AMX build, which it takes for granted on ARM.
-    HookRegistry.register(f"{BOOTSTRAP}._init_cpu_threads_env", bind_rank, HookType.REPLACE)
-    HookRegistry.apply_hooks()
+    HookRegistry.register(f"{SRT}.distributed.bootstrap._init_cpu_threads_env", bind_rank, HookType.REPLACE)
+    # Upstream knows one kind of scaled RoPE on the device "cpu", for latent-attention models.
+    HookRegistry.register(f"{SRT}.layers.rotary_embedding.factory.get_rope_cpu", any_rope, HookType.AROUND)
+
+
+def register_backend() -> None:
+    """Add the attention backend to upstream's registry."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend(NAME)(_create_backend)
 
 
 def _create_backend(model_runner: Any) -> Any:
     from sglang.srt.platforms.plain_cpu.attention import PlainCpuAttnBackend
 
+    if model_runner.use_mla_backend:
+        use_latent_attention()
     return PlainCpuAttnBackend(model_runner)
+
+
+def use_latent_attention() -> None:
+    """Have DeepSeek-like models attend to the latent KV cache in every forward.
+
+    By default they expand the keys of a prefill themselves, for backends that take keys from the caller.
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    AttentionBackendRegistry.register(NAME, lambda attention, forward_batch: AttnForwardMethod.MLA)
+
+
+def any_rope(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The rotary embedding that the other devices take, where upstream's CPU one would refuse."""
+    from sglang.srt.layers.rotary_embedding.factory import get_rope, get_rope_cpu
+
+    call = signature(unwrap(get_rope_cpu)).bind(*args, **kwargs).arguments
+    if (call.get("rope_scaling") or {}).get("rope_type") == "deepseek_yarn":
+        return original(*args, **kwargs)
+    call.pop("device", None)
+    return get_rope(**call)
 
 
 def last_slots(
