@@ -9,7 +9,6 @@ alignment that lets one `preadv` fill the arena. The price: without its index a 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from cached_attention.tiers.disk_committer import Committer
 from cached_attention.tiers.disk_directory import INDEX_NAME, DirectoryInUseError
 from cached_attention.tiers.disk_files import FileIO, NoRoomError
 from cached_attention.tiers.disk_health import Health
-from cached_attention.tiers.disk_index import DiskRecord, open_read_only, read_rows, unseal
+from cached_attention.tiers.disk_index import INDEX_ERRORS, DiskRecord, open_read_only, read_rows, unseal
 from cached_attention.tiers.disk_opening import open_store
 from cached_attention.tiers.disk_pages import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
 from cached_attention.tiers.disk_queue import IoQueue, Priority
@@ -158,7 +157,7 @@ class DiskTier:
                             last_use=min(max(record.last_use, 0), now), uses=max(record.uses, 0)
                         )
                     yield record
-        except sqlite3.Error as error:
+        except INDEX_ERRORS as error:
             self._read_health.failed(error)
         left = [slot for slot in range(len(unread)) if unread[slot] == SAVED]
         if left:
@@ -248,7 +247,7 @@ class DiskTier:
             ticket.begin()
             ticket.finish()
         if ended:
-            self._store.close()
+            self._store.close(self._slots.states.rfind(SAVED) + 1)
         return ended
 
     def check_invariants(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 import time
 from collections import deque
@@ -10,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from cached_attention.tiers.disk_health import Health
-from cached_attention.tiers.disk_index import Changes, DiskIndex, DiskRecord
+from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex, DiskRecord
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS
 
 TOUCH_SECONDS = 5.0
 """How long new use counts may wait for company."""
 RETRY_SECONDS = 0.1
-DISK_ERRORS = (OSError, sqlite3.Error)
+DISK_ERRORS = (OSError, *INDEX_ERRORS)
 
 
 class Outcome(Protocol):

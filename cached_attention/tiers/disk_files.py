@@ -63,6 +63,10 @@ class FileIO:
             os.close(fd)
 
 
+def file_name(number: int) -> str:
+    return f"pages-{number:06}.bin"
+
+
 class NoRoomError(OSError):
     """A slot file cannot grow: the store's own limit, or the file system's."""
 
@@ -199,7 +203,7 @@ class SlotFiles:
         return os.O_DIRECT if self.direct else 0
 
     def _path(self, number: int) -> Path:
-        return self.directory / f"pages-{number:06}.bin"
+        return self.directory / file_name(number)
 
     def _paths(self) -> list[tuple[int, Path]]:
         found = ((FILE_NAME.fullmatch(path.name), path) for path in self.directory.iterdir())

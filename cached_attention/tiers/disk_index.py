@@ -36,6 +36,7 @@ CREATE TABLE pages (
 ) STRICT;
 """
 _SETTINGS = (
+    f"PRAGMA page_size = {SECTOR}",
     "PRAGMA synchronous = FULL",
     "PRAGMA wal_autocheckpoint = 0",
     "PRAGMA cache_spill = OFF",
@@ -43,6 +44,8 @@ _SETTINGS = (
     "PRAGMA trusted_schema = OFF",
     "PRAGMA cell_size_check = ON",
 )
+INDEX_ERRORS = (sqlite3.Error, UnicodeError)
+"""UnicodeError: sqlite3 decodes SQLite's message, which may quote a damaged name."""
 _COLUMNS = "slot, key, parent, base_position, checksum, last_use, uses, seal"
 _BUSY_SECONDS = 0.05
 """How long the owner waits for readers, which never keep it from anything but emptying the log."""
@@ -165,6 +168,10 @@ class DiskIndex:
     def slots(self) -> Iterator[int]:
         return (slot for (slot,) in self._connection.execute("SELECT slot FROM pages"))
 
+    def records(self) -> Iterator[DiskRecord]:
+        """By slot, without damaged rows; rows may change between one record and the next."""
+        return unseal(read_rows(self._connection), [])
+
     def apply(self, changes: Changes) -> None:
         """Commit; durable on return, all or nothing.
 
@@ -188,12 +195,12 @@ class DiskIndex:
             )
             self._io.commit(self._connection)
         except BaseException:
-            with suppress(sqlite3.Error):
+            with suppress(*INDEX_ERRORS):
                 self._connection.execute("ROLLBACK")
             raise
 
     def close(self) -> None:
-        with suppress(sqlite3.Error):
+        with suppress(*INDEX_ERRORS):
             self._checkpoint()
         self._connection.close()
 
@@ -204,7 +211,7 @@ class DiskIndex:
                 connection = self._connect()
                 self._check(connection)
                 return connection
-            except sqlite3.DatabaseError as error:
+            except INDEX_ERRORS as error:
                 if connection:
                     connection.close()
                 if not _is_damage(error):
@@ -222,6 +229,10 @@ class DiskIndex:
         connection.text_factory = lambda text: text.decode(errors="replace")
         for setting in _SETTINGS:
             connection.execute(setting)
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            connection.close()
+            raise OSError(f"{self.path}: no write-ahead log on this file system; give a local directory.")
         return connection
 
     def _check(self, connection: sqlite3.Connection) -> None:
@@ -237,13 +248,6 @@ class DiskIndex:
     def _create(self) -> sqlite3.Connection:
         self._remove()
         connection = self._connect()
-        connection.execute(f"PRAGMA page_size = {SECTOR}")
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            connection.close()
-            raise OSError(
-                f"{self.path}: this file system does not take SQLite's write-ahead log; use a local one."
-            )
         connection.execute("BEGIN")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         for statement in _SCHEMA.split(";\n"):
@@ -272,7 +276,7 @@ class DiskIndex:
         return not busy
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def _is_damage(error: Exception) -> bool:
     """Whether it says that the content is wrong, rather than that the file system does not work."""
     if isinstance(error, sqlite3.OperationalError):
         # Of these only a missing table or column, or a broken schema, are about the content.
@@ -284,7 +288,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     """A reader beside the owner. Keep transactions short: a log that is being read cannot be emptied.
 
     Raises:
-        sqlite3.Error: not an index, or not readable.
+        INDEX_ERRORS: not an index, or not readable.
     """
     connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=1)
     try:
@@ -294,6 +298,12 @@ def open_read_only(path: Path) -> sqlite3.Connection:
         connection.close()
         connection = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True, timeout=1)
     return connection
+
+
+def is_newest(connection: sqlite3.Connection, record: DiskRecord) -> bool:
+    """Whether the row is still what it was when `record` was read from it."""
+    row = connection.execute("SELECT key, checksum FROM pages WHERE slot = ?", (record.slot,)).fetchone()
+    return row == (record.key, _signed(record.checksum))
 
 
 def read_rows(connection: sqlite3.Connection, chunk: int = TRANSACTION_ROWS) -> Iterator[Row]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cached_attention.tiers.disk_directory import (
     stores,
 )
 from cached_attention.tiers.disk_files import FileIO, SlotFiles
-from cached_attention.tiers.disk_index import KEY_BYTES, DiskIndex, open_read_only
+from cached_attention.tiers.disk_index import INDEX_ERRORS, KEY_BYTES, DiskIndex, open_read_only
 from cached_attention.tiers.disk_slots import SAVED
 from cached_attention.tiers.disk_space import SECTOR, Space, disk_usage, slot_stride
 
@@ -44,7 +43,10 @@ class OpenStore:
     dropped: int
     """Pages that were found and not kept."""
 
-    def close(self) -> None:
+    def close(self, slots: int) -> None:
+        """Give back the space of slots from `slots` on: another store of the directory may need it."""
+        with suppress(OSError):
+            self.files.cut(slots)
         self.index.close()
         self.files.close()
         self.lock.release()
@@ -161,7 +163,7 @@ def _remove_expired_stores(directory: Path, fingerprint: Fingerprint, before: fl
         try:
             with closing(open_read_only(store / INDEX_NAME)) as connection:
                 (newest,) = connection.execute("SELECT max(last_use) FROM pages").fetchone()
-        except sqlite3.Error:
+        except INDEX_ERRORS:
             continue
         if newest is None or newest < before:
             logger.warning("%s: removed, every page in it had expired (%d bytes).", store, remove_store(store))

@@ -7,10 +7,13 @@ import signal
 import sqlite3
 import time
 import traceback
+from contextlib import closing
 
 import pytest
 
 from cached_attention.tiers.disk import ReadOutcome
+from cached_attention.tiers.disk_directory import stores
+from cached_attention.tiers.disk_reader import StoreReader
 
 CRASHES = int(os.environ.get("CACHED_ATTENTION_TEST_CRASHES", "200"))
 BATCH = 6
@@ -53,8 +56,17 @@ def save_without_end(store, first, report):
         first += BATCH
 
 
+def verify(store):
+    for path in stores(store.directory):
+        with closing(StoreReader(path)) as reader:
+            assert reader.index_problem() is None
+            assert all(map(reader.is_good, reader.records()))
+            assert not reader.damaged_rows
+
+
 def check(store, expected):
     """Open after a crash: all of `expected` (numbers) is there, and all that is there is right."""
+    verify(store)
     tier = store.open()
     held = {record.base_position // 64: record.slot for record in tier.records()}
     assert tier.stats.dropped == 0

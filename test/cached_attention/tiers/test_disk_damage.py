@@ -25,7 +25,7 @@ class Damage:
         self.index = path / "index.sqlite3"
 
     def one(self):
-        """Mostly one page's; what may cost many pages at once is rare, so that there is something left to serve."""
+        """Mostly of one page; what may cost many is rare, so that something is left to serve."""
         kinds = [self.flip, self.swap, self.copy, self.zero, self.row, self.twin_row, self.swap_rows]
         if self.chance.random() < 0.1:
             kinds = [self.garbage, self.cut, self.meta, self.flip_index, self.cut_index, self.other_file]
@@ -91,7 +91,7 @@ class Damage:
         connection = sqlite3.connect(self.index, isolation_level=None)
         try:
             connection.execute(statement, values)
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeError):
             pass
         finally:
             connection.close()

@@ -1,0 +1,49 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cached_attention.config import ConfigError, parse_size
+
+StoreDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="What the server was given as --cached-attention-disk-path.",
+    ),
+]
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"([0-9]*\.?[0-9]+)([smhdw])")
+
+
+def duration(text: str) -> float:
+    """Seconds: '90s', '30m', '1.5h', '7d', '2w'."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a duration: give a number and s, m, h, d or w, such as 12h.")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def size(text: str) -> int:
+    """Bytes: '64GB', '1.5TB', '512MiB'."""
+    try:
+        return parse_size("size", text, available=sys.maxsize)
+    except ConfigError as error:
+        raise typer.BadParameter(f"{text!r} is not a size: give one such as 64GB.") from error
+
+
+def words(seconds: float) -> str:
+    """7300 -> '2.0 h'."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,142 @@
+"""Making the stores of a directory smaller, while no server owns it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cached_attention.tiers.disk_directory import (
+    FINGERPRINT_NAME,
+    INDEX_NAME,
+    DirectoryLock,
+    read_fingerprint,
+    remove_store,
+    stores,
+)
+from cached_attention.tiers.disk_files import FileIO, SlotFiles
+from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex
+from cached_attention.tiers.disk_reader import StoreReader
+from cached_attention.tiers.disk_space import Space, disk_usage
+
+_BATCH = 64
+"""Records moved per commit."""
+
+
+class Pruned(NamedTuple):
+    """What happened to one store."""
+
+    store: Path
+    dropped: int
+    """Pages."""
+    kept: int
+    freed: int
+    """Bytes of the file system."""
+    note: str
+
+
+def prune(directory: Path, before: float | None = None, size: int | None = None) -> Iterator[Pruned]:
+    """Drop pages last used earlier than `before` (seconds since the epoch), then the coldest until the
+    directory takes at most `size` bytes, and give their space back. Store by store, as it is iterated.
+
+    Stores that cannot be read, or of other versions of this program, are left as they are.
+
+    Raises:
+        DirectoryInUseError: a server owns the directory.
+        OSError, sqlite3.Error: the directory does not work.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory.")
+    lock = DirectoryLock(directory)
+    try:
+        cutoff = float("-inf") if before is None else before
+        if size is not None:
+            cutoff = max(cutoff, _cutoff(directory, size))
+        for store in stores(directory):
+            yield _prune_store(store, cutoff)
+    finally:
+        lock.release()
+
+
+def _cutoff(directory: Path, size: int) -> float:
+    """The last use from which on pages may stay, so that all of them take `size` bytes with their indexes."""
+    uses, costs, slots = [np.empty(0)], [np.empty(0, np.int64)], 0
+    for store in stores(directory):
+        try:
+            with closing(StoreReader(store)) as reader:
+                found = np.fromiter((record.last_use for record in reader.records()), np.float64)
+        except (ValueError, *INDEX_ERRORS):
+            continue
+        uses.append(found)
+        costs.append(np.full(len(found), reader.stride, np.int64))
+        slots += sum(disk_usage(path) for path in store.glob("pages-*.bin"))
+    every, cost = np.concatenate(uses), np.concatenate(costs)
+    order = np.argsort(-every, kind="stable")
+    fits = np.cumsum(cost[order]) <= size - (disk_usage(directory) - slots)
+    if fits.all():
+        return float("-inf")
+    # Pages of the same age as the first that does not fit go with it.
+    return float(np.nextafter(every[order[int(fits.argmin())]], np.inf))
+
+
+def _prune_store(store: Path, cutoff: float) -> Pruned:
+    before = disk_usage(store)
+    fingerprint = read_fingerprint(store)
+    if fingerprint is None:
+        return Pruned(store, 0, 0, 0, f"left alone: {FINGERPRINT_NAME} is of another version, or damaged")
+    try:
+        with closing(StoreReader(store)) as reader:
+            stride, per_file = reader.stride, reader.slots_per_file
+    except INDEX_ERRORS:
+        return Pruned(store, 0, 0, remove_store(store), "removed: its index is damaged")
+    index = DiskIndex(store / INDEX_NAME, {"fingerprint": fingerprint.digest()}, FileIO())
+    try:
+        kept, dropped = _shrink(store, index, stride, per_file, cutoff)
+    finally:
+        index.close()
+    if kept == 0:
+        remove_store(store)
+    return Pruned(store, dropped, kept, before - disk_usage(store), "" if kept else "removed")
+
+
+def _shrink(store: Path, index: DiskIndex, stride: int, per_file: int, cutoff: float) -> tuple[int, int]:
+    """Pages kept, pages dropped."""
+    end = max(index.slots(), default=-1) + 1
+    index.limit(Space(stride, end, per_file))
+    dropped = index.drop("last_use < ?", cutoff)
+    used = sorted(index.slots())
+    files = SlotFiles(store, stride, end, per_file, FileIO())
+    try:
+        holes = sorted(set(range(len(used))).difference(used))
+        _move(index, files, dict(zip(used[len(used) - len(holes) :], holes, strict=True)))
+        files.cut(len(used))
+    finally:
+        files.close()
+    return len(used), dropped
+
+
+def _move(index: DiskIndex, files: SlotFiles, moves: dict[int, int]) -> None:
+    """Copy records to free slots, bytes before rows, so that a crash leaves each page at one good place."""
+    arena = memoryview(mmap.mmap(-1, _BATCH * files.stride))
+    buffers = [arena[start : start + files.stride] for start in range(0, len(arena), files.stride)]
+    changes = Changes()
+    for record in index.records():
+        if record.slot not in moves:
+            continue
+        files.read(record.slot, buffers[:1])
+        files.write(moves[record.slot], buffers[:1])
+        changes.saved.append(record._replace(slot=moves[record.slot]))
+        changes.removed.append(record.slot)
+        if len(changes.saved) == _BATCH:
+            _commit(index, files, changes)
+            changes = Changes()
+    _commit(index, files, changes)
+
+
+def _commit(index: DiskIndex, files: SlotFiles, changes: Changes) -> None:
+    files.sync(record.slot for record in changes.saved)
+    index.apply(changes)
