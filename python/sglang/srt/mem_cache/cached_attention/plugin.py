@@ -37,9 +37,13 @@ def activate() -> None:
     register = HookRegistry.register
     register("sglang.srt.server_args.ServerArgs.add_cli_args", _add_cli_args, HookType.AFTER)
     register("sglang.srt.server_args.ServerArgs.from_cli_args", _from_cli_args, HookType.AROUND)
-    register("sglang.srt.mem_cache.registry.create_unified_radix_cache", _create_radix_cache, HookType.AROUND)
-    register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_store_state, HookType.AFTER)
     _accept_engine_arguments()
+    # Hooks import what they hook: a process without a scheduler shall not pay for ours.
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        cache = "sglang.srt.mem_cache.registry.create_unified_radix_cache"
+        register(cache, _create_radix_cache, HookType.AROUND)
+        state = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+        register(state, _add_store_state, HookType.AFTER)
 
 
 def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
