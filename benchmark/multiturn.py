@@ -40,7 +40,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--base-url", help="server that runs already")
     target.add_argument("--compare", action="store_true", help="start and compare the --configurations")
-    parser.add_argument("--workload", choices=("multiturn", "zero-hit"), default="multiturn")
+    parser.add_argument(
+        "--workload",
+        choices=("multiturn", "zero-hit"),
+        default="multiturn",
+        help="zero-hit: one turn per conversation, all at once, medians over the rounds",
+    )
     _add_shape(parser)
     parser.add_argument("--rounds", type=int, default=2, help="each with conversations of its own")
     parser.add_argument("--concurrency", type=int, default=2, help="requests in flight at most")
@@ -105,8 +110,8 @@ def _shape(args: argparse.Namespace) -> WorkloadShape:
         arrival_rate=args.arrival_rate,
         think_time_s=args.think_time,
     )
-    # Each prompt once: a conversation of a single turn never comes back.
-    return replace(shape, turns=1) if args.workload == "zero-hit" else shape
+    # Each prompt once, and the server always busy: what counts is how much work it gets done.
+    return replace(shape, turns=1, arrival_rate=0.0) if args.workload == "zero-hit" else shape
 
 
 def _drive(args: argparse.Namespace) -> list[Round]:
