@@ -162,9 +162,8 @@ class _Session:
                 async for event in _events(response):
                     stream.add(event)
         except (aiohttp.ClientError, TimeoutError) as failure:
-            raise ServerError(
-                f"{self.url} dropped a request of {len(input_ids)} tokens: {failure!r}"
-            ) from failure
+            reason = str(failure) or type(failure).__name__
+            raise ServerError(f"{self.url} dropped a request of {len(input_ids)} tokens: {reason}") from failure
         if not stream.token_times or stream.meta["finish_reason"]["type"] == "abort":
             raise ServerError(f"{self.url} gave no answer to {len(input_ids)} tokens: {stream.meta}")
         return stream

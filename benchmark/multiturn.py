@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,7 +77,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--configurations",
         default="stock,cached-attention,device",
-        help="the first is the reference; also: hicache",
+        help="the first is the reference; also, where there is a GPU: hicache",
     )
     compare.add_argument(
         "--device-fraction",
@@ -91,11 +92,15 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    # The servers are in process groups of their own: leave in a way that stops them.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         rounds = _compare(args) if args.compare else _drive(args)
     except (ServerError, ValueError) as failure:
         print(f"multiturn: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     _report(args, rounds)
     return 0
 
@@ -116,9 +121,16 @@ def _shape(args: argparse.Namespace) -> WorkloadShape:
 
 def _drive(args: argparse.Namespace) -> list[Round]:
     if args.vocabulary is None:
-        with DIRECT.open(f"{args.base_url.rstrip('/')}/model_info", timeout=60) as response:
-            args.vocabulary = vocabulary_of(json.load(response)["model_path"])
+        args.vocabulary = vocabulary_of(_model_of(args.base_url))
     return run_rounds({"server": args.base_url}, _plan(args, _shape(args)))
+
+
+def _model_of(base_url: str) -> str:
+    try:
+        with DIRECT.open(f"{base_url.rstrip('/')}/model_info", timeout=60) as response:
+            return str(json.load(response)["model_path"])
+    except OSError as failure:
+        raise ServerError(f"{base_url} does not say which model it serves: {failure}") from failure
 
 
 def _compare(args: argparse.Namespace) -> list[Round]:

@@ -44,7 +44,8 @@ def multiturn_table(summaries: Sequence[Summary], agreements: Sequence[Agreement
     add("TTFT mean", lambda s: _seconds(s.ttft.mean))
     add("TTFT P50", lambda s: _seconds(s.ttft.p50))
     add("TTFT P99", lambda s: _seconds(s.ttft.p99))
-    add(f"speed-up over {reference.configuration}", lambda s: f"{reference.ttft.mean / s.ttft.mean:.2f}x")
+    if len(summaries) > 1:
+        add(f"speed-up over {reference.configuration}", lambda s: f"{reference.ttft.mean / s.ttft.mean:.2f}x")
     add("end to end, mean", lambda s: _seconds(s.e2e.mean))
     add("inter-token, mean", lambda s: _seconds(s.itl.mean))
     add("inter-token, P99", lambda s: _seconds(s.itl.p99))
@@ -54,6 +55,8 @@ def multiturn_table(summaries: Sequence[Summary], agreements: Sequence[Agreement
     table.add_section()
     for tier in tiers(summaries):
         add("prompt computed" if tier == COMPUTED else f"prompt from {tier}", _share_of(tier))
+    if not agreements:
+        return table
     table.add_section()
     counts = {one.configuration: f"{len(one.mismatches)} of {one.compared}" for one in agreements}
     add("answers that differ", lambda s: counts.get(s.configuration, "reference"))

@@ -81,3 +81,10 @@ def test_figures_are_pictures(tmp_path: Path, rounds: list[Round], summaries: li
         picture = matplotlib.image.imread(tmp_path / name)
         assert min(picture.shape[:2]) > 400
         assert picture[..., :3].std() > 0.05
+
+
+def test_one_configuration_is_compared_with_nothing(summaries: list[Summary]) -> None:
+    text = rendered(multiturn_table(summaries[:1], []))
+    assert "TTFT P99" in text
+    assert "speed-up" not in text
+    assert "differ" not in text
