@@ -15,7 +15,9 @@ class Chain:
 
     keys: list[PageKey] = field(default_factory=list)
     restorable: int = 0
-    """Leading pages the store held when last asked; the store's memo, see `restorable_pages`."""
+    """Leading pages in some tier when last asked; the store's memo, see `restorable_pages`."""
+    loadable: int = 0
+    """Leading pages in host memory when last asked; the store's memo, see `loadable_pages`."""
     epoch: int = -1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -138,13 +138,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     def describe(self) -> dict[str, Any]:
         store = self.store
-        return {
-            "page_size": store.layout.page_size,
-            "page_bytes": store.layout.page_bytes,
-            "host_pages": store.host.capacity,
-            "host_pages_used": store.resident_pages,
-            **asdict(store.stats),
-        }
+        sizes = {"page_size": store.layout.page_size, "page_bytes": store.layout.page_bytes}
+        return sizes | store.counters()
 
 
 def ranks_per_machine(server_args: ServerArgs) -> int:
