@@ -24,7 +24,9 @@ BATCH_PAGES = 32
 BATCHES_IN_FLIGHT = 2
 ROOM_PAUSE = 0.5
 """Seconds before more room is made on a full disk: slots come free once their removal is durable."""
-FLUSH_REPORT = 5.0
+PATIENCE = 5.0
+"""Seconds that a request waits for the disk before it runs with what is there."""
+FLUSH_REPORT = 2.0
 """Seconds between log lines of a long flush."""
 
 
@@ -146,6 +148,7 @@ class Fetch:
         self._reads: deque[_Read] = deque()
         self._waiting: dict[str, list[int]] = {}
         """Per request the pinned rows of its chain that are not, or were not, in host memory."""
+        self._give_up_at: dict[str, float] = {}
         self.fetched = 0
         self.lost = 0
 
@@ -170,6 +173,7 @@ class Fetch:
                 rows.append(row)
         if rows:
             self._waiting[request] = rows
+            self._give_up_at[request] = time.monotonic() + PATIENCE
         if missing:
             reads = [self._page_read(row) for row in missing]
             self._reads.append(_Read(missing, self._disk.read(reads)))
@@ -179,16 +183,21 @@ class Fetch:
         buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
         return PageRead(index.key(row), self._pages.on_disk.slot[row], index.checksum[row], buffer)
 
+    def holds_for(self, request: str) -> bool:
+        return request in self._waiting
+
     def is_done(self, request: str) -> bool:
-        """Whether nothing that `request` waits for is on its way any more."""
-        landing = self._waiting.get(request, ())
-        return not any(self._is_landing(row) for row in landing)
+        """Whether nothing that `request` waits for is on its way any more, or it has waited long enough."""
+        if request not in self._waiting or time.monotonic() > self._give_up_at[request]:
+            return True
+        return not any(self._is_landing(row) for row in self._waiting[request])
 
     def _is_landing(self, row: int) -> bool:
         return row in self._pages.in_host and not self._pages.in_host.ready[row]
 
     def release(self, request: str) -> None:
         """Let go of what was held for `request`; reads go on, for others may wait for them."""
+        self._give_up_at.pop(request, None)
         for row in self._waiting.pop(request, ()):
             self._pages.unpin(row)
 

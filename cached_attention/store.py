@@ -84,8 +84,7 @@ class CachedAttentionStore:
         self._clock = clock
         self._transfers = Transfers(page_copier(device, self.host), self.host, self.layout.page_size)
         self._start_empty(epoch=0)
-        if disk is not None:
-            self._pages.adopt(disk.records(), disk.remove)
+        self._adopt()
 
     def _start_empty(self, epoch: int) -> None:
         self._pages = Hierarchy(self.host, has_disk=self.disk is not None)
@@ -155,10 +154,10 @@ class CachedAttentionStore:
     def prefetch(self, request: str, chain: Chain) -> int:
         """Start bringing what the disk holds of `chain` to host memory, and hold it there for `request`.
 
-        Returns the restorable pages. See `is_fetched`; `cancel_load` lets go.
+        Returns the restorable pages; does nothing where it was done before. See `is_fetched`, `let_go`.
         """
         pages = self.restorable_pages(chain)
-        if self._fetch is not None and pages > self.loadable_pages(chain):
+        if self._fetch is not None and pages > self.loadable_pages(chain) and not self._fetch.holds_for(request):
             self._fetch.start(request, chain.keys[:pages])
         return pages
 
@@ -207,7 +206,7 @@ class CachedAttentionStore:
         slots = [self._in_host.slot[row] for row in rows]
         self._queued[request] = _QueuedLoad(PageLoad(device_slots, slots), rows[-1])
         self._count_use(rows)
-        self._let_go(request)
+        self.let_go(request)
         return True
 
     def _count_use(self, rows: Sequence[int]) -> None:
@@ -215,14 +214,15 @@ class CachedAttentionStore:
             self._index.uses[row] += 1
             self._pages.soil(row)
 
-    def _let_go(self, request: str) -> None:
+    def let_go(self, request: str) -> None:
+        """Stop holding what was fetched for `request`: it was loaded, or has left."""
         if self._fetch is not None:
             self._fetch.release(request)
 
     def cancel_load(self, request: str) -> bool:
         """Let go of all that is held for `request` but a load that runs; False when no load was queued."""
         self._release(request)
-        self._let_go(request)
+        self.let_go(request)
         load = self._queued.pop(request, None)
         if load is None:
             return False
@@ -355,6 +355,20 @@ class CachedAttentionStore:
             self.disk.remove([self._pages.leave_disk(row) for row in self._pages.rows_on_disk()])
         self.host.clear()
         self._start_empty(epoch=self._pages.epoch + 1)
+
+    def replace_disk(self, open_disk: Callable[[], DiskTier | None]) -> None:
+        """Forget every page in host memory and go on with another disk tier; the old one keeps its pages."""
+        self._wait()
+        if self.disk is not None:
+            self.disk.close()
+        self.disk = open_disk()
+        self.host.clear()
+        self._start_empty(epoch=self._pages.epoch + 1)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        if self.disk is not None:
+            self._pages.adopt(self.disk.records(), self.disk.remove)
 
     def close(self) -> None:
         """Wait for the transfers that run and stop their threads; the disk keeps what it has."""
