@@ -65,19 +65,25 @@ def zero_hit_table(rounds: Sequence[Round]) -> Table:
     groups = by_configuration(rounds)
     reference = next(iter(groups))
     table = Table(title=f"Distinct prompts ({len(groups[reference])} rounds)", title_justify="left")
-    for heading in ("", "tok/s, median", f"vs {reference}, median", "range", "TTFT P50", "answers that differ"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, group in groups.items():
-        ratios = paired_ratios(group, groups[reference])
-        differing = agreement(group, groups[reference])
-        table.add_row(
-            name,
-            f"{median_throughput(group):.1f}",
-            f"{statistics.median(ratios):.3f}x",
-            f"{min(ratios):.3f} to {max(ratios):.3f}",
-            _seconds(summarise(group, first_measured_turn=0).ttft.p50),
-            "reference" if name == reference else f"{len(differing.mismatches)} of {differing.compared}",
-        )
+    table.add_column("")
+    for name in groups:
+        table.add_column(name, justify="right")
+
+    def add(label: str, value: Callable[[list[Round]], str]) -> None:
+        table.add_row(label, *(value(group) for group in groups.values()))
+
+    def ratios(group: list[Round]) -> list[float]:
+        return paired_ratios(group, groups[reference])
+
+    def differing(group: list[Round]) -> str:
+        result = agreement(group, groups[reference])
+        return f"{len(result.mismatches)} of {result.compared}"
+
+    add("throughput, median", lambda group: f"{median_throughput(group):.1f} tok/s")
+    add(f"ratio to {reference}, median", lambda group: f"{statistics.median(ratios(group)):.3f}x")
+    add("lowest and highest ratio", lambda group: f"{min(ratios(group)):.3f}x, {max(ratios(group)):.3f}x")
+    add("TTFT P50", lambda group: _seconds(summarise(group, first_measured_turn=0).ttft.p50))
+    add("answers that differ", lambda group: "reference" if group is groups[reference] else differing(group))
     return table
 
 

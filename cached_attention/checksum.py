@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import xxhash
-from typing_extensions import Buffer
 
 
-def page_checksum(key: bytes, record: Buffer) -> int:
+def page_checksum(key: bytes, record: bytes | bytearray | memoryview) -> int:
     """Unsigned 64-bit checksum of `record` (the page's bytes without padding) under `key`.
 
     The key is part of it, so that the intact record of another page does not pass. About 18 GB/s on

@@ -22,7 +22,7 @@ from cached_attention.tiers.disk_committer import Committer
 from cached_attention.tiers.disk_directory import INDEX_NAME, DirectoryInUseError
 from cached_attention.tiers.disk_files import FileIO, NoRoomError
 from cached_attention.tiers.disk_health import Health
-from cached_attention.tiers.disk_index import INDEX_ERRORS, DiskRecord, open_read_only, read_rows, unseal
+from cached_attention.tiers.disk_index import INDEX_ERRORS, DiskRecord, open_read_only, stream_rows, unseal
 from cached_attention.tiers.disk_opening import open_store
 from cached_attention.tiers.disk_pages import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
 from cached_attention.tiers.disk_queue import IoQueue, Priority
@@ -62,7 +62,7 @@ class DiskTier:
         directory: one owner at a time; made where it is missing.
         capacity_bytes: what `directory` never exceeds, in blocks of the file system, with everything in
             it: other fingerprints' stores and files that are not ours take from it.
-        io_threads: disk queue depth; writes use all but one.
+        io_threads: disk queue depth of writes; reads have one more.
         queued_write_bytes: writes are declined while this much waits.
         ttl: seconds after its last use that a page, or another fingerprint's whole store, is dropped
             when the store is opened; None: never.
@@ -146,20 +146,14 @@ class DiskTier:
         are damaged or cannot be read are left out, and removed at the end.
         """
         unread = bytearray(self._slots.states)
-        damaged: list[int] = []
-        now = time.time()
         try:
             with closing(open_read_only(self.path / INDEX_NAME)) as connection:
-                for record in unseal(read_rows(connection), damaged):
+                for record in unseal(stream_rows(connection), damaged=[]):
                     unread[record.slot] = REMOVING
-                    if not (0 <= record.last_use <= now and record.uses >= 0):
-                        record = record._replace(
-                            last_use=min(max(record.last_use, 0), now), uses=max(record.uses, 0)
-                        )
                     yield record
         except INDEX_ERRORS as error:
             self._read_health.failed(error)
-        left = [slot for slot in range(len(unread)) if unread[slot] == SAVED]
+        left = [slot for slot, state in enumerate(unread) if state == SAVED] if SAVED in unread else []
         if left:
             logger.warning("%s: %d damaged index rows; their pages are lost.", self.path, len(left))
             self.stats.dropped += len(left)

@@ -6,7 +6,9 @@ import logging
 import os
 import sqlite3
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ CREATE TABLE pages (
     checksum INTEGER NOT NULL,
     last_use REAL NOT NULL,
     uses INTEGER NOT NULL,
-    seal INTEGER NOT NULL
+    seal BLOB NOT NULL
 ) STRICT;
 """
 _SETTINGS = (
@@ -50,8 +52,9 @@ _COLUMNS = "slot, key, parent, base_position, checksum, last_use, uses, seal"
 _BUSY_SECONDS = 0.05
 """How long the owner waits for readers, which never keep it from anything but emptying the log."""
 _DROP_ROWS = 4 * TRANSACTION_ROWS
+_UNSIGNED = (1 << 64) - 1
 _FIXED = struct.Struct("<qqQ")
-Row = tuple[int, bytes, bytes | None, int, int, float, int, int]
+Row = tuple[int, bytes, bytes | None, int, int, float, int, bytes]
 
 
 class DiskRecord(NamedTuple):
@@ -88,10 +91,9 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _seal(slot: int, key: bytes, parent: bytes | None, base_position: int, checksum: int) -> int:
+def _seal(slot: int, key: bytes, parent: bytes | None, base_position: int, checksum: int) -> bytes:
     """Over what must not change in a row: a damaged row would lie about an intact page."""
-    fixed = _FIXED.pack(slot, base_position, checksum)
-    return _signed(xxhash.xxh3_64_intdigest(fixed + key + (parent or b"")))
+    return xxhash.xxh3_64_digest(b"".join((_FIXED.pack(slot, base_position, checksum), key, parent or b"")))
 
 
 def _to_row(record: DiskRecord) -> Row:
@@ -100,14 +102,17 @@ def _to_row(record: DiskRecord) -> Row:
     return slot, key, parent, base_position, _signed(checksum), last_use, uses, seal
 
 
-def unseal(rows: Iterator[Row], damaged: list[int]) -> Iterator[DiskRecord]:
+def unseal(rows: Iterable[Row], damaged: list[int]) -> Iterator[DiskRecord]:
     """The records of `rows`; slots of rows that are not as they were written go to `damaged`."""
-    digest, pack = xxhash.xxh3_64_intdigest, _FIXED.pack
+    # Runs for every page of a store when it is opened: `_seal` and `DiskRecord(...)` are written out.
+    digest, pack, join, new = xxhash.xxh3_64_digest, _FIXED.pack, b"".join, tuple.__new__
+    now = time.time()
     for slot, key, parent, base_position, signed, last_use, uses, seal in rows:
-        checksum = signed & 0xFFFF_FFFF_FFFF_FFFF
-        # `_seal`, written out: this loop runs for every page when a store is opened.
-        if digest(pack(slot, base_position, checksum) + key + (parent or b"")) == seal & 0xFFFF_FFFF_FFFF_FFFF:
-            yield DiskRecord(key, slot, parent, base_position, checksum, last_use, uses)
+        checksum = signed & _UNSIGNED
+        if digest(join((pack(slot, base_position, checksum), key, parent or b""))) == seal:
+            # Not sealed, because they change: a clock set back, or damage, must not make a page immortal.
+            last_use = last_use if 0 <= last_use <= now else 0.0
+            yield new(DiskRecord, (key, slot, parent, base_position, checksum, last_use, uses))
         else:
             damaged.append(slot)
 
@@ -130,7 +135,7 @@ class DiskIndex:
         self.replaced = False
         self._io = io
         self._identity = dict(identity)
-        self._log_bytes = self._transaction_bytes = 0
+        self._log_bytes, self._transaction_bytes = sys.maxsize, 0
         self._connection = self._open()
         self._inode = path.stat().st_ino
 
@@ -140,6 +145,7 @@ class DiskIndex:
 
     def set_meta(self, name: str, value: str) -> None:
         """Durable on return."""
+        self._make_room_in_log()
         self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     def limit(self, space: Space) -> None:
@@ -306,8 +312,13 @@ def is_newest(connection: sqlite3.Connection, record: DiskRecord) -> bool:
     return row == (record.key, _signed(record.checksum))
 
 
-def read_rows(connection: sqlite3.Connection, chunk: int = TRANSACTION_ROWS) -> Iterator[Row]:
-    """Every row, by slot, in transactions of `chunk` rows."""
+def stream_rows(connection: sqlite3.Connection) -> Iterator[Row]:
+    """Every row, by slot, in one transaction: the log cannot be emptied until the last one."""
+    return connection.execute(f"SELECT {_COLUMNS} FROM pages ORDER BY slot")
+
+
+def read_rows(connection: sqlite3.Connection, chunk: int = 256) -> Iterator[Row]:
+    """Every row, by slot, in transactions of `chunk` rows that end before the rows are given out."""
     last = -(1 << 63)
     while rows := connection.execute(
         f"SELECT {_COLUMNS} FROM pages WHERE slot > ? ORDER BY slot LIMIT {chunk}", (last,)

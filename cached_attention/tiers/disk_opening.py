@@ -123,6 +123,10 @@ def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: 
     excess = disk_usage(index.path) - space.index_pages * SECTOR
     if excess > 0:
         space = Space.within(capacity - others - excess, stride, per_file)
+    if space.slots < 1:
+        logger.warning(
+            "%s: other files take %d of its %d bytes: nothing can be saved.", directory, others, capacity
+        )
     siblings = [store for store in stores(directory) if store != path]
     if siblings:
         logger.warning(

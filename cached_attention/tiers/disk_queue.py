@@ -24,22 +24,22 @@ Job = Callable[[], None]
 
 
 class IoQueue:
-    """Runs jobs on `threads` threads. A job handles its own errors.
+    """Runs jobs, `threads` at a time. A job handles its own errors.
 
-    A write starts only while no read waits or runs, and one thread is kept from writing, so that a
-    read that comes finds it free.
+    A write starts only while no read waits or runs. One thread more than may write stands by, so
+    that a read that comes finds it free.
     """
 
     def __init__(self, threads: int, name: str = "disk") -> None:
         self._changed = threading.Condition()
         self._queues: tuple[deque[tuple[float, Job]], ...] = (deque(), deque(), deque())
         self._reading = self._writing = 0
-        self._most_writing = max(1, threads - 1)
+        self._most_writing = threads
         self._last_write = 0.0
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-io-{number}", daemon=True)
-            for number in range(threads)
+            for number in range(threads + 1)
         ]
         for thread in self._threads:
             thread.start()

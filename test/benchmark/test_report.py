@@ -43,8 +43,10 @@ def test_multiturn_table(rounds: list[Round], summaries: list[Summary]) -> None:
 
 def test_zero_hit_table(rounds: list[Round]) -> None:
     text = rendered(zero_hit_table(rounds))
-    assert row(text, "stock ")[1:3] == [f"{12 * 102 / 24:.1f}", "1.000x"]
-    assert row(text, "cached-attention")[2:4] == ["10.000x", "10.000 to 10.000"]
+    assert row(text, "throughput, median")[1:] == ["51.0 tok/s", "510.0 tok/s"]
+    assert row(text, "ratio to stock, median")[1:] == ["1.000x", "10.000x"]
+    assert row(text, "lowest and highest ratio")[2] == "10.000x, 10.000x"
+    assert row(text, "answers that differ")[1:] == ["reference", "0 of 24"]
 
 
 def test_tiers_are_ordered_by_speed(summaries: list[Summary]) -> None:

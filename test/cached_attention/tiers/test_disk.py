@@ -185,17 +185,18 @@ def test_only_the_owner_may_read_the_files(store):
 def test_a_read_can_be_cancelled_before_it_begins(store, faulty_io):
     tier = store.open(io=faulty_io, io_threads=1)
     slots = store.write(tier, [1, 2])
-    hold, begun = threading.Event(), threading.Event()
-    faulty_io.before = lambda step: (begun.set(), hold.wait(10))
-    first = tier.read([store.pages.to_read(1, slots[1])])
-    second = tier.read([store.pages.to_read(2, slots[2])], Priority.AHEAD)
-    assert begun.wait(10)
-    assert second.cancel()
+    hold, begun = threading.Event(), threading.Semaphore(0)
+    faulty_io.before = lambda step: (begun.release(), hold.wait(10))
+    first, second = (tier.read([store.pages.to_read(n, slots[n])]) for n in (1, 2))
+    third = tier.read([store.pages.to_read(2, slots[2])], Priority.AHEAD)
+    assert begun.acquire(timeout=10)
+    assert begun.acquire(timeout=10)
+    assert third.cancel()
     assert not first.cancel()
     hold.set()
-    assert first.result(10) == [ReadOutcome.READ]
+    assert first.result(10) == second.result(10) == [ReadOutcome.READ]
     with pytest.raises(CancelledError):
-        second.result(10)
+        third.result(10)
     assert tier.close()
 
 

@@ -154,6 +154,20 @@ def test_stopped_at_every_step_of_a_demotion(store, faulty_io, fast_path, before
     assert stops >= (2 if torn else 7)
 
 
+def test_bytes_are_durable_before_their_row_and_rows_before_the_report(store, faulty_io):
+    """What a power cut needs and a killed process does not show."""
+    steps, future = [], None
+    tier = store.open(io=faulty_io)
+    faulty_io.before = lambda step: steps.append((step, future is not None and future.done()))
+    future = tier.write([store.pages.to_write(number) for number in range(3)])
+    assert None not in future.result(10)
+    assert [step for step, _ in steps if step != "allocate"][-3:] == ["pwritev", "fdatasync", "commit"]
+    assert not any(done for _, done in steps)
+    (level,) = tier._store.index._connection.execute("PRAGMA synchronous").fetchone()
+    assert level == 2, "the log must be synced at every commit"
+    tier.close()
+
+
 def test_log_cut_after_every_write_of_a_commit(store, fast_path):
     """SQLite writes its log as one header and one write per frame: the log ends after any of them, or within."""
     tier = store.open()

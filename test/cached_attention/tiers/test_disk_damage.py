@@ -107,7 +107,7 @@ class Damage:
                 ("checksum", number),
                 ("uses", number),
                 ("last_use", self.chance.choice([float("inf"), -1e300, 0.0, 1e18])),
-                ("seal", number),
+                ("seal", self.chance.randbytes(8)),
             ]
         )
         self.sql(f"UPDATE OR REPLACE pages SET {column} = ? WHERE slot = ?", value, self.chance.randrange(PAGES))

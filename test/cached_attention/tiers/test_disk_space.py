@@ -98,6 +98,17 @@ def test_files_of_others_count_and_survive(store, monkeypatch):
     assert odd.exists()
 
 
+def test_a_directory_full_of_other_files_serves_nothing_and_says_so(store, caplog):
+    store.directory.mkdir()
+    (store.directory / "theirs.bin").write_bytes(b"t" * store.capacity)
+    tier = store.open()
+    assert "other files take" in caplog.text
+    assert tier.capacity_slots == tier.free_slots == 0
+    assert not store.write(tier, [1])
+    assert tier.healthy
+    tier.close()
+
+
 @pytest.mark.parametrize("budget", [1 << 20, 1 << 30, 1 << 40, 10 << 40])
 @pytest.mark.parametrize("page_bytes", [4096, 48 << 10, 1 << 20, 32 << 20])
 def test_a_plan_uses_its_budget_and_no_more(budget, page_bytes):
