@@ -134,6 +134,14 @@ class WriteBehind:
         return self._pages.dirty.pages + self.rows_in_flight
 
 
+class _Wait(NamedTuple):
+    """What a request waits for: the pinned rows of its chain that were not in host memory."""
+
+    first_page: int
+    rows: list[int]
+    give_up_at: float
+
+
 class _Read(NamedTuple):
     rows: list[int]
     future: Future[list[ReadOutcome]]
@@ -146,21 +154,23 @@ class Fetch:
         self._pages = pages
         self._disk = disk
         self._reads: deque[_Read] = deque()
-        self._waiting: dict[str, list[int]] = {}
-        """Per request the pinned rows of its chain that are not, or were not, in host memory."""
-        self._give_up_at: dict[str, float] = {}
+        self._waiting: dict[str, _Wait] = {}
         self.fetched = 0
         self.lost = 0
 
     @property
     def holds(self) -> int:
         """Pins held for requests and reads."""
-        return sum(map(len, self._waiting.values())) + sum(len(read.rows) for read in self._reads)
+        return sum(len(wait.rows) for wait in self._waiting.values()) + sum(
+            len(read.rows) for read in self._reads
+        )
 
     def start(self, request: str, keys: Sequence[PageKey]) -> None:
         """Fetch those of `keys`, the restorable chain of `request`, that are not in host memory."""
         self.release(request)
-        index, missing, rows = self._pages.index, [], []
+        index, first_page = self._pages.index, 0
+        missing: list[int] = []
+        rows: list[int] = []
         for i, key in enumerate(keys):
             row = index.find(key)
             if row not in self._pages.in_host:
@@ -170,10 +180,10 @@ class Fetch:
                 missing.append(row)
             if not self._pages.in_host.ready[row]:
                 self._pages.pin(row)
+                first_page = first_page if rows else i
                 rows.append(row)
         if rows:
-            self._waiting[request] = rows
-            self._give_up_at[request] = time.monotonic() + PATIENCE
+            self._waiting[request] = _Wait(first_page, rows, time.monotonic() + PATIENCE)
         if missing:
             reads = [self._page_read(row) for row in missing]
             self._reads.append(_Read(missing, self._disk.read(reads)))
@@ -188,17 +198,25 @@ class Fetch:
 
     def is_done(self, request: str) -> bool:
         """Whether nothing that `request` waits for is on its way any more, or it has waited long enough."""
-        if request not in self._waiting or time.monotonic() > self._give_up_at[request]:
+        wait = self._waiting.get(request)
+        if wait is None or time.monotonic() > wait.give_up_at:
             return True
-        return not any(self._is_landing(row) for row in self._waiting[request])
+        return not any(self._is_landing(row) for row in wait.rows)
+
+    def arrived(self, request: str) -> tuple[int, int]:
+        """Of what `request` waited for: the place in its chain of the first page, and how many are there."""
+        wait = self._waiting.get(request)
+        if wait is None:
+            return 0, 0
+        return wait.first_page, sum(bool(self._pages.in_host.ready[row]) for row in wait.rows)
 
     def _is_landing(self, row: int) -> bool:
         return row in self._pages.in_host and not self._pages.in_host.ready[row]
 
     def release(self, request: str) -> None:
         """Let go of what was held for `request`; reads go on, for others may wait for them."""
-        self._give_up_at.pop(request, None)
-        for row in self._waiting.pop(request, ()):
+        wait = self._waiting.pop(request, None)
+        for row in wait.rows if wait else ():
             self._pages.unpin(row)
 
     def poll(self) -> None:

@@ -165,6 +165,10 @@ class CachedAttentionStore:
         """Whether nothing is on its way from the disk for `request` any more."""
         return self._fetch is None or self._fetch.is_done(request)
 
+    def fetched_span(self, request: str) -> tuple[int, int]:
+        """First page and number of pages that came from the disk for `request`, until it lets go."""
+        return (0, 0) if self._fetch is None else self._fetch.arrived(request)
+
     def reserve(self, request: str, chain: Chain) -> int:
         """Loadable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
         self._release(request)

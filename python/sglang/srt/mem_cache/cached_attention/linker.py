@@ -107,7 +107,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         for tier in ("host", "disk"):
             if pages := counters.get(f"{tier}_pages"):
                 logger.info(
-                    "CachedAttention: %s tier of %s per rank, room for %d tokens (%d pages of %s), %d pages in it.",
+                    "CachedAttention: %s tier of %s per rank, %d tokens (%d pages of %s), %d pages in use.",
                     tier,
                     format_size(pages * layout.stride),
                     pages * layout.page_size,

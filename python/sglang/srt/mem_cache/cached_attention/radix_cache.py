@@ -37,6 +37,10 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def check_prefetch_progress(self, handle: CacheRequestHandle) -> bool:
         return self.linker.is_fetched(handle.rid)
 
+    def pop_prefetch_loaded_span(self, handle: CacheRequestHandle) -> tuple[int, int | None]:
+        first, pages = self.linker.cache_linker.store.fetched_span(handle.rid)
+        return pages * self.page_size, first * self.page_size if pages else None
+
     def has_pending_cache_operations(self) -> bool:
         # Nothing that the scheduler has to wait for: `reset` and `close` wait themselves.
         return False
