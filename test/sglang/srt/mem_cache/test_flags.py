@@ -101,7 +101,7 @@ def test_engine_arguments() -> None:
         ([*DISK, "0"], "--cached-attention-disk-size is '0': it must be above zero"),
         ([*DISK, "1GB", "--cached-attention-disk-min-uses", "0"], "give a whole number from 1"),
         ([*DISK, "1GB", "--cached-attention-ttl", "soon"], "give a duration such as 1h"),
-        ([*DISK[:1], __file__, *DISK[2:], "1GB"], "is no directory: give another path"),
+        ([*DISK[:1], __file__, *DISK[2:], "1GB"], "is not a directory: give another path"),
         (["--speculative-algorithm", "NGRAM"], "cannot be used with --speculative-algorithm"),
     ],
 )
