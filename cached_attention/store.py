@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from cached_attention.chain import Chain, PageRun
+from cached_attention.chain import Chain, PageRun, reach
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.layout import DevicePool
@@ -138,13 +138,13 @@ class CachedAttentionStore:
     def restorable_pages(self, chain: Chain) -> int:
         """Leading pages of `chain` whose bytes are in some tier. Constant time when nothing changed."""
         self._refresh(chain)
-        chain.restorable = _reach(chain.keys, chain.restorable, self._pages.is_restorable)
+        chain.restorable = reach(chain.keys, chain.restorable, self._pages.is_restorable)
         return chain.restorable
 
     def loadable_pages(self, chain: Chain) -> int:
         """Leading pages of `chain` that are in host memory. Constant time when nothing changed."""
         self._refresh(chain)
-        chain.loadable = _reach(chain.keys, chain.loadable, self._pages.is_ready)
+        chain.loadable = reach(chain.keys, chain.loadable, self._pages.is_ready)
         return chain.loadable
 
     def _refresh(self, chain: Chain) -> None:
@@ -270,7 +270,7 @@ class CachedAttentionStore:
         admitted, whole = self._admit(run)
         rows = [self._index.find(run.keys[page]) for page in admitted]
         slots = [self._in_host.slot[row] for row in rows]
-        checksums = self._transfers.save(_pages_of(run, admitted, self.layout.page_size), slots, after)
+        checksums = self._transfers.save(run.select(admitted, self.layout.page_size), slots, after)
         self._saves.append(PageSave(rows, whole, checksums))
 
     def _admit(self, run: PageRun) -> tuple[list[int], bool]:
@@ -403,23 +403,3 @@ class CachedAttentionStore:
         if self._fetch is not None and self._write_behind is not None:
             holders += self._fetch.holds + self._write_behind.rows_in_flight
         assert self.pins == holders, f"{self.pins} pins for {holders} holders"
-
-
-def _reach(keys: Sequence[PageKey], known: int, present: Callable[[PageKey], bool]) -> int:
-    """How many leading keys are present, of which `known` were when last asked.
-
-    Pages leave from the tail, so it is enough to look at the end of what was known.
-    """
-    end = min(known, len(keys))
-    while end and not present(keys[end - 1]):
-        end -= 1
-    while end < len(keys) and present(keys[end]):
-        end += 1
-    return end
-
-
-def _pages_of(run: PageRun, pages: Sequence[int], page_size: int) -> PageRun:
-    if len(pages) == len(run.keys):
-        return run
-    slots = run.device_slots.view(-1, page_size)[list(pages)].flatten()
-    return PageRun(run.parent, run.first_page, [run.keys[page] for page in pages], slots)
