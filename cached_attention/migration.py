@@ -61,23 +61,30 @@ class WriteBehind:
     def _choose(self) -> list[int]:
         rows: list[int] = []
         while len(rows) < BATCH_PAGES and (row := self._pages.dirty_order.take()) is not None:
-            if self._disk.free_slots <= len(rows) and not self._make_room(row):
+            if self._disk.free_slots <= len(rows) and (rows or self._make_room(row)):
                 self._pages.offer(row)
                 break
             self._pages.launder(row)
+            if self._disk.free_slots <= len(rows):
+                continue  # All that is on disk was used later than this.
             if self._pages.index.uses[row] >= self._min_uses:
                 self._pages.pin(row)
                 rows.append(row)
         return rows
 
     def _make_room(self, row: int) -> bool:
-        """Remove from a full disk what is colder than `row`; its slots are free at a later poll."""
+        """Remove from a full disk what is colder than `row`; its slots are free at a later poll.
+
+        False where nothing is colder.
+        """
         now = self._clock()
         if now >= self._make_room_at:
+            slots = self.evict(BATCH_PAGES * BATCHES_IN_FLIGHT, self._pages.index.last_use[row])
+            if not slots:
+                return False
             self._make_room_at = now + ROOM_PAUSE
-            limit = self._pages.index.last_use[row]
-            self._disk.remove(self.evict(BATCH_PAGES * BATCHES_IN_FLIGHT, limit))
-        return False
+            self._disk.remove(slots)
+        return True
 
     def evict(self, count: int, limit: float) -> list[int]:
         """Disk slots of up to `count` pages last used before `limit`; they are in the tier no more."""

@@ -46,19 +46,20 @@ class Told:
 class Conversations:
     """A device pool, a store with both tiers, and prompts whose pages have a content by their key."""
 
-    def __init__(self, directory: Path, ttl: float | None = None) -> None:
+    def __init__(self, directory: Path, ttl: float | None = None, capacity: int = CAPACITY) -> None:
         self.directory = directory
         self.buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 1, 4) for _ in "kv"] for _ in range(2)]
         self.pool = DevicePool(self.buffers, PAGE)
         self.now = 1000.0
         self.batch = 0
         self.ttl = ttl
+        self.capacity = capacity
         self.open()
 
     def open(self) -> None:
         layout = self.pool.layout
         fingerprint = Fingerprint("m", "w", "float32", PAGE, layout.component_bytes, {"tp_rank": 0}, {})
-        disk = DiskTier(self.directory, fingerprint, CAPACITY)
+        disk = DiskTier(self.directory, fingerprint, self.capacity)
         size = HOST_PAGES * layout.stride
         self.store = CachedAttentionStore(self.pool, size, disk, ttl=self.ttl, clock=self.tick)
 
@@ -144,6 +145,25 @@ def test_a_restart_keeps_conversations(tmp_path: Path) -> None:
     assert talk.store.resident_pages == 0
     assert talk.load("ddee") == 4
     assert talk.load("aaaa") == 4
+    talk.store.check_invariants()
+    talk.store.close()
+
+
+def test_a_full_disk_makes_room_for_what_is_warmer(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path, capacity=520 << 10)
+    room = talk.store.disk.capacity_slots
+    assert 8 < room < 60
+    prompts = [f"{letter}{letter}{number}" for letter in "abcdefghij" for number in range(4)]
+    deadline = time.monotonic() + 60
+    for prompt in prompts:
+        talk.save(prompt)
+        while (counts := talk.store.counters())["dirty"] or talk.store._write_behind.rows_in_flight:
+            assert time.monotonic() < deadline, f"a page waits for room for ever: {counts}"
+            talk.store.poll()
+            time.sleep(0.002)
+    assert talk.store.counters()["disk_pages_used"] <= room
+    assert talk.load(prompts[-1]) == 3
+    assert talk.load(prompts[0]) < 3
     talk.store.check_invariants()
     talk.store.close()
 
