@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,9 @@ class Chain:
 
     keys: list[PageKey] = field(default_factory=list)
     restorable: int = 0
-    """Leading pages the store held when last asked; the store's memo, see `restorable_pages`."""
+    """Leading pages in some tier when last asked; the store's memo, see `restorable_pages`."""
+    loadable: int = 0
+    """Leading pages in host memory when last asked; the store's memo, see `loadable_pages`."""
     epoch: int = -1
 
 
@@ -30,3 +33,23 @@ class PageRun:
     keys: list[PageKey]
     device_slots: torch.Tensor
     """`[len(keys) * page_size]`, integer: the token slots, in order."""
+
+    def select(self, pages: Sequence[int], page_size: int) -> PageRun:
+        """The pages at these places of the run."""
+        if len(pages) == len(self.keys):
+            return self
+        slots = self.device_slots.view(-1, page_size)[list(pages)].flatten()
+        return PageRun(self.parent, self.first_page, [self.keys[page] for page in pages], slots)
+
+
+def reach(keys: Sequence[PageKey], known: int, present: Callable[[PageKey], bool]) -> int:
+    """How many leading keys are present, of which `known` were when last asked.
+
+    Pages leave from the tail, so it is enough to look at the end of what was known.
+    """
+    end = min(known, len(keys))
+    while end and not present(keys[end - 1]):
+        end -= 1
+    while end < len(keys) and present(keys[end]):
+        end += 1
+    return end

@@ -29,9 +29,7 @@ def parse_size(flag: str, text: str | int | float, available: int) -> int:
     """
     match = _SIZE.fullmatch(str(text).strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(
-            f"{flag} is {text!r}: give a size such as 8GB, or a share of free memory such as 0.5."
-        )
+        raise ConfigError(f"{flag} is {text!r}: give a size such as 8GB, or a share of free memory such as 0.5.")
     number, unit = float(match[1]), match[2].upper()
     size = int(number * available) if not unit and number <= 1 else int(number * _UNITS[unit])
     if size <= 0:
@@ -42,6 +40,22 @@ def parse_size(flag: str, text: str | int | float, available: int) -> int:
             f"give at most that, or a share such as 0.5."
         )
     return size
+
+
+_DURATIONS = {"": 1, "S": 1, "M": 60, "H": 3600, "D": 86400}
+_DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Z]?)", re.IGNORECASE)
+
+
+def parse_duration(flag: str, text: str | int | float) -> float:
+    """Seconds meant by `text`: `"1h"`, `"90s"`, `"30m"`, `"2d"` or a number of seconds.
+
+    Raises:
+        ConfigError: not a duration.
+    """
+    match = _DURATION.fullmatch(str(text).strip())
+    if match is None or match[2].upper() not in _DURATIONS:
+        raise ConfigError(f"{flag} is {text!r}: give a duration such as 1h, 30m or 90s, or 0 for none.")
+    return float(match[1]) * _DURATIONS[match[2].upper()]
 
 
 def format_size(size: float) -> str:
@@ -58,7 +72,15 @@ class CachedAttentionConfig:
     """Settings of one server, plain values only, so that they travel to every process as JSON."""
 
     host_size: int
-    """Bytes of host memory for pages, over all ranks of the server."""
+    """Bytes of host memory for pages, over all ranks of the machine."""
+    disk_path: str | None = None
+    """Directory of the disk tier; None: no disk tier."""
+    disk_size: int = 0
+    """Bytes that the disk tier never exceeds, over all ranks of the machine."""
+    disk_min_uses: int = 1
+    """A page is written to disk once it was used this often."""
+    ttl: float = 3600.0
+    """Seconds after its last use that a page is dropped; 0: never."""
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> CachedAttentionConfig:

@@ -48,6 +48,8 @@ class PageIndex:
         self.last_use = array("d")
         self.checksum = array("Q")
         """Of the record's bytes and key; means something once the page is ready in a tier."""
+        self.uses = array("I")
+        """How often a request came back to the page, its making included."""
         self.pins = array("i")
         self._followers = array("i")
         self._rows: dict[PageKey, int] = {}
@@ -61,6 +63,12 @@ class PageIndex:
 
     def find(self, key: PageKey) -> int:
         return self._rows.get(key, NOWHERE)
+
+    def key(self, row: int) -> PageKey:
+        """The key of a row in use."""
+        key = self.keys[row]
+        assert key is not None, f"row {row} is free"
+        return key
 
     def is_resident(self, key: PageKey) -> bool:
         """Whether `key` has a slot in any tier."""
@@ -80,7 +88,7 @@ class PageIndex:
     def _new_row(self, key: PageKey) -> int:
         if self._free:
             row = self._free.pop()
-            self.keys[row], self.last_use[row] = key, 0.0
+            self.keys[row], self.last_use[row], self.uses[row] = key, 0.0, 0
         else:
             row = len(self.keys)
             self.keys.append(key)
@@ -88,7 +96,7 @@ class PageIndex:
             self.checksum.append(0)
             for column in (self.parent, self.position, *(tier.slot for tier in self.tiers)):
                 column.append(NOWHERE)
-            for column in (self.pins, self._followers, *(tier.children for tier in self.tiers)):
+            for column in (self.pins, self.uses, self._followers, *(tier.children for tier in self.tiers)):
                 column.append(0)
             for tier in self.tiers:
                 tier.ready.append(False)
@@ -117,6 +125,7 @@ class PageIndex:
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] -= 1
             self.last_use[parent] = max(self.last_use[parent], self.last_use[row])
+            self.uses[parent] = max(self.uses[parent], self.uses[row])
         self.forget_unused(row)
         return slot
 
@@ -125,9 +134,8 @@ class PageIndex:
         while row != NOWHERE and not (
             self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)
         ):
-            key, parent = self.keys[row], self.parent[row]
-            assert key is not None
-            del self._rows[key]
+            parent = self.parent[row]
+            del self._rows[self.key(row)]
             self.keys[row], self.parent[row] = None, NOWHERE
             self._free.append(row)
             if parent != NOWHERE:

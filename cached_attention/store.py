@@ -1,7 +1,7 @@
-"""The façade that an engine drives: look up, load, save, evict.
+"""The façade that an engine drives: look up, prefetch, load, save.
 
 One thread, the engine's scheduler, calls the store; none of its calls waits for a transfer except
-`reset`, `close` and `finish_load`. Transfers run on threads of their own and are seen by `poll`.
+`reset`, `close`, `flush` and `finish_load`. Transfers run on threads of their own and are seen by `poll`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
-from cached_attention.chain import Chain, PageRun
-from cached_attention.index import NOWHERE, PageIndex, PageKey
+from cached_attention.chain import Chain, PageRun, reach
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import NOWHERE, PageKey
 from cached_attention.layout import DevicePool
-from cached_attention.policy.eviction import EvictionOrder
+from cached_attention.migration import Fetch, WriteBehind
+from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
 from cached_attention.transfer.jobs import Event, LoadProgress, PageLoad, PageSave, Transfers
+
+EXPIRED_AT_ONCE = 64
+"""Pages per tier and poll."""
 
 
 @dataclass
@@ -33,7 +38,8 @@ class StoreStats:
     """Not saved: host memory was full of pages in use, or the page before was not in the store."""
     failed: int = 0
     """Saves whose copy failed."""
-    evicted: int = 0
+    expired: int = 0
+    """Not used for longer than the time to live."""
 
 
 @dataclass
@@ -53,33 +59,69 @@ class CachedAttentionStore:
     Args:
         device: the engine's KV pool.
         host_size: bytes of host memory, at least one page.
-        clock: seconds; comparable between restarts.
+        disk: a tier just opened, with the pages it holds; the store closes it.
+        min_uses: a page goes to disk once it was used this often.
+        ttl: seconds after its last use that a page is dropped; None: never.
+        clock: seconds since the epoch.
     """
 
-    def __init__(self, device: DevicePool, host_size: int, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        device: DevicePool,
+        host_size: int,
+        disk: DiskTier | None = None,
+        *,
+        min_uses: int = 1,
+        ttl: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.layout = device.layout
         self.host = HostTier(self.layout, host_size, pin_memory=device.device.type == "cuda")
+        self.disk = disk
         self.stats = StoreStats()
+        self._min_uses = min_uses
+        self._ttl = ttl
         self._clock = clock
         self._transfers = Transfers(page_copier(device, self.host), self.host, self.layout.page_size)
-        self._epoch = 0
-        self._start_empty()
+        self._start_empty(epoch=0)
+        self._adopt()
 
-    def _start_empty(self) -> None:
-        self._index = PageIndex("host")
-        (self._in_host,) = self._index.tiers
-        self._order = EvictionOrder(self._index, self._in_host)
+    def _start_empty(self, epoch: int) -> None:
+        self._pages = Hierarchy(self.host, has_disk=self.disk is not None)
+        self._pages.epoch = epoch
+        self._index, self._in_host = self._pages.index, self._pages.in_host
+        self._fetch = self._write_behind = None
+        if self.disk is not None:
+            self._fetch = Fetch(self._pages, self.disk)
+            self._write_behind = WriteBehind(self._pages, self.disk, self._min_uses, self._clock)
         self._saves: deque[PageSave] = deque()
         self._finished_saves: deque[bool] = deque()
         self._reserved: dict[str, int] = {}
         self._queued: dict[str, _QueuedLoad] = {}
         self._loading: dict[int, tuple[Future[None], list[_QueuedLoad]]] = {}
-        self._epoch += 1
 
     @property
     def resident_pages(self) -> int:
         """Pages in host memory, those still on their way included."""
         return self._in_host.pages
+
+    def counters(self) -> dict[str, int]:
+        """Counts and fill levels, in pages."""
+        counts = asdict(self.stats) | {
+            "evicted": self._pages.evicted,
+            "host_pages": self.host.capacity,
+            "host_pages_used": self._in_host.pages,
+        }
+        if self.disk is not None and self._fetch is not None:
+            counts |= {
+                "disk_pages": self.disk.capacity_slots,
+                "disk_pages_used": self._pages.on_disk.pages,
+                "dirty": self._pages.dirty.pages,
+                "fetched": self._fetch.fetched,
+                "lost": self._fetch.lost,
+                "disk_errors": self.disk.io_errors,
+            }
+        return counts
 
     @property
     def pins(self) -> int:
@@ -94,29 +136,47 @@ class CachedAttentionStore:
     # Looking up
 
     def restorable_pages(self, chain: Chain) -> int:
-        """Leading pages of `chain` that a load would bring back. Constant time when nothing changed."""
-        if chain.epoch != self._epoch:
-            chain.epoch, chain.restorable = self._epoch, 0
-        end = min(chain.restorable, len(chain.keys))
-        while end and not self._is_ready(chain.keys[end - 1]):
-            end -= 1
-        while end < len(chain.keys) and self._is_ready(chain.keys[end]):
-            end += 1
-        chain.restorable = end
-        return end
+        """Leading pages of `chain` whose bytes are in some tier. Constant time when nothing changed."""
+        self._refresh(chain)
+        chain.restorable = reach(chain.keys, chain.restorable, self._pages.is_restorable)
+        return chain.restorable
 
-    def _is_ready(self, key: PageKey) -> bool:
-        row = self._index.find(key)
-        return row != NOWHERE and bool(self._in_host.ready[row])
+    def loadable_pages(self, chain: Chain) -> int:
+        """Leading pages of `chain` that are in host memory. Constant time when nothing changed."""
+        self._refresh(chain)
+        chain.loadable = reach(chain.keys, chain.loadable, self._pages.is_ready)
+        return chain.loadable
+
+    def _refresh(self, chain: Chain) -> None:
+        if chain.epoch != self._pages.epoch:
+            chain.epoch, chain.restorable, chain.loadable = self._pages.epoch, 0, 0
+
+    def prefetch(self, request: str, chain: Chain) -> int:
+        """Start bringing what the disk holds of `chain` to host memory, and hold it there for `request`.
+
+        Returns the restorable pages; does nothing where it was done before. See `is_fetched`, `let_go`.
+        """
+        pages = self.restorable_pages(chain)
+        if self._fetch is not None and pages > self.loadable_pages(chain) and not self._fetch.holds_for(request):
+            self._fetch.start(request, chain.keys[:pages])
+        return pages
+
+    def is_fetched(self, request: str) -> bool:
+        """Whether nothing is on its way from the disk for `request` any more."""
+        return self._fetch is None or self._fetch.is_done(request)
+
+    def fetched_span(self, request: str) -> tuple[int, int]:
+        """First page and number of pages that came from the disk for `request`, until it lets go."""
+        return (0, 0) if self._fetch is None else self._fetch.arrived(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
-        """Restorable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
+        """Loadable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
         self._release(request)
-        pages = self.restorable_pages(chain)
+        pages = self.loadable_pages(chain)
         if pages:
             row = self._index.find(chain.keys[pages - 1])
             self._index.last_use[row] = self._clock()
-            self._index.pin(row)
+            self._pages.pin(row)
             self._reserved[request] = row
         return pages
 
@@ -127,11 +187,7 @@ class CachedAttentionStore:
 
     def _release(self, request: str) -> None:
         if (row := self._reserved.pop(request, NOWHERE)) != NOWHERE:
-            self._unpin(row)
-
-    def _unpin(self, row: int) -> None:
-        self._index.unpin(row)
-        self._order.offer(row)
+            self._pages.unpin(row)
 
     # Loading
 
@@ -150,18 +206,31 @@ class CachedAttentionStore:
         rows = [self._index.find(key) for key in keys]
         if not rows or any(row == NOWHERE or not self._in_host.ready[row] for row in rows):
             return False
-        self._index.pin(rows[-1])
+        self._pages.pin(rows[-1])
         slots = [self._in_host.slot[row] for row in rows]
         self._queued[request] = _QueuedLoad(PageLoad(device_slots, slots), rows[-1])
+        self._count_use(rows)
+        self.let_go(request)
         return True
 
+    def _count_use(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._index.uses[row] += 1
+            self._pages.soil(row)
+
+    def let_go(self, request: str) -> None:
+        """Stop holding what was fetched for `request`: it was loaded, or has left."""
+        if self._fetch is not None:
+            self._fetch.release(request)
+
     def cancel_load(self, request: str) -> bool:
-        """Drop a load that has not started; False when there is none."""
+        """Let go of all that is held for `request` but a load that runs; False when no load was queued."""
         self._release(request)
+        self.let_go(request)
         load = self._queued.pop(request, None)
         if load is None:
             return False
-        self._unpin(load.pinned)
+        self._pages.unpin(load.pinned)
         return True
 
     @property
@@ -183,13 +252,13 @@ class CachedAttentionStore:
         future, loads = self._loading.pop(batch)
         future.exception()
         for load in loads:
-            self._unpin(load.pinned)
+            self._pages.unpin(load.pinned)
 
     # Saving
 
     def lacks_parent(self, run: PageRun) -> bool:
         """Whether the page before `run` is not in the store: then `run` must start earlier to be saved."""
-        return run.parent is not None and not self._index.is_resident(run.parent)
+        return run.parent is not None and not self._pages.is_kept(run.parent)
 
     def save(self, run: PageRun, after: Sequence[Event] = ()) -> None:
         """Start saving the pages of `run` that are not in the store; the outcome comes through `poll`.
@@ -201,7 +270,7 @@ class CachedAttentionStore:
         admitted, whole = self._admit(run)
         rows = [self._index.find(run.keys[page]) for page in admitted]
         slots = [self._in_host.slot[row] for row in rows]
-        checksums = self._transfers.save(_pages_of(run, admitted, self.layout.page_size), slots, after)
+        checksums = self._transfers.save(run.select(admitted, self.layout.page_size), slots, after)
         self._saves.append(PageSave(rows, whole, checksums))
 
     def _admit(self, run: PageRun) -> tuple[list[int], bool]:
@@ -216,51 +285,46 @@ class CachedAttentionStore:
         now = self._clock()
         parent = run.parent
         for page, key in enumerate(run.keys):
-            if not self._index.is_resident(key):
-                slot = self._take_slot(parent)
-                if slot is None:
+            row = self._index.find(key)
+            if not self._pages.is_kept(key):
+                place = (run.first_page + page) * self.layout.page_size
+                new = self._pages.admit(key, parent, place)
+                if new is None:
                     self.stats.declined += len(run.keys) - page
                     return admitted, False
-                row = self._index.add(key, parent, (run.first_page + page) * self.layout.page_size)
-                self._index.place(row, self._in_host, slot)
-                self._index.pin(row)
+                row = new
+                self._index.uses[row] = 1
                 admitted.append(page)
-            self._index.last_use[self._index.find(key)] = now
+            self._index.last_use[row] = now
             parent = key
         return admitted, True
-
-    def _take_slot(self, before: PageKey | None) -> int | None:
-        """A free slot, or that of the coldest page; never that of `before`, whose chain is being saved."""
-        if not self.host.free_slots:
-            row = NOWHERE if before is None else self._index.find(before)
-            if row != NOWHERE:
-                self._index.pin(row)
-            victim = self._order.take()
-            if victim is not None:
-                self._displace(victim)
-                self.stats.evicted += 1
-            if row != NOWHERE:
-                self._unpin(row)
-        return self.host.take_slot()
-
-    def _displace(self, row: int) -> None:
-        parent = self._index.parent[row]
-        self.host.give_back(self._index.displace(row, self._in_host))
-        if parent != NOWHERE:
-            self._order.offer(parent)
 
     def poll(self) -> int:
         """Take note of the saves that have ended; returns how many wait for `pop_save`."""
         while self._saves and self._saves[0].checksums.done():
             self._finish_save(self._saves.popleft())
+        if self._ttl is not None:
+            self._expire(self._clock() - self._ttl)
+        if self._fetch is not None:
+            self._fetch.poll()
+        if self._write_behind is not None:
+            self._write_behind.poll()
         return len(self._finished_saves)
+
+    def _expire(self, limit: float) -> None:
+        """Drop pages that were last used before `limit`, a few at a time."""
+        self.stats.expired += self._pages.expire(EXPIRED_AT_ONCE, limit)
+        if self._write_behind is not None and self.disk is not None:
+            slots = self._write_behind.evict(EXPIRED_AT_ONCE, limit)
+            self.stats.expired += len(slots)
+            self.disk.remove(slots)
 
     def _finish_save(self, save: PageSave) -> None:
         if save.checksums.exception() is None:
             for row, checksum in zip(save.rows, save.checksums.result(), strict=True):
                 self._index.checksum[row] = checksum
-                self._in_host.ready[row] = True
-                self._unpin(row)
+                self._pages.land(row, clean=False)
+                self._pages.unpin(row)
             self.stats.saved += len(save.rows)
             self._finished_saves.append(save.whole)
         else:
@@ -270,10 +334,10 @@ class CachedAttentionStore:
     def _drop(self, rows: Sequence[int]) -> None:
         """Give up pages whose bytes never landed; pages saved after them may now follow a gap."""
         for row in reversed(rows):
-            self._displace(row)
-            self._unpin(row)
+            self._pages.leave_host(row)
+            self._pages.unpin(row)
         self.stats.failed += len(rows)
-        self._epoch += 1
+        self._pages.epoch += 1
 
     def pop_save(self) -> bool:
         """The outcome of the oldest save that `poll` counted: whether all its pages are in the store."""
@@ -281,22 +345,50 @@ class CachedAttentionStore:
 
     # Life and death
 
+    def flush(self, timeout: float) -> int:
+        """Write to disk what is not there, for at most `timeout` seconds; returns the pages left out."""
+        for save in self._saves:
+            save.checksums.exception()
+        self.poll()
+        return 0 if self._write_behind is None else self._write_behind.flush(timeout)
+
     def reset(self) -> None:
-        """Forget every page, after waiting for the transfers that run."""
+        """Forget every page in every tier, after waiting for the transfers that run."""
         self._wait()
+        if self.disk is not None:
+            self.disk.remove([self._pages.leave_disk(row) for row in self._pages.rows_on_disk()])
         self.host.clear()
-        self._start_empty()
+        self._start_empty(epoch=self._pages.epoch + 1)
+
+    def replace_disk(self, open_disk: Callable[[], DiskTier | None]) -> None:
+        """Forget every page in host memory and go on with another disk tier; the old one keeps its pages."""
+        self._wait()
+        if self.disk is not None:
+            self.disk.close()
+        self.disk = open_disk()
+        self.host.clear()
+        self._start_empty(epoch=self._pages.epoch + 1)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        if self.disk is not None:
+            self._pages.adopt(self.disk.records(), self.disk.remove)
 
     def close(self) -> None:
-        """Wait for the transfers that run and stop their threads."""
+        """Wait for the transfers that run and stop their threads; the disk keeps what it has."""
         self._wait()
         self._transfers.close()
+        if self.disk is not None:
+            self.disk.close()
 
     def _wait(self) -> None:
         for save in self._saves:
             save.checksums.exception()
         for future, _ in self._loading.values():
             future.exception()
+        if self._fetch is not None and self._write_behind is not None:
+            self._fetch.wait()
+            self._write_behind.wait()
 
     def check_invariants(self) -> None:
         """Walk everything; for tests and debugging.
@@ -304,21 +396,10 @@ class CachedAttentionStore:
         Raises:
             AssertionError: a slot or pin leaked, or a count disagrees.
         """
-        self._index.check_invariants()
-        rows = [row for row in self._index.rows() if row in self._in_host]
-        self.host.check_invariants({self._in_host.slot[row] for row in rows})
+        self._pages.check_invariants()
         holders = len(self._reserved) + len(self._queued)
         holders += sum(len(loads) for _, loads in self._loading.values())
         holders += sum(len(save.rows) for save in self._saves)
+        if self._fetch is not None and self._write_behind is not None:
+            holders += self._fetch.holds + self._write_behind.rows_in_flight
         assert self.pins == holders, f"{self.pins} pins for {holders} holders"
-        for row in rows:
-            assert self._in_host.ready[row] or self._index.pins[row], "a page without bytes can be evicted"
-            closed = not self._index.position[row] or self._index.parent[row] in self._in_host
-            assert closed or self.stats.failed, "a page is in the store without the one before it"
-
-
-def _pages_of(run: PageRun, pages: Sequence[int], page_size: int) -> PageRun:
-    if len(pages) == len(run.keys):
-        return run
-    slots = run.device_slots.view(-1, page_size)[list(pages)].flatten()
-    return PageRun(run.parent, run.first_page, [run.keys[page] for page in pages], slots)

@@ -19,9 +19,7 @@ class HostTier:
         self.capacity = size // layout.stride
         if self.capacity < 1:
             raise ValueError(f"{size} bytes of host memory hold no page of {layout.stride} bytes: give more.")
-        arena = torch.empty(
-            self.capacity * layout.stride + ALIGNMENT, dtype=torch.uint8, pin_memory=pin_memory
-        )
+        arena = torch.empty(self.capacity * layout.stride + ALIGNMENT, dtype=torch.uint8, pin_memory=pin_memory)
         start = -arena.data_ptr() % ALIGNMENT
         self.arena = arena[start : start + self.capacity * layout.stride].view(self.capacity, layout.stride)
         """`[capacity, stride]`, uint8, aligned."""
@@ -47,9 +45,13 @@ class HostTier:
         start = self.layout.offsets()[layer][component]
         return self.arena[:, start : start + self.layout.component_bytes[layer][component]]
 
+    def slot_bytes(self, slot: int) -> memoryview:
+        """`stride` bytes, aligned: the record of a page and its padding."""
+        return memoryview(self._bytes[slot])
+
     def record(self, slot: int) -> memoryview:
         """The bytes of a page, without padding."""
-        return memoryview(self._bytes[slot])[: self.layout.page_bytes]
+        return self.slot_bytes(slot)[: self.layout.page_bytes]
 
     def check_invariants(self, used: set[int]) -> None:
         """Raises AssertionError unless every slot is either free or in `used`, once."""

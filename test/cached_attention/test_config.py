@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cached_attention.config import CachedAttentionConfig, ConfigError, format_size, parse_size
+from cached_attention.config import CachedAttentionConfig, ConfigError, format_size, parse_duration, parse_size
 
 FREE = 10**12
 
@@ -60,3 +60,17 @@ def test_settings_travel() -> None:
     assert CachedAttentionConfig.from_settings(config.to_settings()) == config
     with pytest.raises(ConfigError, match="they must be"):
         CachedAttentionConfig.from_settings({"hostsize": 5})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1h", 3600), ("30m", 1800), ("90s", 90), ("90", 90), (0, 0), ("1.5H", 5400), ("2d", 172800)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration("--ttl", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "-1h", "1 week", "1y", None])
+def test_what_is_not_a_duration(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--ttl is .*: give a duration such as 1h"):
+        parse_duration("--ttl", text)

@@ -132,7 +132,7 @@ def test_the_coldest_conversation_leaves_first_and_its_tail_before_its_head(engi
     engine.save(new, [8, 9, 10], first=0)
     assert engine.restorable(cold) == 1
     assert engine.restorable(warm) == 4
-    assert engine.store.stats.evicted == 3
+    assert engine.store.counters()["evicted"] == 3
     engine.save(new, [11], first=3)
     assert engine.restorable(cold) == 0
     assert engine.restorable(new) == 4

@@ -73,7 +73,7 @@ class Histories(RuleBasedStateMachine):
             return
         run = self.run(prompt, first, count)
         lacking = self.store.lacks_parent(run)
-        before = self.store.stats.evicted
+        before = self.store.counters()["evicted"]
         self.store.save(run)
         wait([save.checksums for save in self.store._saves])
         assert self.store.poll() == 1
@@ -81,7 +81,7 @@ class Histories(RuleBasedStateMachine):
             assert not lacking
             assert self.store.restorable_pages(self.chains[prompt]) >= first + len(run.keys)
         if lacking:
-            assert self.store.stats.evicted == before
+            assert self.store.counters()["evicted"] == before
 
     @rule(prompt=st.sampled_from(PROMPTS))
     def reserve(self, prompt: str) -> None:

@@ -41,7 +41,8 @@ class Conversation:
         self.tokens += self.words(new_tokens)
         reply = server.generate(self.tokens, answer, **request)
         self.answers.append(reply["output_ids"])
-        self.cached.append(reply["meta_info"]["cached_tokens_details"] or {"device": 0, "host": 0})
+        nothing = {"device": 0, "host": 0, "storage": 0}
+        self.cached.append(nothing | (reply["meta_info"]["cached_tokens_details"] or {}))
         self.tokens += reply["output_ids"]
 
 
@@ -95,17 +96,22 @@ def store_states() -> Callable[[Server], list[dict[str, Any]]]:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callable[..., Any]:
-    """Starts a server, with CachedAttention where `host_size` is given; checks its store at the end."""
+    """Starts a server, with CachedAttention where `host_size` is given; checks its store at the end.
+
+    `doomed`: the server will not live until then.
+    """
     logs = tmp_path_factory.mktemp("logs")
 
     @contextmanager
-    def start(model: Path, *args: str, host_size: str | None = None, **server: Any) -> Iterator[Server]:
+    def start(
+        model: Path, *args: str, host_size: str | None = None, doomed: bool = False, **server: Any
+    ) -> Iterator[Server]:
         ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
         command = [*ours, "--page-size", "64", "--enable-cache-report", *args]
         log = logs / f"{len(list(logs.iterdir()))}.log"
         with Server(model, command, env={"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}, log=log, **server) as running:
             yield running
-            if host_size:
+            if host_size and not doomed:
                 assert [state["damage"] for state in store_states(running)] == [""]
 
     return start

@@ -18,6 +18,7 @@ from cached_attention.config import ConfigError
 
 MODEL = ["--model-path", "some/model"]
 ON = [*MODEL, "--enable-cached-attention"]
+DISK = ["--cached-attention-disk-path", "/tmp/kv", "--cached-attention-disk-size"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,6 +45,15 @@ def test_command_line() -> None:
     args = prepare_server_args([*ON, "--cached-attention-host-size", "200MB"])
     assert host_size(args) == 200 * 10**6
     assert args.page_size == 64
+
+
+def test_the_disk_tier(tmp_path: Path) -> None:
+    extra = ["--cached-attention-disk-path", str(tmp_path / "new" / "kv"), "--cached-attention-disk-size", "50MB"]
+    config = prepare_server_args([*ON, *extra]).unified_cache_external_linker_config["linker_extra_config"]
+    assert config["disk_path"] == str(tmp_path / "new" / "kv")
+    assert config["disk_size"] == 50 * 10**6
+    assert config["disk_min_uses"] == 1
+    assert config["ttl"] == 3600
 
 
 def test_a_given_page_size_stays() -> None:
@@ -85,6 +95,13 @@ def test_engine_arguments() -> None:
         (["--enable-hierarchical-cache"], "cannot be used with --enable-hierarchical-cache"),
         (["--disable-radix-cache"], "cannot be used with --disable-radix-cache"),
         (["--enable-lmcache"], "cannot be used with --enable-lmcache"),
+        (["--cached-attention-disk-path", "/tmp/kv"], "belong together: give both or none"),
+        (["--cached-attention-disk-size", "1GB"], "belong together: give both or none"),
+        ([*DISK, "900TB"], "--cached-attention-disk-size is '900TB', but only .* are free"),
+        ([*DISK, "0"], "--cached-attention-disk-size is '0': it must be above zero"),
+        ([*DISK, "1GB", "--cached-attention-disk-min-uses", "0"], "give a whole number from 1"),
+        ([*DISK, "1GB", "--cached-attention-ttl", "soon"], "give a duration such as 1h"),
+        ([*DISK[:1], __file__, *DISK[2:], "1GB"], "is not a directory: give another path"),
         (["--speculative-algorithm", "NGRAM"], "cannot be used with --speculative-algorithm"),
     ],
 )

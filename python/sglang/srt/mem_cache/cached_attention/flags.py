@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from cached_attention.config import DEFAULT_PAGE_SIZE, CachedAttentionConfig, ConfigError, parse_size
+from cached_attention.config import (
+    DEFAULT_PAGE_SIZE,
+    CachedAttentionConfig,
+    ConfigError,
+    parse_duration,
+    parse_size,
+)
 
 LINKER_MODULE = "sglang.srt.mem_cache.cached_attention.linker"
 LINKER_CLASS = "CachedAttentionLinker"
@@ -36,7 +43,29 @@ HOST_SIZE = Flag(
     "Host memory for conversations, over all ranks on this machine: a size such as 64GB, or a share of the "
     "memory that is free at start-up such as 0.5 (default: 0.5).",
 )
-FLAGS = (ENABLE, HOST_SIZE)
+DISK_PATH = Flag(
+    "cached_attention_disk_path",
+    None,
+    "Directory for conversations that leave host memory; they survive a restart. One server at a time.",
+)
+DISK_SIZE = Flag(
+    "cached_attention_disk_size",
+    None,
+    "What the directory never exceeds, over all ranks on this machine: a size such as 2TB, or a share of the "
+    "disk space that is free at start-up such as 0.5. Required with --cached-attention-disk-path.",
+)
+DISK_MIN_USES = Flag(
+    "cached_attention_disk_min_uses",
+    1,
+    "Write a page to disk once it was used this often; 2 or more spares the disk what is never asked for again "
+    "(default: 1).",
+)
+TTL = Flag(
+    "cached_attention_ttl",
+    "1h",
+    "Drop what was not used for this long: 1h, 30m, 90s; 0 keeps it as long as there is room (default: 1h).",
+)
+FLAGS = (ENABLE, HOST_SIZE, DISK_PATH, DISK_SIZE, DISK_MIN_USES, TTL)
 
 _EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
@@ -53,7 +82,8 @@ _EXCLUSIVE = {
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("CachedAttention")
     group.add_argument(ENABLE.option, action="store_true", default=ENABLE.default, help=ENABLE.help)
-    group.add_argument(HOST_SIZE.option, type=str, default=None, help=HOST_SIZE.help)
+    for flag in FLAGS[1:]:
+        group.add_argument(flag.option, type=str, default=None, help=flag.help)
 
 
 def fold(values: MutableMapping[str, Any]) -> None:
@@ -70,9 +100,7 @@ def fold(values: MutableMapping[str, Any]) -> None:
         if values.get(name):
             option = Flag(name, None, "").option
             raise ConfigError(f"{ENABLE.option} cannot be used with {option} ({reason}): leave one of them out.")
-    available = psutil.virtual_memory().available
-    host_size = HOST_SIZE.default if given[HOST_SIZE] is None else given[HOST_SIZE]
-    config = CachedAttentionConfig(host_size=parse_size(HOST_SIZE.option, host_size, available))
+    config = _config({flag: flag.default if value is None else value for flag, value in given.items()})
     values["enable_unified_cache_external_linker"] = True
     values["unified_cache_external_linker_backend"] = "dynamic"
     values["unified_cache_external_linker_config"] = {
@@ -82,6 +110,37 @@ def fold(values: MutableMapping[str, Any]) -> None:
     }
     if values.get("page_size") is None:
         values["page_size"] = DEFAULT_PAGE_SIZE
+
+
+def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
+    free_memory = psutil.virtual_memory().available
+    path, size = settings[DISK_PATH], settings[DISK_SIZE]
+    if (path is None) != (size is None):
+        raise ConfigError(f"{DISK_PATH.option} and {DISK_SIZE.option} belong together: give both or none.")
+    return CachedAttentionConfig(
+        host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], free_memory),
+        disk_path=None if path is None else str(Path(path).absolute()),
+        disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
+        disk_min_uses=_min_uses(settings[DISK_MIN_USES]),
+        ttl=parse_duration(TTL.option, settings[TTL]),
+    )
+
+
+def _disk_size(path: Path, size: str) -> int:
+    """What is there already counts as free: it is ours, or leaves less for us."""
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if not place.is_dir():
+        raise ConfigError(
+            f"{DISK_PATH.option} is {str(path)!r}, but {place} is not a directory: give another path."
+        )
+    ours = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + ours)
+
+
+def _min_uses(text: str | int) -> int:
+    if not str(text).isdecimal() or int(text) < 1:
+        raise ConfigError(f"{DISK_MIN_USES.option} is {text!r}: give a whole number from 1.")
+    return int(text)
 
 
 def _refuse_lonely(given: MutableMapping[Flag, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,15 @@ from sglang.srt.server_args import ServerArgs
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import CachedAttentionConfig, format_size
 from cached_attention.store import CachedAttentionStore
+from cached_attention.tiers.disk import DiskTier
 
+from .identity import ModelIdentity
 from .pools import device_pool
 
 logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 10.0
+"""SGLang kills a scheduler that takes longer than 15 s to shut down."""
 
 
 @dataclass
@@ -61,25 +67,54 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         extra_config: dict[str, Any],
         forward_stream: torch.cuda.Stream | None = None,
     ) -> None:
-        config = CachedAttentionConfig.from_settings(extra_config)
-        pool = device_pool(params, components)
+        self._config = CachedAttentionConfig.from_settings(extra_config)
+        self._pool = device_pool(params, components)
+        self._identity = ModelIdentity(server_args, params, self._pool)
         self.forward_stream = forward_stream
-        self.on_cpu = pool.device.type == "cpu"
-        self.pools = {PoolName.KV: pool}
-        self.store = CachedAttentionStore(pool, config.host_size // ranks_per_machine(server_args))
-        self.layer_done_counter = LayerWiseLoadCounter(pool.layout.num_layers)
+        self.on_cpu = self._pool.device.type == "cpu"
+        self.pools = {PoolName.KV: self._pool}
+        self.layer_done_counter = LayerWiseLoadCounter(self._pool.layout.num_layers)
+
+    def open(self, model: torch.nn.Module, hf_config: Any) -> None:
+        """Make the store of `model`, and open its pages on disk.
+
+        Raises:
+            OSError, sqlite3.Error: the disk tier's directory cannot be used, or belongs to another server.
+        """
+        self._identity.describe(model, hf_config)
+        config, ranks = self._config, self._identity.ranks_per_machine
+        self.store = CachedAttentionStore(
+            self._pool,
+            config.host_size // ranks,
+            self._open_disk(),
+            min_uses=config.disk_min_uses,
+            ttl=config.ttl or None,
+        )
         self._announce()
 
-    def _announce(self) -> None:
-        layout, capacity = self.store.layout, self.store.host.capacity
-        logger.info(
-            "CachedAttention: host tier of %s per rank holds %d tokens (%d pages of %d tokens, %s each).",
-            format_size(capacity * layout.stride),
-            capacity * layout.page_size,
-            capacity,
-            layout.page_size,
-            format_size(layout.page_bytes),
+    def _open_disk(self) -> DiskTier | None:
+        if self._config.disk_path is None:
+            return None
+        return DiskTier(
+            Path(self._config.disk_path) / self._identity.rank_directory,
+            self._identity.fingerprint(),
+            self._config.disk_size // self._identity.ranks_per_machine,
+            ttl=self._config.ttl or None,
         )
+
+    def _announce(self) -> None:
+        layout, counters = self.store.layout, self.store.counters()
+        for tier in ("host", "disk"):
+            if pages := counters.get(f"{tier}_pages"):
+                logger.info(
+                    "CachedAttention: %s tier of %s per rank, %d tokens (%d pages of %s), %d pages in use.",
+                    tier,
+                    format_size(pages * layout.stride),
+                    pages * layout.page_size,
+                    pages,
+                    format_size(layout.page_bytes),
+                    counters[f"{tier}_pages_used"],
+                )
 
     def record_offload_ready(self) -> list[torch.cuda.Event]:
         # Without streams the forward has returned, and its pages are written, before this is called.
@@ -130,24 +165,20 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return self.store.pop_save()
 
     def reset(self) -> None:
-        self.store.reset()
+        """Forget everything. After a weight update the disk keeps the old pages, for the old weights."""
+        if self.store.disk is not None and self._identity.has_changed():
+            self.store.replace_disk(self._open_disk)
+        else:
+            self.store.reset()
         self.layer_done_counter.reset()
 
     def close(self) -> None:
+        left = self.store.flush(FLUSH_SECONDS)
+        if left:
+            logger.warning("CachedAttention: %d pages were not written to disk in %.0f s.", left, FLUSH_SECONDS)
         self.store.close()
 
     def describe(self) -> dict[str, Any]:
         store = self.store
-        return {
-            "page_size": store.layout.page_size,
-            "page_bytes": store.layout.page_bytes,
-            "host_pages": store.host.capacity,
-            "host_pages_used": store.resident_pages,
-            **asdict(store.stats),
-        }
-
-
-def ranks_per_machine(server_args: ServerArgs) -> int:
-    """How many ranks share this machine's memory."""
-    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
-    return max(1, server_args.tp_size * server_args.pp_size * replicas // server_args.nnodes)
+        sizes = {"page_size": store.layout.page_size, "page_bytes": store.layout.page_bytes}
+        return sizes | store.counters()

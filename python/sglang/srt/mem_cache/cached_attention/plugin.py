@@ -44,6 +44,7 @@ def activate() -> None:
         register(cache, _create_radix_cache, HookType.AROUND)
         state = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
         register(state, _add_store_state, HookType.AFTER)
+        register("sglang.srt.managers.scheduler.Scheduler.__init__", _hold_while_fetching, HookType.AFTER)
 
 
 def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,21 @@ def _create_radix_cache(original: Callable[..., Any], ctx: TreeCacheBuildContext
         return original(ctx, **kwargs)
     from .radix_cache import CachedAttentionRadixCache
 
-    return original(ctx, cache_class=CachedAttentionRadixCache)
+    cache = original(ctx, cache_class=CachedAttentionRadixCache)
+    cache.open_store(ctx.tp_worker.model_runner.model, ctx.model_config.hf_config)
+    return cache
+
+
+def _hold_while_fetching(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Let requests wait in the queue until their pages are in host memory.
+
+    The scheduler asks `check_prefetch_progress` only of caches with storage of their own; LMCache's way
+    of saying so is the one that implies nothing else.
+    """
+    from .radix_cache import CachedAttentionRadixCache
+
+    if isinstance(scheduler.tree_cache, CachedAttentionRadixCache) and scheduler.tree_cache.has_disk:
+        scheduler.enable_lmcache = True
 
 
 def _add_store_state(result: Any, scheduler: Any, *_args: Any) -> None:

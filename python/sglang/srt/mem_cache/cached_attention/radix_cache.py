@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from .linker import CachedAttentionLinker
 from .tree_link import TreeLink
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
 
 CHECK_INVARIANTS = "CACHED_ATTENTION_CHECK_INVARIANTS"
 """Environment variable: `/server_info` walks the whole store and reports what is wrong. For tests."""
@@ -21,6 +26,28 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
         self.linker = TreeLink(self, cache_linker)
+
+    def open_store(self, model: torch.nn.Module, hf_config: Any) -> None:
+        self.linker.cache_linker.open(model, hf_config)
+
+    @property
+    def has_disk(self) -> bool:
+        return self.linker.cache_linker.store.disk is not None
+
+    def check_prefetch_progress(self, handle: CacheRequestHandle) -> bool:
+        return self.linker.is_fetched(handle.rid)
+
+    def pop_prefetch_loaded_span(self, handle: CacheRequestHandle) -> tuple[int, int | None]:
+        first, pages = self.linker.cache_linker.store.fetched_span(handle.rid)
+        return pages * self.page_size, first * self.page_size if pages else None
+
+    def has_pending_cache_operations(self) -> bool:
+        # Nothing that the scheduler has to wait for: `reset` and `close` wait themselves.
+        return False
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        super().on_release(req, checkpointed=checkpointed)
+        self.linker.cache_linker.store.let_go(req.rid)
 
     def check_hicache_events(self) -> None:
         # The first thing in a scheduling pass: what the last pass matched and did not admit is let go.

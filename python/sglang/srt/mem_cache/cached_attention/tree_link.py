@@ -58,8 +58,10 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
         page_size = self.cache.page_size
         on_device, in_prompt = result.device_prefix_len // page_size, len(key) // page_size
+        chain = self._chain(key, req)
+        self.cache_linker.store.prefetch(req.rid, chain)
         # Asked for even if the device has it all: the conversation is in use, its copy must not age.
-        restorable = self.cache_linker.reserve(req.rid, self._chain(key, req))
+        restorable = self.cache_linker.reserve(req.rid, chain)
         if on_device >= in_prompt:
             return result
         pages = self._agree(min(restorable, in_prompt))
@@ -81,6 +83,14 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         agreed = torch.tensor([pages], dtype=torch.int)
         self.cache._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
         return int(agreed.item())
+
+    def is_fetched(self, rid: str) -> bool:
+        """Whether the pages of a waiting request are in host memory on every rank, or will not come."""
+        return bool(self._agree(int(self.cache_linker.store.is_fetched(rid))))
+
+    def release_request(self, rid: str) -> None:
+        super().release_request(rid)
+        self.cache_linker.store.let_go(rid)
 
     def offload_nodes(self, node_ids: Sequence[NodeId]) -> None:
         for node_id in node_ids:

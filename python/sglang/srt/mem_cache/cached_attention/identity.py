@@ -1,0 +1,91 @@
+"""What model and which part of it this rank serves: the fingerprint of its pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+import xxhash
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.server_args import ServerArgs
+
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.layout import DevicePool
+
+SAMPLES = 1024
+"""Elements of each parameter that the digest reads."""
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """xxh3 over evenly spaced elements of every parameter and buffer, as they lie on the device now.
+
+    Tells quantisation, merged adapters and updates in place, however the weights came there. An update
+    that leaves every sampled element as it is goes unseen.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLES)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+class ModelIdentity:
+    """The fingerprint of one rank's pages, before and after updates of its weights."""
+
+    def __init__(self, server_args: ServerArgs, params: CacheInitParams, pool: DevicePool) -> None:
+        self._args = server_args
+        self._pool = pool
+        self._ranks = self._rank_layout(params)
+
+    def _rank_layout(self, params: CacheInitParams) -> dict[str, int]:
+        rank, size = 0, 1
+        if torch.distributed.is_initialized() and params.tp_cache_group is not None:
+            rank = torch.distributed.get_rank(params.tp_cache_group)
+            size = torch.distributed.get_world_size(params.tp_cache_group)
+        return {"tp_rank": rank, "tp_size": size, "pp_rank": params.pp_rank, "pp_size": params.pp_size}
+
+    @property
+    def ranks_per_machine(self) -> int:
+        """How many ranks share this machine's memory and disk."""
+        args = self._args
+        replicas = 1 if args.enable_dp_attention else args.dp_size
+        return max(1, args.tp_size * args.pp_size * replicas // args.nnodes)
+
+    @property
+    def rank_directory(self) -> str:
+        """Each rank owns a directory; the only one has the whole."""
+        ranks = self._ranks
+        return "." if self.ranks_per_machine == 1 else f"tp{ranks['tp_rank']}-pp{ranks['pp_rank']}"
+
+    def describe(self, model: torch.nn.Module, hf_config: Any) -> None:
+        self._model = model
+        self._config = hf_config.to_dict()
+        self._weights = weights_digest(model)
+
+    def has_changed(self) -> bool:
+        """Whether the weights are others than when last asked."""
+        before, self._weights = self._weights, weights_digest(self._model)
+        return self._weights != before
+
+    def fingerprint(self) -> Fingerprint:
+        args, config = self._args, self._config
+        text = json.dumps(config, sort_keys=True, default=str)
+        rope = {name: value for name, value in config.items() if "rope" in name or "rotary" in name}
+        return Fingerprint(
+            model=str(args.model_path),
+            weights=self._weights,
+            kv_dtype=args.kv_cache_dtype,
+            page_size=self._pool.layout.page_size,
+            component_bytes=self._pool.layout.component_bytes,
+            ranks=self._ranks,
+            rope=json.loads(json.dumps(rope, default=str)),
+            other={
+                "config": hashlib.sha256(text.encode()).hexdigest(),
+                "dtype": str(args.dtype),
+                "overrides": str(args.json_model_override_args),
+            },
+        )

@@ -1,0 +1,241 @@
+"""The store over host memory and disk: random histories against a model, restarts included."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from concurrent.futures import wait
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cached_attention.chain import Chain, PageRun
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.layout import DevicePool
+from cached_attention.store import CachedAttentionStore
+from cached_attention.tiers.disk import DiskTier
+
+PAGE = 2
+HOST_PAGES = 5
+DEVICE_PAGES = 12
+PROMPTS = ["aaaaaa", "aaabbb", "aacccc", "ddd", "ddeeeeee", "ffffffff"]
+CAPACITY = 4 << 20
+
+
+def keys_of(prompt: str) -> list[bytes]:
+    return [sha256(prompt[: i + 1].encode()).digest() for i in range(len(prompt))]
+
+
+def content(key: bytes) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:4]))
+    return torch.rand(PAGE, 1, 4, generator=generator)
+
+
+class Told:
+    def complete(self, layer: int) -> None: ...
+
+    def fail(self, error: BaseException) -> None:
+        raise error
+
+
+class Conversations:
+    """A device pool, a store with both tiers, and prompts whose pages have a content by their key."""
+
+    def __init__(self, directory: Path, ttl: float | None = None, capacity: int = CAPACITY) -> None:
+        self.directory = directory
+        self.buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 1, 4) for _ in "kv"] for _ in range(2)]
+        self.pool = DevicePool(self.buffers, PAGE)
+        self.now = 1000.0
+        self.batch = 0
+        self.ttl = ttl
+        self.capacity = capacity
+        self.open()
+
+    def open(self) -> None:
+        layout = self.pool.layout
+        fingerprint = Fingerprint("m", "w", "float32", PAGE, layout.component_bytes, {"tp_rank": 0}, {})
+        disk = DiskTier(self.directory, fingerprint, self.capacity)
+        size = HOST_PAGES * layout.stride
+        self.store = CachedAttentionStore(self.pool, size, disk, ttl=self.ttl, clock=self.tick)
+
+    def tick(self) -> float:
+        self.now += 1
+        return self.now
+
+    def save(self, prompt: str) -> bool:
+        keys = keys_of(prompt)
+        for page, key in enumerate(keys):
+            for layer in self.buffers:
+                for buffer in layer:
+                    buffer[page * PAGE : (page + 1) * PAGE] = content(key)
+        self.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)))
+        wait([save.checksums for save in self.store._saves])
+        assert self.store.poll() == 1
+        return self.store.pop_save()
+
+    def settle(self) -> None:
+        """Until nothing moves between host and disk."""
+        deadline = time.monotonic() + 20
+        while self.store.flush(1.0) and time.monotonic() < deadline:
+            if not self.store.disk.healthy or not self.store.disk.free_slots:
+                break
+
+    def fetch(self, prompt: str) -> int:
+        chain = Chain(keys_of(prompt))
+        self.store.prefetch(prompt, chain)
+        deadline = time.monotonic() + 20
+        while not self.store.is_fetched(prompt):
+            assert time.monotonic() < deadline, "a fetch hangs"
+            time.sleep(0.001)
+            self.store.poll()
+        return self.store.loadable_pages(chain)
+
+    def load(self, prompt: str) -> int:
+        """Fetch, reserve and load what can be; every byte is checked."""
+        self.fetch(prompt)
+        pages = self.store.reserve(prompt, Chain(keys_of(prompt)))
+        if not pages:
+            assert not self.store.cancel_load(prompt)
+            return 0
+        keys = keys_of(prompt)[:pages]
+        for layer in self.buffers:
+            for buffer in layer:
+                buffer.zero_()
+        assert self.store.queue_load(prompt, keys, torch.arange(pages * PAGE))
+        self.batch += 1
+        self.store.start_load(self.batch, Told())
+        self.store.finish_load(self.batch)
+        self.store.end_pass()
+        for page, key in enumerate(keys):
+            for layer in self.buffers:
+                for buffer in layer:
+                    assert torch.equal(buffer[page * PAGE : (page + 1) * PAGE], content(key))
+        return pages
+
+    def restart(self) -> None:
+        self.settle()
+        self.store.close()
+        self.open()
+
+
+def test_what_leaves_host_memory_comes_back_from_disk(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path)
+    for prompt in PROMPTS:
+        talk.save(prompt[:4])
+        talk.settle()
+    assert talk.store.counters()["disk_pages_used"] > HOST_PAGES
+    for prompt in PROMPTS:
+        assert talk.load(prompt[:4]) == len(prompt[:4])
+    assert talk.store.counters()["fetched"] >= 10
+    talk.store.check_invariants()
+    talk.store.close()
+
+
+def test_a_restart_keeps_conversations(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path)
+    talk.save("ddee")
+    talk.settle()
+    talk.save("aaaa")
+    talk.restart()
+    assert talk.store.resident_pages == 0
+    assert talk.load("ddee") == 4
+    assert talk.load("aaaa") == 4
+    talk.store.check_invariants()
+    talk.store.close()
+
+
+def test_a_full_disk_makes_room_for_what_is_warmer(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path, capacity=520 << 10)
+    room = talk.store.disk.capacity_slots
+    assert 8 < room < 60
+    prompts = [f"{letter}{letter}{number}" for letter in "abcdefghij" for number in range(4)]
+    deadline = time.monotonic() + 60
+    for prompt in prompts:
+        talk.save(prompt)
+        while (counts := talk.store.counters())["dirty"] or talk.store._write_behind.rows_in_flight:
+            assert time.monotonic() < deadline, f"a page waits for room for ever: {counts}"
+            talk.store.poll()
+            time.sleep(0.002)
+    assert talk.store.counters()["disk_pages_used"] <= room
+    assert talk.load(prompts[-1]) == 3
+    assert talk.load(prompts[0]) < 3
+    talk.store.check_invariants()
+    talk.store.close()
+
+
+def test_what_is_not_used_expires_everywhere(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path, ttl=500)
+    talk.save("dd")
+    talk.settle()
+    talk.now += 400
+    talk.save("aa")
+    talk.settle()
+    talk.now += 200
+    talk.store.poll()
+    assert talk.load("dd") == 0
+    assert talk.load("aa") == 2
+    assert talk.store.counters()["expired"] == 4  # Two pages, in each tier.
+    talk.store.check_invariants()
+    talk.store.close()
+
+
+class Histories(RuleBasedStateMachine):
+    @initialize()
+    def start(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="store-model-"))
+        self.talk = Conversations(self.directory)
+
+    def teardown(self) -> None:
+        if hasattr(self, "talk"):
+            self.talk.store.close()
+            shutil.rmtree(self.directory)
+
+    @rule(prompt=st.sampled_from(PROMPTS), length=st.integers(1, 8))
+    def save(self, prompt: str, length: int) -> None:
+        if self.talk.save(prompt[:length]):
+            assert self.talk.store.restorable_pages(Chain(keys_of(prompt[:length]))) == len(prompt[:length])
+
+    @rule()
+    def settle(self) -> None:
+        self.talk.settle()
+
+    @rule(prompt=st.sampled_from(PROMPTS))
+    def prefetch(self, prompt: str) -> None:
+        self.talk.store.prefetch(prompt, Chain(keys_of(prompt)))
+
+    @rule(prompt=st.sampled_from(PROMPTS))
+    def leave(self, prompt: str) -> None:
+        self.talk.store.cancel_load(prompt)
+
+    @rule(prompt=st.sampled_from(PROMPTS))
+    def load(self, prompt: str) -> None:
+        restorable = self.talk.store.restorable_pages(Chain(keys_of(prompt)))
+        assert self.talk.load(prompt) <= restorable
+
+    @precondition(lambda self: hasattr(self, "talk"))
+    @rule()
+    def restart(self) -> None:
+        held = {prompt: self.talk.store.restorable_pages(Chain(keys_of(prompt))) for prompt in PROMPTS}
+        self.talk.restart()
+        for prompt, pages in held.items():
+            assert self.talk.store.restorable_pages(Chain(keys_of(prompt))) == pages
+
+    @rule()
+    def reset(self) -> None:
+        self.talk.store.reset()
+        assert all(not self.talk.store.restorable_pages(Chain(keys_of(prompt))) for prompt in PROMPTS)
+
+    @invariant()
+    def whole(self) -> None:
+        if hasattr(self, "talk"):
+            self.talk.store.check_invariants()
+            assert self.talk.store.resident_pages <= HOST_PAGES
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -1,0 +1,116 @@
+"""Conversations that leave host memory for the disk, and come back after hours, a restart or a crash."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.server import ServerError
+
+HISTORY, CONVERSATIONS = 400, 20
+ROOMY = ("--max-total-tokens", "60000")
+TIGHT = ("--max-total-tokens", "2048")
+HOST = "80MB"
+PAGE = 64
+
+
+def disk(directory: Path, size: str = "2GB") -> tuple[str, ...]:
+    return ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+
+
+@pytest.fixture(scope="module")
+def expected(models: Any, start: Any, town: Any) -> list[list[list[int]]]:
+    """Per conversation, per turn: the answers of a server that keeps everything on the device."""
+    talk = town(CONVERSATIONS, HISTORY)
+    with start(models(), *ROOMY) as reference:
+        talk.hold(reference, 4)
+    answers: list[list[list[int]]] = talk.answers
+    return answers
+
+
+def verify(directory: Path) -> None:
+    command = [str(Path(sys.executable).parent / "cached-attention"), "verify", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def matches(talk: Any, expected: list[list[list[int]]]) -> bool:
+    """Whether each turn held so far was answered as expected."""
+    return all(said == wanted[: len(said)] for said, wanted in zip(talk.answers, expected, strict=False))
+
+
+def histories(talk: Any) -> list[int]:
+    """Tokens of each conversation that its last turn could reuse: whole pages of all but the last token."""
+    return [(len(c.tokens) - 16 - 40 - 1) // PAGE * PAGE for c in talk.conversations]
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_restart_goes_on_where_it_was(
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, end: str, expected: Any
+) -> None:
+    actual = town(CONVERSATIONS, HISTORY)
+    with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST, doomed=end == "kill") as server:
+        actual.hold(server, 3, (2,))
+        if end == "kill":
+            deadline = time.monotonic() + 30
+            while (state := store_states(server)[0])["dirty"] or state["pins"]:
+                assert time.monotonic() < deadline, f"not all is on disk: {state}"
+                time.sleep(0.1)
+            server.kill()
+    with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
+        assert store_states(server)[0]["host_pages_used"] == 0
+        actual.hold(server, 1)
+    assert matches(actual, expected)
+    last = [conversation.cached[-1] for conversation in actual.conversations]
+    assert [turn["storage"] for turn in last] == histories(actual)
+
+
+def test_a_crash_at_any_moment_never_answers_wrong(
+    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any
+) -> None:
+    actual = town(8, HISTORY)
+    with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST, doomed=True) as server:
+        crash = threading.Timer(random.Random(7).uniform(0.5, 1.5), server.kill)
+        crash.start()
+        with pytest.raises(ServerError):
+            town(8, HISTORY).hold(server, 50)
+        crash.join()
+    with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
+        actual.hold(server, 3)
+    assert matches(actual, expected)
+    verify(tmp_path)
+
+
+def test_a_directory_belongs_to_one_server_and_one_model(
+    models: Any, start: Any, town: Any, tmp_path: Path
+) -> None:
+    with start(models(), *disk(tmp_path), host_size=HOST) as server:
+        town(2, HISTORY).hold(server, 1)
+        with pytest.raises(ServerError, match=f"DirectoryInUseError.*{tmp_path}"):
+            start(models(), *disk(tmp_path), host_size=HOST).__enter__()
+        assert server.ready
+    other = town(2, HISTORY)
+    with start(models(dtype="bfloat16"), *disk(tmp_path), host_size=HOST) as server:
+        other.hold(server, 1)
+    assert other.cached("storage") == other.cached("host") == 0
+    verify(tmp_path)
+
+
+def test_a_directory_that_vanishes_is_a_miss(
+    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any
+) -> None:
+    actual = town(6, HISTORY)
+    kept = tmp_path / "kv"
+    with start(models(), *TIGHT, *disk(kept), host_size="20MB") as server:
+        actual.hold(server, 1)
+        shutil.rmtree(kept)
+        actual.hold(server, 2)
+    assert matches(actual, expected)
