@@ -62,6 +62,10 @@ class Spec:
     architecture: Architecture
     seed: int
 
+    def marker(self) -> dict[str, object]:
+        """What is written beside the weights, to know them again."""
+        return {**asdict(self), "shape": asdict(SHAPES[self.size])}
+
 
 def make_model(
     path: Path,
@@ -94,9 +98,9 @@ def make_model(
 def _check_same(path: Path, spec: Spec) -> None:
     marker = path / SPEC_FILE
     present = json.loads(marker.read_text()) if marker.exists() else None
-    if present != asdict(spec):
+    if present != spec.marker():
         found = present or "something else"
-        raise FileExistsError(f"{path} holds {found}, wanted {asdict(spec)}; remove it or take another path")
+        raise FileExistsError(f"{path} holds {found}, wanted {spec.marker()}; remove it or take another path")
 
 
 def _publish(draft: Path, path: Path, spec: Spec) -> None:
@@ -115,7 +119,7 @@ def _write(directory: Path, spec: Spec) -> None:
     _initialise(model, word_ids(tokenizer), spec.seed)
     model.to(getattr(torch, spec.dtype)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    (directory / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n")
+    (directory / SPEC_FILE).write_text(json.dumps(spec.marker(), indent=2) + "\n")
 
 
 def _config(spec: Spec, shape: Shape) -> PretrainedConfig:

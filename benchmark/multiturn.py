@@ -92,8 +92,6 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    # The servers are in process groups of their own: leave in a way that stops them.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         rounds = _compare(args) if args.compare else _drive(args)
     except (ServerError, ValueError) as failure:
@@ -188,4 +186,6 @@ def _report(args: argparse.Namespace, rounds: list[Round]) -> None:
 
 
 if __name__ == "__main__":
+    # The servers are in process groups of their own: leave in a way that stops them.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())
