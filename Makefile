@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.sglang-cached-attention
 CHECKED := cached_attention benchmark examples python
 
-# Few and short enough for two cores: 6 conversations come back 3 times each, in 2 rounds of 3 servers.
-DEMO := --conversations 6 --turns 4 --history 1200 --new 48 --out 16 --rounds 2 --concurrency 2
+# Few and short enough for two cores: 6 conversations come back twice each, in 2 rounds over 3 servers.
+DEMO := --conversations 6 --turns 3 --history 2048 --new 100 --out 16 --rounds 2 --concurrency 1
 
 .PHONY: help install demo serve test lint clean
 

@@ -148,7 +148,7 @@ def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
 def _latent_attention(shape: Shape) -> dict[str, int | None]:
     dense_layers = shape.layers  # all of them: the experts below exist only in the config
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
-    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": dense_layers}
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": dense_layers, "moe_layer_freq": 1}
     return {
         "num_key_value_heads": shape.heads,
         "q_lora_rank": None,

@@ -86,7 +86,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         help="part of a round's tokens that the small device pool holds",
     )
     compare.add_argument("--host-gb", type=int, default=4, help="size of the host tier")
-    compare.add_argument("--page-size", type=int, default=16, help="tokens per page, for every configuration")
+    compare.add_argument("--page-size", type=int, default=64, help="tokens per page, for every configuration")
     compare.add_argument("--server-args", default="", help="more arguments for every server, in one string")
 
 
