@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import xxhash
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.fingerprint import Fingerprint
@@ -39,14 +40,15 @@ class ModelIdentity:
     def __init__(self, server_args: ServerArgs, params: CacheInitParams, pool: DevicePool) -> None:
         self._args = server_args
         self._pool = pool
-        self._ranks = self._rank_layout(params)
-
-    def _rank_layout(self, params: CacheInitParams) -> dict[str, int]:
-        rank, size = 0, 1
-        if torch.distributed.is_initialized() and params.tp_cache_group is not None:
-            rank = torch.distributed.get_rank(params.tp_cache_group)
-            size = torch.distributed.get_world_size(params.tp_cache_group)
-        return {"tp_rank": rank, "tp_size": size, "pp_rank": params.pp_rank, "pp_size": params.pp_size}
+        ranks = get_parallel()
+        self._replica = ranks.dp_rank or 0
+        self._ranks = {
+            "tp_rank": ranks.tp_rank,
+            "tp_size": ranks.tp_size,
+            "pp_rank": params.pp_rank,
+            "pp_size": params.pp_size,
+            "attn_tp_size": ranks.attn_tp_size,
+        }
 
     @property
     def ranks_per_machine(self) -> int:
@@ -59,7 +61,9 @@ class ModelIdentity:
     def rank_directory(self) -> str:
         """Each rank owns a directory; the only one has the whole."""
         ranks = self._ranks
-        return "." if self.ranks_per_machine == 1 else f"tp{ranks['tp_rank']}-pp{ranks['pp_rank']}"
+        if self.ranks_per_machine == 1:
+            return "."
+        return f"dp{self._replica}-pp{ranks['pp_rank']}-tp{ranks['tp_rank']}"
 
     def describe(self, model: torch.nn.Module, hf_config: Any) -> None:
         self._model = model
