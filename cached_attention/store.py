@@ -214,9 +214,13 @@ class CachedAttentionStore:
         return True
 
     def _count_use(self, rows: Sequence[int]) -> None:
+        now, on_disk = self._clock(), self._pages.on_disk
         for row in rows:
             self._index.uses[row] += 1
+            self._index.last_use[row] = now
             self._pages.soil(row)
+            if self.disk is not None and row in on_disk:
+                self.disk.touch(on_disk.slot[row], now, self._index.uses[row])
 
     def let_go(self, request: str) -> None:
         """Stop holding what was fetched for `request`: it was loaded, or has left."""

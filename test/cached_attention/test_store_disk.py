@@ -149,6 +149,20 @@ def test_a_restart_keeps_conversations(tmp_path: Path) -> None:
     talk.store.close()
 
 
+def test_use_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path)
+    talk.save("dd")
+    talk.save("aa")
+    talk.settle()
+    assert talk.load("dd") == 2
+    talk.restart()
+    index = talk.store._index
+    used, unused = (index.find(keys_of(prompt)[0]) for prompt in ("dd", "aa"))
+    assert (index.uses[used], index.uses[unused]) == (2, 1)
+    assert index.last_use[used] > index.last_use[unused]
+    talk.store.close()
+
+
 def test_a_full_disk_makes_room_for_what_is_warmer(tmp_path: Path) -> None:
     talk = Conversations(tmp_path, capacity=520 << 10)
     room = talk.store.disk.capacity_slots
