@@ -25,7 +25,7 @@ CONFIGURATION_COLOURS = {
 TIER_COLOURS = {
     "device": "#009e73",
     "host": "#0072b2",
-    "disk": "#e69f00",
+    "storage": "#e69f00",
     "remote": "#cc79a7",
     COMPUTED: "#d9d9d9",
 }
@@ -81,6 +81,8 @@ def _ttft_by_turn(axes: Axes, groups: dict[str, list[Round]]) -> None:
     axes.set(title="Time to first token (median, P10 to P90)", xlabel="turn", ylabel="seconds")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes)
+    # Below the plot: within it, it would hide bars.
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(groups))
 
 
 def _origins(axes: Axes, summaries: Sequence[Summary]) -> None:
