@@ -3,6 +3,8 @@
 #
 #     examples/bench_serving.sh --base-url http://127.0.0.1:30000 --model-path out/model [more of its options]
 #
+# PYTHON names the interpreter that has SGLang (default: python3), e.g. PYTHON=.venv/bin/python.
+#
 # First prompts that share nothing, which shows what caching costs; then conversations of three turns, which
 # shows what it gives. The other data sets of the benchmark ("random", "sharegpt", ...) need ShareGPT's file.
 set -euo pipefail

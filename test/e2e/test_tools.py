@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ def server(models: Any, start: Any) -> Iterator[Server]:
 
 
 def run(*command: str | Path) -> str:
+    env = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+        list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
