@@ -144,11 +144,7 @@ class Hierarchy:
     def expire(self, count: int, limit: float) -> int:
         """Drop from host memory up to `count` pages that were last used before `limit`."""
         for expired in range(count):
-            row = self.host_order.take()
-            if row is None:
-                return expired
-            if self.index.last_use[row] >= limit:
-                self.host_order.offer(row)
+            if (row := self.host_order.take(limit)) is None:
                 return expired
             self.leave_host(row)
         return count

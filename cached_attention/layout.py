@@ -39,10 +39,6 @@ class PageLayout:
         """Bytes from one record to the next."""
         return -(-self.page_bytes // ALIGNMENT) * ALIGNMENT
 
-    @property
-    def bytes_per_token(self) -> int:
-        return self.page_bytes // self.page_size
-
     def offsets(self) -> list[tuple[int, ...]]:
         """Per layer, per component: byte offset in the record."""
         flat = [size for layer in self.component_bytes for size in layer]

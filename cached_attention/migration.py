@@ -88,14 +88,8 @@ class WriteBehind:
 
     def evict(self, count: int, limit: float) -> list[int]:
         """Disk slots of up to `count` pages last used before `limit`; they are in the tier no more."""
-        slots = []
-        for _ in range(count):
-            victim = self._pages.disk_order.take()
-            if victim is None:
-                break
-            if self._pages.index.last_use[victim] >= limit:
-                self._pages.offer(victim)
-                break
+        slots: list[int] = []
+        while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
             slots.append(self._pages.leave_disk(victim))
         return slots
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 
 from cached_attention.index import PageIndex, Residency
 
@@ -30,8 +31,11 @@ class EvictionOrder:
             self._queued[row] = True
             heapq.heappush(self._heap, (self._index.last_use[row], row))
 
-    def take(self) -> int | None:
-        """The page to evict next, or None when nothing is evictable. The caller displaces it."""
+    def take(self, used_before: float = math.inf) -> int | None:
+        """The page to evict next, or None when nothing evictable was last used before `used_before`.
+
+        The caller displaces it.
+        """
         while self._heap:
             last_use, row = heapq.heappop(self._heap)
             self._queued[row] = False
@@ -40,6 +44,9 @@ class EvictionOrder:
             if self._index.last_use[row] > last_use:
                 self.offer(row)
                 continue
+            if self._index.last_use[row] >= used_before:
+                self.offer(row)
+                return None
             return row
         return None
 

@@ -68,15 +68,15 @@ class ModelIdentity:
     def describe(self, model: torch.nn.Module, hf_config: Any) -> None:
         self._model = model
         self._config = hf_config.to_dict()
-        self._weights = weights_digest(model)
 
     def has_changed(self) -> bool:
-        """Whether the weights are others than when last asked."""
-        before, self._weights = self._weights, weights_digest(self._model)
-        return self._weights != before
+        """Whether the weights are others than at the last `fingerprint`."""
+        return weights_digest(self._model) != self._weights
 
     def fingerprint(self) -> Fingerprint:
+        """Reads a sample of the weights: only a server with a disk tier pays for it."""
         args, config = self._args, self._config
+        self._weights = weights_digest(self._model)
         text = json.dumps(config, sort_keys=True, default=str)
         rope = {name: value for name, value in config.items() if "rope" in name or "rotary" in name}
         return Fingerprint(
