@@ -15,6 +15,10 @@ DEFAULT_PAGE_SIZE = 64
 """Tokens per page where the operator gave no `--page-size`."""
 
 
+DEFAULT_LOOK_AHEAD = 1024
+"""Waiting requests; what they hold is bounded by the host tier's size as well."""
+
+
 class ConfigError(ValueError):
     """A setting is wrong; the message says what was given, what is allowed and what to do."""
 
@@ -79,6 +83,8 @@ class CachedAttentionConfig:
     """Bytes that the disk tier never exceeds, over all ranks of the machine."""
     disk_min_uses: int = 1
     """A page is written to disk once it was used this often."""
+    look_ahead: int = DEFAULT_LOOK_AHEAD
+    """Waiting requests whose pages are brought to host memory before they run."""
     ttl: float = 3600.0
     """Seconds after its last use that a page is dropped; 0: never."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
-from cached_attention.policy.eviction import EvictionOrder
+from cached_attention.policy.demand import WaitingOrder
+from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.tiers.disk_index import DiskRecord
 from cached_attention.tiers.host import HostTier
 
@@ -22,8 +23,9 @@ class Hierarchy:
         self.host = host
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
-        self.host_order = EvictionOrder(self.index, self.in_host)
-        self.disk_order = EvictionOrder(self.index, self.on_disk)
+        self.waiting = WaitingOrder()
+        self.host_order = EvictionOrder(self.index, self.in_host, self.waiting)
+        self.disk_order = EvictionOrder(self.index, self.on_disk, self.waiting)
         self.dirty_order = EvictionOrder(self.index, self.dirty)
         self.has_disk = has_disk
         self.epoch = 0
@@ -57,12 +59,31 @@ class Hierarchy:
             for order in (self.host_order, self.disk_order, self.dirty_order):
                 order.offer(row)
 
-    def admit(self, key: PageKey, parent: PageKey | None, position: int) -> int | None:
-        """A pinned row with a host slot for `key`, evicting what is coldest; None where nothing can go.
+    def is_idle(self, row: int) -> bool:
+        """Whether the page could be evicted from every tier that it is in, were it its turn."""
+        unfollowed = not any(tier.children[row] for tier in self.index.tiers)
+        wanted = any(order.demand.is_wanted(row) for order in (self.host_order, self.disk_order))
+        return unfollowed and not wanted and not self.index.pins[row]
 
-        The page is not ready until `land`.
+    def want(self, request: str, row: int) -> None:
+        """`request`, which waits, will ask for the pages up to `row`."""
+        for order in (self.host_order, self.disk_order):
+            order.demand.want(request, row)
+
+    def unwant(self, request: str) -> None:
+        """`request` waits no more."""
+        for order in (self.host_order, self.disk_order):
+            order.demand.forget(request)
+        self.waiting.discard(request)
+
+    def admit(
+        self, key: PageKey, parent: PageKey | None, position: int, for_rank: int = NOT_WAITING
+    ) -> int | None:
+        """A pinned row with a host slot for `key`, evicting what may go first; None where nothing can go.
+
+        The page is not ready until `land`. `for_rank`: of the waiting request that it is for.
         """
-        slot = self._take_slot(parent)
+        slot = self._take_slot(parent, for_rank)
         if slot is None:
             return None
         row = self.index.add(key, parent, position)
@@ -70,14 +91,18 @@ class Hierarchy:
         self.index.pin(row)
         return row
 
-    def _take_slot(self, before: PageKey | None) -> int | None:
-        """A free slot, or that of the coldest page; never that of `before`, whose chain is to grow."""
+    def _take_slot(self, before: PageKey | None, for_rank: int) -> int | None:
+        """A free slot, or that of the page to evict; never that of `before`, whose chain is to grow."""
         if not self.host.free_slots:
             row = NOWHERE if before is None else self.index.find(before)
             if row != NOWHERE:
                 self.index.pin(row)
-            victim = self.host_order.take()
-            if victim is not None:
+            victim = self.host_order.take(for_rank=for_rank)
+            if victim is not None and for_rank != NOT_WAITING and victim in self.dirty:
+                self.offer(
+                    victim
+                )  # Fetching ahead must not lose what is on no disk yet: it will be written soon.
+            elif victim is not None:
                 self.leave_host(victim)
                 self.evicted += 1
             if row != NOWHERE:
@@ -137,6 +162,15 @@ class Hierarchy:
             self.disk_order.offer(row)
         remove(twice)
 
+    def forget_disk(self) -> None:
+        """There is no disk tier any more; its pages stay where they are. Walks all rows."""
+        self.has_disk = False
+        for row in self.rows_on_disk():
+            self.leave_disk(row)
+        for row in [row for row in self.index.rows() if row in self.dirty]:
+            self.launder(row)
+        self.epoch += 1
+
     def rows_on_disk(self) -> list[int]:
         """Walks all rows."""
         return [row for row in self.index.rows() if row in self.on_disk]
@@ -151,6 +185,9 @@ class Hierarchy:
 
     def _leave(self, row: int, tier: Residency) -> int:
         parent = self.index.parent[row]
+        for order in (self.host_order, self.disk_order):
+            if order.tier is tier:
+                order.demand.left(row)
         slot = self.index.displace(row, tier)
         self.offer(parent)
         return slot
@@ -158,6 +195,8 @@ class Hierarchy:
     def check_invariants(self) -> None:
         """Walks everything; raises AssertionError where a count, slot or link disagrees."""
         self.index.check_invariants()
+        for order in (self.host_order, self.disk_order):
+            order.demand.check_invariants()
         rows = [row for row in self.index.rows() if row in self.in_host]
         self.host.check_invariants({self.in_host.slot[row] for row in rows})
         for row in self.index.rows():

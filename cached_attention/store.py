@@ -1,4 +1,4 @@
-"""The façade that an engine drives: look up, prefetch, load, save.
+"""The façade that an engine drives: look up, look ahead, load, save.
 
 One thread, the engine's scheduler, calls the store; none of its calls waits for a transfer except
 `reset`, `close`, `flush` and `finish_load`. Transfers run on threads of their own and are seen by `poll`.
@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from cached_attention.chain import Chain, PageRun, reach
+from cached_attention.config import DEFAULT_LOOK_AHEAD
 from cached_attention.hierarchy import Hierarchy
+from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.layout import DevicePool
-from cached_attention.migration import Fetch, WriteBehind
+from cached_attention.migration import Migration
+from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
@@ -26,6 +29,10 @@ from cached_attention.transfer.jobs import Event, LoadProgress, PageLoad, PageSa
 
 EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
+KEPT = 3600.0
+"""Seconds that a conversation is kept on request where there is no time to live."""
+USE_NOTED = 60.0
+"""Seconds that a page's last use may lag behind that of a page after it, in memory and on disk."""
 
 
 @dataclass
@@ -62,6 +69,7 @@ class CachedAttentionStore:
         disk: a tier just opened, with the pages it holds; the store closes it.
         min_uses: a page goes to disk once it was used this often.
         ttl: seconds after its last use that a page is dropped; None: never.
+        look_ahead: waiting requests whose pages are brought up before they run; at least 1.
         clock: seconds since the epoch.
     """
 
@@ -73,6 +81,7 @@ class CachedAttentionStore:
         *,
         min_uses: int = 1,
         ttl: float | None = None,
+        look_ahead: int = DEFAULT_LOOK_AHEAD,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.layout = device.layout
@@ -81,8 +90,11 @@ class CachedAttentionStore:
         self.stats = StoreStats()
         self._min_uses = min_uses
         self._ttl = ttl
+        self._look_ahead = look_ahead
         self._clock = clock
-        self._transfers = Transfers(page_copier(device, self.host), self.host, self.layout.page_size)
+        self._decision = WaitOrRecompute()
+        copier = page_copier(device, self.host)
+        self._transfers = Transfers(copier, self.host, self.layout.page_size, sealed=disk is not None)
         self._start_empty(epoch=0)
         self._adopt()
 
@@ -90,15 +102,24 @@ class CachedAttentionStore:
         self._pages = Hierarchy(self.host, has_disk=self.disk is not None)
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
-        self._fetch = self._write_behind = None
-        if self.disk is not None:
-            self._fetch = Fetch(self._pages, self.disk)
-            self._write_behind = WriteBehind(self._pages, self.disk, self._min_uses, self._clock)
+        self._migration = None if self.disk is None else self._migrate(self.disk)
+        self._hints = Hints()
         self._saves: deque[PageSave] = deque()
         self._finished_saves: deque[bool] = deque()
         self._reserved: dict[str, int] = {}
         self._queued: dict[str, _QueuedLoad] = {}
         self._loading: dict[int, tuple[Future[None], list[_QueuedLoad]]] = {}
+
+    def _migrate(self, disk: DiskTier) -> Migration:
+        return Migration(
+            self._pages,
+            disk,
+            self._decision,
+            look_ahead=self._look_ahead,
+            min_uses=self._min_uses,
+            page_tokens=self.layout.page_size,
+            clock=self._clock,
+        )
 
     @property
     def resident_pages(self) -> int:
@@ -111,16 +132,10 @@ class CachedAttentionStore:
             "evicted": self._pages.evicted,
             "host_pages": self.host.capacity,
             "host_pages_used": self._in_host.pages,
+            "waiting": len(self._pages.waiting),
         }
-        if self.disk is not None and self._fetch is not None:
-            counts |= {
-                "disk_pages": self.disk.capacity_slots,
-                "disk_pages_used": self._pages.on_disk.pages,
-                "dirty": self._pages.dirty.pages,
-                "fetched": self._fetch.fetched,
-                "lost": self._fetch.lost,
-                "disk_errors": self.disk.io_errors,
-            }
+        if self._migration is not None:
+            counts |= self._migration.counters()
         return counts
 
     @property
@@ -151,23 +166,93 @@ class CachedAttentionStore:
         if chain.epoch != self._pages.epoch:
             chain.epoch, chain.restorable, chain.loadable = self._pages.epoch, 0, 0
 
-    def prefetch(self, request: str, chain: Chain) -> int:
-        """Start bringing what the disk holds of `chain` to host memory, and hold it there for `request`.
+    # The waiting queue
 
-        Returns the restorable pages; does nothing where it was done before. See `is_fetched`, `let_go`.
+    def arrive(self, request: str, chain: Chain) -> int:
+        """`request`, with the prompt `chain`, waits, for now behind all others; returns its restorable pages.
+
+        What it will ask for is kept, and brought to host memory in the order of the queue. Constant time
+        when it was said before and nothing changed.
         """
         pages = self.restorable_pages(chain)
-        if self._fetch is not None and pages > self.loadable_pages(chain) and not self._fetch.holds_for(request):
-            self._fetch.start(request, chain.keys[:pages])
+        self._pages.waiting.append(request)
+        if pages:
+            self._pages.want(request, self._index.find(chain.keys[pages - 1]))
+        if self._migration is not None and pages > (loadable := self.loadable_pages(chain)):
+            self._migration.ahead.ask(request, chain.keys[:pages], loadable)
         return pages
 
-    def is_fetched(self, request: str) -> bool:
-        """Whether nothing is on its way from the disk for `request` any more."""
-        return self._fetch is None or self._fetch.is_done(request)
+    def reorder(self, requests: Sequence[str]) -> None:
+        """The waiting requests in the order in which they will run; those not named wait no more."""
+        for request in self._pages.waiting.replace([*requests, *self._hints.order()]):
+            self.leave(request)
+
+    def leave(self, request: str) -> None:
+        """`request` runs or was given up: nothing is held for it any more."""
+        self._pages.unwant(request)
+        if self._migration is not None:
+            self._migration.ahead.leave(request)
+
+    def is_ready(self, request: str) -> bool:
+        """Whether nothing is on its way from the disk for `request`, or it is quicker to compute it again."""
+        return self._migration is None or self._migration.ahead.is_ready(request)
+
+    def expect(self, chain: Chain, seconds: float) -> int:
+        """The next turn of the conversation `chain` is expected in `seconds`; returns its restorable pages.
+
+        It waits, behind all requests, until `GRACE` seconds after its time, or until it is loaded.
+        """
+        due = self._clock() + seconds
+        return self._hint(chain, Hint(due, due + GRACE))
+
+    def keep(self, chain: Chain) -> int:
+        """Evict the conversation `chain` only when nothing else is left, for its time to live or an hour."""
+        until = self._clock() + (self._ttl or KEPT)
+        return self._hint(chain, Hint(until, until))
+
+    def _hint(self, chain: Chain, hint: Hint) -> int:
+        if not chain.keys:
+            return 0
+        name = Hints.name(chain.keys[-1])
+        for given_up in self._hints.add(name, hint):
+            self.leave(given_up)
+        return self.arrive(name, chain) if name in self._hints.order() else 0
+
+    def drop(self, chain: Chain) -> int:
+        """Forget the conversation `chain` now, in every tier; returns how many pages were forgotten.
+
+        Pages that others continue, that are loaded or saved at the moment, or that a waiting request wants
+        stay.
+        """
+        dropped = 0
+        if chain.keys:
+            self.leave(self._hints.discard(Hints.name(chain.keys[-1])))
+        for key in reversed(chain.keys):
+            row = self._index.find(key)
+            if row == NOWHERE or not self._pages.is_idle(row):
+                break
+            dropped += 1
+            if row in self._in_host:
+                self._pages.leave_host(row)
+            if self.disk is not None and row in self._pages.on_disk:
+                self.disk.remove([self._pages.leave_disk(row)])
+        return dropped
+
+    def chain_to(self, last: PageKey) -> Chain:
+        """The chain of a known page; empty where `last` is unknown."""
+        keys, row = [], self._index.find(last)
+        while row != NOWHERE:
+            keys.append(self._index.key(row))
+            row = self._index.parent[row]
+        return Chain(keys[::-1])
+
+    def prefill_took(self, tokens: int, seconds: float) -> None:
+        """The engine computed `tokens` new tokens in `seconds`."""
+        self._decision.computing.observe(tokens, seconds)
 
     def fetched_span(self, request: str) -> tuple[int, int]:
         """First page and number of pages that came from the disk for `request`, until it lets go."""
-        return (0, 0) if self._fetch is None else self._fetch.arrived(request)
+        return (0, 0) if self._migration is None else self._migration.fetch.arrived(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
         """Loadable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
@@ -175,10 +260,26 @@ class CachedAttentionStore:
         pages = self.loadable_pages(chain)
         if pages:
             row = self._index.find(chain.keys[pages - 1])
-            self._index.last_use[row] = self._clock()
+            self._mark_used(row)
             self._pages.pin(row)
             self._reserved[request] = row
         return pages
+
+    def _mark_used(self, row: int) -> None:
+        """Note the use of `row` now, and of the pages before it where theirs was noted long ago.
+
+        The walk ends at the first page that was noted lately, so a chain is walked once per `USE_NOTED`.
+        """
+        now, index = self._clock(), self._index
+        age = now - index.last_use[row]
+        index.last_use[row] = now
+        while age > USE_NOTED:
+            if self.disk is not None and row in self._pages.on_disk:
+                self.disk.touch(self._pages.on_disk.slot[row], now, index.uses[row])
+            if (row := index.parent[row]) == NOWHERE:
+                break
+            age = now - index.last_use[row]
+            index.last_use[row] = now
 
     def end_pass(self) -> None:
         """End of a scheduling pass: what was reserved and not loaded may be evicted again."""
@@ -210,7 +311,9 @@ class CachedAttentionStore:
         slots = [self._in_host.slot[row] for row in rows]
         self._queued[request] = _QueuedLoad(PageLoad(device_slots, slots), rows[-1])
         self._count_use(rows)
-        self.let_go(request)
+        self.leave(request)
+        for name in map(Hints.name, keys) if self._hints else ():
+            self.leave(self._hints.discard(name))
         return True
 
     def _count_use(self, rows: Sequence[int]) -> None:
@@ -222,15 +325,10 @@ class CachedAttentionStore:
             if self.disk is not None and row in on_disk:
                 self.disk.touch(on_disk.slot[row], now, self._index.uses[row])
 
-    def let_go(self, request: str) -> None:
-        """Stop holding what was fetched for `request`: it was loaded, or has left."""
-        if self._fetch is not None:
-            self._fetch.release(request)
-
     def cancel_load(self, request: str) -> bool:
         """Let go of all that is held for `request` but a load that runs; False when no load was queued."""
         self._release(request)
-        self.let_go(request)
+        self.leave(request)
         load = self._queued.pop(request, None)
         if load is None:
             return False
@@ -274,8 +372,8 @@ class CachedAttentionStore:
         admitted, whole = self._admit(run)
         rows = [self._index.find(run.keys[page]) for page in admitted]
         slots = [self._in_host.slot[row] for row in rows]
-        checksums = self._transfers.save(run.select(admitted, self.layout.page_size), slots, after)
-        self._saves.append(PageSave(rows, whole, checksums))
+        landed = self._transfers.save(run.select(admitted, self.layout.page_size), slots, after)
+        self._saves.append(PageSave(rows, whole, landed))
 
     def _admit(self, run: PageRun) -> tuple[list[int], bool]:
         """Give a pinned slot to each page of `run` that lacks one, in order, until none is left.
@@ -305,27 +403,26 @@ class CachedAttentionStore:
 
     def poll(self) -> int:
         """Take note of the saves that have ended; returns how many wait for `pop_save`."""
-        while self._saves and self._saves[0].checksums.done():
+        while self._saves and self._saves[0].landed.done():
             self._finish_save(self._saves.popleft())
         if self._ttl is not None:
             self._expire(self._clock() - self._ttl)
-        if self._fetch is not None:
-            self._fetch.poll()
-        if self._write_behind is not None:
-            self._write_behind.poll()
+        if self._hints:
+            for name in self._hints.expire(self._clock()):
+                self.leave(name)
+        if self._migration is not None:
+            self._migration.poll()
         return len(self._finished_saves)
 
     def _expire(self, limit: float) -> None:
         """Drop pages that were last used before `limit`, a few at a time."""
         self.stats.expired += self._pages.expire(EXPIRED_AT_ONCE, limit)
-        if self._write_behind is not None and self.disk is not None:
-            slots = self._write_behind.evict(EXPIRED_AT_ONCE, limit)
-            self.stats.expired += len(slots)
-            self.disk.remove(slots)
+        if self._migration is not None:
+            self.stats.expired += self._migration.expire(EXPIRED_AT_ONCE, limit)
 
     def _finish_save(self, save: PageSave) -> None:
-        if save.checksums.exception() is None:
-            for row, checksum in zip(save.rows, save.checksums.result(), strict=True):
+        if save.landed.exception() is None:
+            for row, checksum in zip(save.rows, save.landed.result(), strict=True):
                 self._index.checksum[row] = checksum
                 self._pages.land(row, clean=False)
                 self._pages.unpin(row)
@@ -352,15 +449,15 @@ class CachedAttentionStore:
     def flush(self, timeout: float) -> int:
         """Write to disk what is not there, for at most `timeout` seconds; returns the pages left out."""
         for save in self._saves:
-            save.checksums.exception()
+            save.landed.exception()
         self.poll()
-        return 0 if self._write_behind is None else self._write_behind.flush(timeout)
+        return 0 if self._migration is None else self._migration.write_behind.flush(timeout)
 
     def reset(self) -> None:
         """Forget every page in every tier, after waiting for the transfers that run."""
         self._wait()
-        if self.disk is not None:
-            self.disk.remove([self._pages.leave_disk(row) for row in self._pages.rows_on_disk()])
+        if self._migration is not None:
+            self._migration.clear()
         self.host.clear()
         self._start_empty(epoch=self._pages.epoch + 1)
 
@@ -373,6 +470,18 @@ class CachedAttentionStore:
         self.host.clear()
         self._start_empty(epoch=self._pages.epoch + 1)
         self._adopt()
+
+    def detach_disk(self) -> None:
+        """Go on without the disk tier, which keeps its pages; those in host memory stay. Walks all pages.
+
+        What waits for the disk is let go, so this may be called while requests wait or run.
+        """
+        if self.disk is None or self._migration is None:
+            return
+        self._migration.wait()
+        self._pages.forget_disk()
+        self.disk.close()
+        self.disk = self._migration = None
 
     def _adopt(self) -> None:
         if self.disk is not None:
@@ -387,12 +496,11 @@ class CachedAttentionStore:
 
     def _wait(self) -> None:
         for save in self._saves:
-            save.checksums.exception()
+            save.landed.exception()
         for future, _ in self._loading.values():
             future.exception()
-        if self._fetch is not None and self._write_behind is not None:
-            self._fetch.wait()
-            self._write_behind.wait()
+        if self._migration is not None:
+            self._migration.wait()
 
     def check_invariants(self) -> None:
         """Walk everything; for tests and debugging.
@@ -404,6 +512,6 @@ class CachedAttentionStore:
         holders = len(self._reserved) + len(self._queued)
         holders += sum(len(loads) for _, loads in self._loading.values())
         holders += sum(len(save.rows) for save in self._saves)
-        if self._fetch is not None and self._write_behind is not None:
-            holders += self._fetch.holds + self._write_behind.rows_in_flight
+        if self._migration is not None:
+            holders += self._migration.pins
         assert self.pins == holders, f"{self.pins} pins for {holders} holders"

@@ -39,11 +39,12 @@ def play(engine: sgl.Engine, vocabulary: int, output_tokens: int) -> list[dict[s
         for prompt in prompts:
             prompt += source.choices(words, k=NEW_TOKENS)
         answers: list[dict[str, Any]] = engine.generate(input_ids=prompts, sampling_params=sampling)
-        tiers = {"device": 0, "host": 0}
+        tiers = {"device": 0, "host": 0, "storage": 0}
         for prompt, answer in zip(prompts, answers, strict=True):
             prompt += answer["output_ids"]
-            for tier, tokens in (answer["meta_info"].get("cached_tokens_details") or {}).items():
-                tiers[tier] = tiers.get(tier, 0) + tokens
+            details = answer["meta_info"].get("cached_tokens_details") or {}
+            for tier in ("device", "host", "storage"):
+                tiers[tier] += details.get(tier, 0)
         total = sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
         print(f"turn {turn + 1}: prompt_tokens={total} cached_tokens={sum(tiers.values())} {tiers}")
         by_turn.append(tiers)
@@ -54,6 +55,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, default=Path("out/model"))
     parser.add_argument("--host-size", default="1GB", help="host memory for KV cache")
+    parser.add_argument("--disk-path", help="directory for KV cache; a second run finds the first one's")
+    parser.add_argument("--disk-size", default="1GB", help="what the directory never exceeds")
     parser.add_argument("--max-tokens", type=int, default=16, help="length of an answer")
     args = parser.parse_args()
     config = json.loads((args.model_path / "config.json").read_text())
@@ -61,6 +64,8 @@ def main() -> int:
         model_path=str(args.model_path),
         enable_cached_attention=True,
         cached_attention_host_size=args.host_size,
+        cached_attention_disk_path=args.disk_path,
+        cached_attention_disk_size=args.disk_path and args.disk_size,
         max_total_tokens=DEVICE_TOKENS,
         # SGLang's own default would serve a float32 model in float16.
         dtype=config["dtype"],
@@ -70,8 +75,8 @@ def main() -> int:
         by_turn = play(engine, config["vocab_size"], args.max_tokens)
     finally:
         engine.shutdown()
-    if not all(tiers["host"] for tiers in by_turn[1:]):
-        print("a returning turn took nothing from host memory", file=sys.stderr)
+    if not all(tiers["host"] + tiers["storage"] for tiers in by_turn[1:]):
+        print("a returning turn took nothing from the hierarchy", file=sys.stderr)
         return 1
     return 0
 

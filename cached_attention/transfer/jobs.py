@@ -13,6 +13,9 @@ from cached_attention.checksum import page_checksum
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import PageCopier
 
+NO_CHECKSUM = 0
+"""Of a page that never leaves memory."""
+
 
 class Event(Protocol):
     """Something that must have happened on the device before its memory may be touched."""
@@ -37,12 +40,12 @@ class PageLoad(NamedTuple):
 
 
 class PageSave(NamedTuple):
-    """Pages on their way to the host; `checksums` resolves when the last layer has landed."""
+    """Pages on their way to the host; `landed` resolves to checksums when the last layer has."""
 
     rows: list[int]
     whole: bool
     """Whether every page of the run was taken; False when host memory was too full for the rest."""
-    checksums: Future[list[int]]
+    landed: Future[list[int]]
 
 
 def device_pages(device_slots: torch.Tensor, page_size: int) -> list[int]:
@@ -51,12 +54,17 @@ def device_pages(device_slots: torch.Tensor, page_size: int) -> list[int]:
 
 
 class Transfers:
-    """The two transfer threads of one rank."""
+    """The two transfer threads of one rank.
 
-    def __init__(self, copier: PageCopier, host: HostTier, page_size: int) -> None:
+    Args:
+        sealed: saves yield a checksum per page. Only pages that leave memory need one.
+    """
+
+    def __init__(self, copier: PageCopier, host: HostTier, page_size: int, *, sealed: bool) -> None:
         self._copier = copier
         self._host = host
         self._page_size = page_size
+        self._sealed = sealed
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="cached-attention-load")
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="cached-attention-save")
 
@@ -84,6 +92,8 @@ class Transfers:
         for event in after:
             event.synchronize()
         self._copier.save(device_pages(run.device_slots, self._page_size), slots)
+        if not self._sealed:
+            return [NO_CHECKSUM] * len(slots)
         return [page_checksum(key, self._host.record(slot)) for key, slot in zip(run.keys, slots, strict=True)]
 
     def close(self) -> None:

@@ -9,15 +9,17 @@ from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cached_attention.chain import Chain, PageRun
+from cached_attention.fetch import Fetch
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
-from cached_attention.store import CachedAttentionStore
+from cached_attention.store import USE_NOTED, CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 PAGE = 2
@@ -57,11 +59,15 @@ class Conversations:
         self.open()
 
     def open(self) -> None:
-        layout = self.pool.layout
-        fingerprint = Fingerprint("m", "w", "float32", PAGE, layout.component_bytes, {"tp_rank": 0}, {})
-        disk = DiskTier(self.directory, fingerprint, self.capacity)
-        size = HOST_PAGES * layout.stride
-        self.store = CachedAttentionStore(self.pool, size, disk, ttl=self.ttl, clock=self.tick)
+        size = HOST_PAGES * self.pool.layout.stride
+        self.store = CachedAttentionStore(self.pool, size, self.open_disk(), ttl=self.ttl, clock=self.tick)
+        for _ in range(20):
+            self.store.prefill_took(PAGE, 60.0)  # So that a fetch is always worth waiting for.
+
+    def open_disk(self) -> DiskTier:
+        layout = self.pool.layout.component_bytes
+        fingerprint = Fingerprint("m", "w", "float32", PAGE, layout, {"tp_rank": 0}, {})
+        return DiskTier(self.directory, fingerprint, self.capacity)
 
     def tick(self) -> float:
         self.now += 1
@@ -74,7 +80,7 @@ class Conversations:
                 for buffer in layer:
                     buffer[page * PAGE : (page + 1) * PAGE] = content(key)
         self.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)))
-        wait([save.checksums for save in self.store._saves])
+        wait([save.landed for save in self.store._saves])
         assert self.store.poll() == 1
         return self.store.pop_save()
 
@@ -87,9 +93,9 @@ class Conversations:
 
     def fetch(self, prompt: str) -> int:
         chain = Chain(keys_of(prompt))
-        self.store.prefetch(prompt, chain)
+        self.store.arrive(prompt, chain)
         deadline = time.monotonic() + 20
-        while not self.store.is_fetched(prompt):
+        while not self.store.is_ready(prompt):
             assert time.monotonic() < deadline, "a fetch hangs"
             time.sleep(0.001)
             self.store.poll()
@@ -163,6 +169,53 @@ def test_use_is_remembered_over_a_restart(tmp_path: Path) -> None:
     talk.store.close()
 
 
+def test_use_on_the_device_alone_keeps_the_whole_chain_young_on_disk(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path)
+    talk.save("ddeeee")
+    talk.settle()
+    for _ in range(5):
+        talk.now += 100
+        talk.store.reserve("r", Chain(keys_of("ddeeee")))
+        talk.store.end_pass()
+    talk.restart()
+    rows = [talk.store._index.find(key) for key in keys_of("ddeeee")]
+    assert min(talk.store._index.last_use[row] for row in rows) > 1500 - USE_NOTED
+    talk.store.close()
+
+
+def test_a_detached_disk_keeps_its_pages_and_gets_no_more(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path)
+    talk.save("aaaa")
+    talk.settle()
+    talk.save("ffff")
+    talk.settle()
+    talk.store.arrive("waiting", Chain(keys_of("aaaa")))
+    talk.store.detach_disk()
+    talk.store.check_invariants()
+    assert talk.store.is_ready("waiting")
+    in_host = {prompt: talk.load(prompt) for prompt in ("aaaa", "ffff")}
+    assert 0 < sum(in_host.values()) <= HOST_PAGES
+    talk.save("dd")
+    assert talk.store.flush(1.0) == 0
+    talk.store.replace_disk(talk.open_disk)
+    assert [talk.load(prompt) for prompt in ("aaaa", "ffff", "dd")] == [4, 4, 0]
+    talk.store.check_invariants()
+    talk.store.close()
+
+
+def test_writes_wait_for_reads_until_the_reserve_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Conversations(tmp_path)
+    monkeypatch.setattr(Fetch, "is_reading", True)
+    talk.save("dddd")
+    assert talk.store.counters()["dirty"] == 4
+    talk.save("a")
+    talk.settle()
+    assert 0 < talk.store.counters()["disk_pages_used"] <= HOST_PAGES
+    talk.store.close()
+
+
 def test_a_full_disk_makes_room_for_what_is_warmer(tmp_path: Path) -> None:
     talk = Conversations(tmp_path, capacity=520 << 10)
     room = talk.store.disk.capacity_slots
@@ -171,7 +224,7 @@ def test_a_full_disk_makes_room_for_what_is_warmer(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     for prompt in prompts:
         talk.save(prompt)
-        while (counts := talk.store.counters())["dirty"] or talk.store._write_behind.rows_in_flight:
+        while (counts := talk.store.counters())["dirty"] or talk.store._migration.write_behind.rows_in_flight:
             assert time.monotonic() < deadline, f"a page waits for room for ever: {counts}"
             talk.store.poll()
             time.sleep(0.002)
@@ -199,10 +252,12 @@ def test_what_is_not_used_expires_everywhere(tmp_path: Path) -> None:
 
 
 class Histories(RuleBasedStateMachine):
+    ttl: float | None = None
+
     @initialize()
     def start(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="store-model-"))
-        self.talk = Conversations(self.directory)
+        self.talk = Conversations(self.directory, self.ttl)
 
     def teardown(self) -> None:
         if hasattr(self, "talk"):
@@ -220,7 +275,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(prompt=st.sampled_from(PROMPTS))
     def prefetch(self, prompt: str) -> None:
-        self.talk.store.prefetch(prompt, Chain(keys_of(prompt)))
+        self.talk.store.arrive(prompt, Chain(keys_of(prompt)))
 
     @rule(prompt=st.sampled_from(PROMPTS))
     def leave(self, prompt: str) -> None:
@@ -237,7 +292,19 @@ class Histories(RuleBasedStateMachine):
         held = {prompt: self.talk.store.restorable_pages(Chain(keys_of(prompt))) for prompt in PROMPTS}
         self.talk.restart()
         for prompt, pages in held.items():
-            assert self.talk.store.restorable_pages(Chain(keys_of(prompt))) == pages
+            found = self.talk.store.restorable_pages(Chain(keys_of(prompt)))
+            assert found == pages or (self.ttl and found < pages)
+
+    @rule()
+    def update_weights(self) -> None:
+        """Away from the disk's fingerprint and back to it."""
+        self.talk.settle()
+        on_disk = self.talk.store.counters()["disk_pages_used"]
+        self.talk.store.detach_disk()
+        self.talk.store.check_invariants()
+        self.talk.save("detached")
+        self.talk.store.replace_disk(self.talk.open_disk)
+        assert self.talk.store.counters()["disk_pages_used"] == on_disk
 
     @rule()
     def reset(self) -> None:
@@ -253,3 +320,20 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+class ExpiringHistories(Histories):
+    ttl = 2000.0
+
+    @rule(seconds=st.integers(1, 2500))
+    def wait(self, seconds: int) -> None:
+        self.talk.settle()
+        self.talk.store.reorder([])  # What is wanted does not expire.
+        self.talk.now += seconds
+        self.talk.store.poll()
+        if seconds > self.ttl:
+            assert all(not self.talk.load(prompt) for prompt in PROMPTS)
+
+
+TestExpiringHistories = ExpiringHistories.TestCase
+TestExpiringHistories.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

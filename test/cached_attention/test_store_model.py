@@ -75,7 +75,7 @@ class Histories(RuleBasedStateMachine):
         lacking = self.store.lacks_parent(run)
         before = self.store.counters()["evicted"]
         self.store.save(run)
-        wait([save.checksums for save in self.store._saves])
+        wait([save.landed for save in self.store._saves])
         assert self.store.poll() == 1
         if self.store.pop_save():
             assert not lacking

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,8 +77,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a tiny model of the given kind, once per session."""
     root = tmp_path_factory.mktemp("models")
 
-    def model(architecture: Any = "llama", dtype: Any = "float32") -> Path:
-        return make_model(root / f"{architecture}-{dtype}", architecture=architecture, dtype=dtype)
+    def model(architecture: Any = "llama", dtype: Any = "float32", seed: int = 0) -> Path:
+        path = root / f"{architecture}-{dtype}-{seed}"
+        return make_model(path, architecture=architecture, dtype=dtype, seed=seed)
 
     return model
 
@@ -104,12 +105,18 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
 
     @contextmanager
     def start(
-        model: Path, *args: str, host_size: str | None = None, doomed: bool = False, **server: Any
+        model: Path,
+        *args: str,
+        host_size: str | None = None,
+        doomed: bool = False,
+        env: Mapping[str, str] | None = None,
+        **server: Any,
     ) -> Iterator[Server]:
         ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
         command = [*ours, "--page-size", "64", "--enable-cache-report", *args]
         log = logs / f"{len(list(logs.iterdir()))}.log"
-        with Server(model, command, env={"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}, log=log, **server) as running:
+        checked = {"CACHED_ATTENTION_CHECK_INVARIANTS": "1", **(env or {})}
+        with Server(model, command, env=checked, log=log, **server) as running:
             yield running
             if host_size and not doomed:
                 assert [state["damage"] for state in store_states(running)] == [""]

@@ -50,14 +50,15 @@ def crowd_out(server: Server, prompt: Any) -> None:
 
 def cached(server: Server, tokens: list[int], **request: Any) -> dict[str, int]:
     reply = server.generate(tokens, 4, **request)
-    return reply["meta_info"]["cached_tokens_details"] or {"device": 0, "host": 0}
+    details = reply["meta_info"]["cached_tokens_details"] or {}
+    return {tier: details.get(tier, 0) for tier in ("device", "host", "storage")}
 
 
 def test_a_prefix_is_shared_between_conversations(server: Server, prompt: Any) -> None:
     system, ours, theirs = prompt(6 * PAGE), prompt(100), prompt(100)
     cached(server, system + ours)
     crowd_out(server, prompt)
-    assert cached(server, system + theirs) == {"device": 0, "host": 6 * PAGE}
+    assert cached(server, system + theirs) == {"device": 0, "host": 6 * PAGE, "storage": 0}
     assert cached(server, system + ours)["device"] == 6 * PAGE
 
 

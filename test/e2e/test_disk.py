@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -104,13 +104,55 @@ def test_a_directory_belongs_to_one_server_and_one_model(
     verify(tmp_path)
 
 
-def test_a_directory_that_vanishes_is_a_miss(
-    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any
-) -> None:
-    actual = town(6, HISTORY)
-    kept = tmp_path / "kv"
-    with start(models(), *TIGHT, *disk(kept), host_size="20MB") as server:
-        actual.hold(server, 1)
-        shutil.rmtree(kept)
+def test_two_ranks_go_on_after_a_restart(models: Any, start: Any, town: Any, tmp_path: Path) -> None:
+    args = (*TIGHT, *disk(tmp_path), "--tp-size", "2")
+    actual, reference = town(4, HISTORY), town(4, HISTORY)
+    with start(models(), *ROOMY, "--tp-size", "2") as server:
+        reference.hold(server, 3)
+    with start(models(), *args, host_size=HOST) as server:
         actual.hold(server, 2)
-    assert matches(actual, expected)
+    with start(models(), *args, host_size=HOST) as server:
+        actual.hold(server, 1)
+    assert actual.answers == reference.answers
+    last = [conversation.cached[-1] for conversation in actual.conversations]
+    assert [turn["storage"] for turn in last] == histories(actual)
+
+
+def update_weights(server: Any, model: Path, flush: bool) -> None:
+    request = {"model_path": str(model), "flush_cache": flush, "torch_empty_cache": False}
+    assert json.loads(server.post("/update_weights_from_disk", request))["success"]
+
+
+def test_new_weights_never_meet_old_pages(
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+) -> None:
+    first, second, again = town(4, HISTORY), town(4, HISTORY), town(4, HISTORY)
+    with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
+        first.hold(server, 2)
+        deadline = time.monotonic() + 30
+        while store_states(server)[0]["dirty"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        update_weights(server, models(seed=1), flush=False)
+        assert "disk_pages" not in store_states(server)[0]
+        server.flush_cache()
+        second.hold(server, 1)
+        assert second.cached("storage") + second.cached("host") == 0
+        assert second.answers[0] != first.answers[0][:1]
+        update_weights(server, models(), flush=True)
+        again.hold(server, 1)
+        assert again.cached("storage") > 0
+    assert matches(first, expected)
+    assert matches(again, expected)
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+    verify(tmp_path)
+
+
+def test_an_engine_flushes_before_it_ends(models: Any, tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "engine.py"
+    command = [sys.executable, str(example), "--model-path", str(models()), "--host-size", "100MB"]
+    command += ["--disk-path", str(tmp_path / "kv")]
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=300, check=False) for _ in range(2)]
+    assert all(run.returncode == 0 for run in runs), runs[-1].stdout + runs[-1].stderr
+    first = [run.stdout.splitlines()[0] for run in runs]
+    assert "'storage': 0" in first[0]
+    assert "'storage': 3456" in first[1]

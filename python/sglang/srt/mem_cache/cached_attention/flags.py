@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from cached_attention.config import (
+    DEFAULT_LOOK_AHEAD,
     DEFAULT_PAGE_SIZE,
     CachedAttentionConfig,
     ConfigError,
@@ -60,12 +61,18 @@ DISK_MIN_USES = Flag(
     "Write a page to disk once it was used this often; 2 or more spares the disk what is never asked for again "
     "(default: 1).",
 )
+LOOK_AHEAD = Flag(
+    "cached_attention_look_ahead",
+    DEFAULT_LOOK_AHEAD,
+    "Waiting requests whose conversations are brought from disk to host memory before they run; 1 fetches for "
+    f"the next one only (default: {DEFAULT_LOOK_AHEAD}).",
+)
 TTL = Flag(
     "cached_attention_ttl",
     "1h",
     "Drop what was not used for this long: 1h, 30m, 90s; 0 keeps it as long as there is room (default: 1h).",
 )
-FLAGS = (ENABLE, HOST_SIZE, DISK_PATH, DISK_SIZE, DISK_MIN_USES, TTL)
+FLAGS = (ENABLE, HOST_SIZE, DISK_PATH, DISK_SIZE, DISK_MIN_USES, LOOK_AHEAD, TTL)
 
 _EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
@@ -121,7 +128,8 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], free_memory),
         disk_path=None if path is None else str(Path(path).absolute()),
         disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
-        disk_min_uses=_min_uses(settings[DISK_MIN_USES]),
+        disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
+        look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
         ttl=parse_duration(TTL.option, settings[TTL]),
     )
 
@@ -137,9 +145,9 @@ def _disk_size(path: Path, size: str) -> int:
     return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + ours)
 
 
-def _min_uses(text: str | int) -> int:
+def _whole_number(flag: Flag, text: str | int) -> int:
     if not str(text).isdecimal() or int(text) < 1:
-        raise ConfigError(f"{DISK_MIN_USES.option} is {text!r}: give a whole number from 1.")
+        raise ConfigError(f"{flag.option} is {text!r}: give a whole number from 1.")
     return int(text)
 
 
@@ -152,3 +160,12 @@ def _refuse_lonely(given: MutableMapping[Flag, Any]) -> None:
 def is_enabled(linker_config: dict[str, Any] | None) -> bool:
     """Whether `ServerArgs.unified_cache_external_linker_config` is ours."""
     return linker_config is not None and linker_config.get("linker_module_path") == LINKER_MODULE
+
+
+def has_disk(linker_config: dict[str, Any] | None) -> bool:
+    """Whether `ServerArgs.unified_cache_external_linker_config` is ours and asks for a disk tier."""
+    return (
+        linker_config is not None
+        and is_enabled(linker_config)
+        and linker_config["linker_extra_config"]["disk_path"] is not None
+    )

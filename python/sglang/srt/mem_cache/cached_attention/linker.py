@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self._open_disk(),
             min_uses=config.disk_min_uses,
             ttl=config.ttl or None,
+            look_ahead=config.look_ahead,
         )
         self._announce()
 
@@ -101,6 +103,14 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self._config.disk_size // self._identity.ranks_per_machine,
             ttl=self._config.ttl or None,
         )
+
+    def _reopen_disk(self) -> DiskTier | None:
+        """A server that runs goes on without a disk tier rather than stop."""
+        try:
+            return self._open_disk()
+        except (OSError, ValueError, sqlite3.Error) as error:
+            logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
+            return None
 
     def _announce(self) -> None:
         layout, counters = self.store.layout, self.store.counters()
@@ -166,11 +176,17 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     def reset(self) -> None:
         """Forget everything. After a weight update the disk keeps the old pages, for the old weights."""
-        if self.store.disk is not None and self._identity.has_changed():
-            self.store.replace_disk(self._open_disk)
+        if self._config.disk_path is not None and (self.store.disk is None or self._identity.has_changed()):
+            self.store.replace_disk(self._reopen_disk)
         else:
             self.store.reset()
         self.layer_done_counter.reset()
+
+    def weights_updated(self) -> None:
+        """Leave the disk alone until the next `reset`: until then the KV may be of old and new weights."""
+        if self.store.disk is not None:
+            logger.info("CachedAttention: weights were updated; the disk tier waits for the cache to be flushed.")
+            self.store.detach_disk()
 
     def close(self) -> None:
         left = self.store.flush(FLUSH_SECONDS)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from cached_attention.config import ConfigError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 SUPPORTED_SGLANG = "0.5.23"
+SHUTDOWN_SECONDS = 15.0
+"""What SGLang's own server gives its schedulers to end."""
 
 
 def activate() -> None:
@@ -38,13 +42,25 @@ def activate() -> None:
     register("sglang.srt.server_args.ServerArgs.add_cli_args", _add_cli_args, HookType.AFTER)
     register("sglang.srt.server_args.ServerArgs.from_cli_args", _from_cli_args, HookType.AROUND)
     _accept_engine_arguments()
+    if "sglang.srt.managers.io_struct" in sys.modules:
+        from .hints import let_hints_pass
+
+        let_hints_pass()
     # Hooks import what they hook: a process without a scheduler shall not pay for ours.
     if "sglang.srt.managers.scheduler" in sys.modules:
         cache = "sglang.srt.mem_cache.registry.create_unified_radix_cache"
         register(cache, _create_radix_cache, HookType.AROUND)
         state = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
         register(state, _add_store_state, HookType.AFTER)
-        register("sglang.srt.managers.scheduler.Scheduler.__init__", _hold_while_fetching, HookType.AFTER)
+        register("sglang.srt.managers.scheduler.Scheduler.__init__", _look_ahead, HookType.AFTER)
+        order = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
+        register(order, _order_known, HookType.AFTER)
+        results = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+        register(f"{results}.process_batch_result_prefill", _prefill_ended, HookType.AFTER)
+        streamer = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+        register(f"{streamer}._get_storage_backend_type", _storage_backend, HookType.AROUND)
+        updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        register(f"{updater}.record_weight_version_after_update", _weights_updated, HookType.AFTER)
 
 
 def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
@@ -58,7 +74,17 @@ def _from_cli_args(
         flags.fold(vars(args))
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    if flags.is_enabled(vars(args).get("unified_cache_external_linker_config")):
+        manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__"
+        HookRegistry.register(manager, _serve_hints, HookType.AFTER)
+        HookRegistry.apply_hooks()
     return original(cls, args)
+
+
+def _serve_hints(_result: None, manager: Any, *_args: Any, **_kwargs: Any) -> None:
+    from .hints import serve_hints
+
+    serve_hints(manager)
 
 
 def _accept_engine_arguments() -> None:
@@ -73,6 +99,24 @@ def _accept_engine_arguments() -> None:
         return server_args_class(**kwargs)
 
     module.Engine.server_args_class = staticmethod(build)
+    HookRegistry.register("sglang.srt.entrypoints.engine.Engine.shutdown", _let_flush, HookType.BEFORE)
+
+
+def _let_flush(engine: Any) -> None:
+    """Let the schedulers of an engine end by themselves and write what is dirty; `shutdown` kills the rest."""
+    from sglang.srt.managers.io_struct import ShutdownReq
+    from sglang.srt.utils.cudacore_pyspy_dump_utils import collect_scheduler_processes
+
+    args, manager = engine.server_args, engine.tokenizer_manager
+    if engine._attached or manager is None or not flags.has_disk(args.unified_cache_external_linker_config):
+        return
+    schedulers = collect_scheduler_processes()
+    if not schedulers:
+        return
+    if manager._subprocess_watchdog is not None:
+        manager._subprocess_watchdog.stop()
+    manager._dispatch_to_scheduler(ShutdownReq())
+    psutil.wait_procs(schedulers, timeout=SHUTDOWN_SECONDS)
 
 
 def _create_radix_cache(original: Callable[..., Any], ctx: TreeCacheBuildContext, **kwargs: Any) -> Any:
@@ -85,16 +129,49 @@ def _create_radix_cache(original: Callable[..., Any], ctx: TreeCacheBuildContext
     return cache
 
 
-def _hold_while_fetching(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Let requests wait in the queue until their pages are in host memory.
+def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Let requests be known to the store when they arrive, and wait until their pages are in host memory.
 
-    The scheduler asks `check_prefetch_progress` only of caches with storage of their own; LMCache's way
-    of saying so is the one that implies nothing else.
+    The scheduler tells of arrivals, and asks `check_prefetch_progress`, only of caches with storage of
+    their own; LMCache's way of saying so is the one that implies nothing else.
     """
+    from .hints import accept_hints
     from .radix_cache import CachedAttentionRadixCache
 
-    if isinstance(scheduler.tree_cache, CachedAttentionRadixCache) and scheduler.tree_cache.has_disk:
+    cache = scheduler.tree_cache
+    if isinstance(cache, CachedAttentionRadixCache):
         scheduler.enable_lmcache = True
+        scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
+        cache.watch(lambda: scheduler.waiting_queue)
+
+
+def _order_known(_result: None, policy: Any, *_args: Any, **_kwargs: Any) -> None:
+    from .radix_cache import CachedAttentionRadixCache
+
+    if isinstance(policy.tree_cache, CachedAttentionRadixCache):
+        policy.tree_cache.queue_ordered()
+
+
+def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> None:
+    from .radix_cache import CachedAttentionRadixCache
+
+    if isinstance(processor.tree_cache, CachedAttentionRadixCache) and batch.launch_ts and batch.extend_lens:
+        processor.tree_cache.prefill_took(sum(batch.extend_lens), time.monotonic() - batch.launch_ts)
+
+
+def _storage_backend(original: Callable[[Any], str], streamer: Any) -> str:
+    """What `cached_tokens_details` calls the tiers below host memory."""
+    from .radix_cache import CachedAttentionRadixCache
+
+    ours = isinstance(streamer.tree_cache, CachedAttentionRadixCache)
+    return "CachedAttention" if ours else original(streamer)
+
+
+def _weights_updated(_result: None, updater: Any, *_args: Any) -> None:
+    from .radix_cache import CachedAttentionRadixCache
+
+    if isinstance(updater.scheduler.tree_cache, CachedAttentionRadixCache):
+        updater.scheduler.tree_cache.weights_updated()
 
 
 def _add_store_state(result: Any, scheduler: Any, *_args: Any) -> None:

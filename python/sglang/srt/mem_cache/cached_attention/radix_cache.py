@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from .tree_link import TreeLink
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+    from .hints import HintReqInput
 
 CHECK_INVARIANTS = "CACHED_ATTENTION_CHECK_INVARIANTS"
 """Environment variable: `/server_info` walks the whole store and reports what is wrong. For tests."""
@@ -27,6 +30,12 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
         self.linker = TreeLink(self, cache_linker)
 
+    _queue: Callable[[], Sequence[Req]] = staticmethod(tuple)
+
+    def watch(self, queue: Callable[[], Sequence[Req]]) -> None:
+        """`queue` yields the scheduler's waiting requests in the order in which they will run."""
+        self._queue = queue
+
     def open_store(self, model: torch.nn.Module, hf_config: Any) -> None:
         self.linker.cache_linker.open(model, hf_config)
 
@@ -35,7 +44,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return self.linker.cache_linker.store.disk is not None
 
     def check_prefetch_progress(self, handle: CacheRequestHandle) -> bool:
-        return self.linker.is_fetched(handle.rid)
+        return self.linker.is_ready(handle.rid)
 
     def pop_prefetch_loaded_span(self, handle: CacheRequestHandle) -> tuple[int, int | None]:
         first, pages = self.linker.cache_linker.store.fetched_span(handle.rid)
@@ -47,12 +56,37 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
-        self.linker.cache_linker.store.let_go(req.rid)
+        self.linker.finished(req)
+        self.linker.cache_linker.store.leave(req.rid)
 
     def check_hicache_events(self) -> None:
         # The first thing in a scheduling pass: what the last pass matched and did not admit is let go.
         self.linker.cache_linker.store.end_pass()
+        self._queue_known()
         super().check_hicache_events()
+
+    def weights_updated(self) -> None:
+        self.linker.cache_linker.weights_updated()
+
+    def _queue_known(self) -> list[str]:
+        rids = [req.rid for req in self._queue()]
+        self.linker.cache_linker.store.reorder(rids)
+        return rids
+
+    def queue_ordered(self) -> None:
+        """The scheduler has put its queue in order, and will walk it now."""
+        self.linker.agree_on_ready(self._queue_known())
+
+    def prefill_took(self, tokens: int, seconds: float) -> None:
+        self.linker.cache_linker.store.prefill_took(tokens, seconds)
+
+    def take_hint(self, hint: HintReqInput) -> None:
+        """What a client says of a conversation, see `hints`."""
+        self.linker.take_hint(hint)
+
+    def supports_fast_match_prefix(self) -> bool:
+        # A match also asks the store, and other ranks: too much for every waiting request in every pass.
+        return False
 
     def describe_store(self) -> dict[str, Any]:
         linker = self.linker.cache_linker

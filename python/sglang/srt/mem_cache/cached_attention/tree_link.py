@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,13 +19,19 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from cached_attention.chain import Chain
+from cached_attention.index import PageKey
 
+from .hints import HintReqInput, Outlook
 from .linker import CachedAttentionLinker, PathTransfer, page_keys
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+
+REMEMBERED = 65_536
+"""Requests whose conversations a hint can name, at about 200 bytes each."""
 
 
 class RequestChain(NamedTuple):
@@ -51,6 +59,10 @@ class TreeLink(UnifiedCacheLinkerWrapper):
     def __init__(self, cache: UnifiedRadixCache, cache_linker: CachedAttentionLinker) -> None:
         super().__init__(cache, cache_linker)
         self._chains: WeakKeyDictionary[Req, RequestChain] = WeakKeyDictionary()
+        self._alone = cache.tp_world_size == 1
+        self._ready: set[str] = set()
+        self._ends: OrderedDict[str, PageKey] = OrderedDict()
+        """Of requests that ended lately: the last page of their conversation."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         """Add to `result` the pages that the store holds beyond the device's."""
@@ -59,7 +71,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         page_size = self.cache.page_size
         on_device, in_prompt = result.device_prefix_len // page_size, len(key) // page_size
         chain = self._chain(key, req)
-        self.cache_linker.store.prefetch(req.rid, chain)
+        self.cache_linker.store.arrive(req.rid, chain)
         # Asked for even if the device has it all: the conversation is in use, its copy must not age.
         restorable = self.cache_linker.reserve(req.rid, chain)
         if on_device >= in_prompt:
@@ -84,13 +96,52 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self.cache._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
         return int(agreed.item())
 
-    def is_fetched(self, rid: str) -> bool:
-        """Whether the pages of a waiting request are in host memory on every rank, or will not come."""
-        return bool(self._agree(int(self.cache_linker.store.is_fetched(rid))))
+    def is_ready(self, rid: str) -> bool:
+        """Whether the pages of a waiting request are in host memory on every rank, or not worth waiting for."""
+        if self._alone:
+            return self.cache_linker.store.is_ready(rid)
+        return rid in self._ready
+
+    def agree_on_ready(self, rids: Sequence[str]) -> None:
+        """Ranks agree on which requests of the queue may run, in one exchange for all."""
+        if self._alone or not rids:
+            return
+        store = self.cache_linker.store
+        agreed = torch.tensor([store.is_ready(rid) for rid in rids], dtype=torch.int)
+        self.cache._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
+        self._ready = {rid for rid, ready in zip(rids, agreed.tolist(), strict=True) if ready}
+
+    def finished(self, req: Req) -> None:
+        """Remember where the conversation of `req` ends, so that a hint can name it by `req.rid`."""
+        if (known := self._chains.get(req)) is None:
+            return
+        tokens = array("q", [*req.origin_input_ids, *req.output_ids[:-1]])
+        known.extend(RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt), self.cache.page_size)
+        if known.chain.keys:
+            self._ends[req.rid] = known.chain.keys[-1]
+            self._ends.move_to_end(req.rid)
+        if len(self._ends) > REMEMBERED:
+            self._ends.popitem(last=False)
+
+    def take_hint(self, hint: HintReqInput) -> None:
+        store, chain = self.cache_linker.store, self._hinted(hint)
+        if hint.outlook == Outlook.DROPPED:
+            store.drop(chain)
+        elif hint.outlook == Outlook.KEPT:
+            store.keep(chain)
+        else:
+            store.expect(chain, hint.expect_in_s)
+
+    def _hinted(self, hint: HintReqInput) -> Chain:
+        if hint.conversation is not None:
+            return self.cache_linker.store.chain_to(self._ends.get(hint.conversation, b""))
+        known = RequestChain([], Chain())
+        known.extend(RadixKey(hint.input_ids, hint.extra_key, cache_salt=hint.cache_salt), self.cache.page_size)
+        return known.chain
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)
-        self.cache_linker.store.let_go(rid)
+        self.cache_linker.store.leave(rid)
 
     def offload_nodes(self, node_ids: Sequence[NodeId]) -> None:
         for node_id in node_ids:

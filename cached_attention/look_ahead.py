@@ -1,0 +1,149 @@
+"""Bringing up what the waiting queue will ask for, in its order, before it is asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cached_attention.fetch import Fetch
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import PageKey
+from cached_attention.policy.waiting import Outstanding, WaitOrRecompute
+
+HELD = 0.9
+"""Part of the host slots that fetched pages may hold; the rest stays for loads and saves."""
+SLICE = 64
+"""Pages asked of the disk in one scheduling pass at most: what a pass costs does not grow with the queue."""
+
+
+@dataclass
+class _Ask:
+    """What one request lacks in host memory."""
+
+    keys: Sequence[PageKey]
+    """The restorable part of its chain."""
+    first: int
+    next: int
+    """The first page that was not asked of the disk yet."""
+    held_since: float | None = None
+    """When the scheduler would first have run it."""
+    given_up: bool = False
+    """It runs with what is there."""
+
+    @property
+    def pages(self) -> int:
+        return len(self.keys) - self.first
+
+    @property
+    def is_whole(self) -> bool:
+        return self.next >= len(self.keys)
+
+
+class LookAhead:
+    """Starts fetches in the order of the queue, while what they hold fits the host tier.
+
+    The paper's window of look-ahead fetching is the memory that is free for it over the mean size of a
+    conversation (section 3.3.1); here the bytes themselves are counted. Where a request that now runs
+    earlier finds no room, pages held for the last in the queue are let go for it.
+
+    Args:
+        window: requests at the front of the queue that are looked at.
+    """
+
+    def __init__(
+        self,
+        pages: Hierarchy,
+        fetch: Fetch,
+        decision: WaitOrRecompute,
+        window: int,
+        page_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pages = pages
+        self._fetch = fetch
+        self._decision = decision
+        self._window = window
+        self._page_tokens = page_tokens
+        self._clock = clock
+        self._asks: dict[str, _Ask] = {}
+        self._open: set[str] = set()
+        """Requests of which not all was asked of the disk."""
+        self.recomputed = 0
+        """Pages that were computed again because waiting for them was not worth it."""
+
+    @property
+    def depth(self) -> int:
+        """Requests whose pages are on their way or held."""
+        return len(self._asks) - len(self._open)
+
+    def ask(self, request: str, keys: Sequence[PageKey], loadable: int) -> None:
+        """`request`, which waits, can have the pages `keys`, of which the first `loadable` are in host memory."""
+        known = self._asks.get(request)
+        if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
+            return
+        self._asks[request] = _Ask(keys, loadable, loadable)
+        self._open.add(request)
+
+    def leave(self, request: str) -> None:
+        """`request` runs, or was given up."""
+        self._fetch.release(request)
+        self._open.discard(request)
+        self._asks.pop(request, None)
+
+    def advance(self) -> None:
+        """Ask the disk for more, at most `SLICE` pages."""
+        budget = SLICE
+        for rank, request in enumerate(self._pages.waiting.requests[: self._window] if self._open else ()):
+            if request not in self._open:
+                continue
+            ask = self._asks[request]
+            end = min(len(ask.keys), ask.next + min(budget, self._room(rank)))
+            until = self._fetch.start(request, ask.keys, ask.next, end, rank)
+            budget -= until - ask.next
+            ask.next = until
+            if not ask.is_whole:
+                return  # No room, or enough for this pass: nobody overtakes.
+            self._open.discard(request)
+            if not budget:
+                return
+
+    def _room(self, rank: int) -> int:
+        """Pages that may be held for the request at `rank`, once those behind it let go of theirs."""
+        limit = max(1, int(HELD * self._pages.host.capacity))
+        while self._fetch.held >= limit and (last := self._last_holder(rank)) is not None:
+            self._fetch.release(last)
+            self._asks[last].next = self._asks[last].first
+            self._open.add(last)
+        return limit - self._fetch.held
+
+    def _last_holder(self, rank: int) -> str | None:
+        waiting = self._pages.waiting
+        behind = [(waiting.rank(holder), holder) for holder in self._fetch.holders() if holder in waiting]
+        last, holder = max(behind, default=(-1, ""))
+        return holder if last > rank else None
+
+    def is_ready(self, request: str) -> bool:
+        """Whether `request` may run: nothing is on its way for it, or waiting for it is not worth it."""
+        ask = self._asks.get(request)
+        if ask is None or ask.given_up or (ask.is_whole and not self._fetch.is_landing(request)):
+            return True
+        outstanding = self._outstanding(request, ask)
+        if self._decision.is_worth_waiting(outstanding):
+            return False
+        self.recomputed += outstanding.missing_tokens // self._page_tokens
+        self._open.discard(request)
+        ask.given_up = True
+        return True
+
+    def _outstanding(self, request: str, ask: _Ask) -> Outstanding:
+        now = self._clock()
+        ask.held_since = now if ask.held_since is None else ask.held_since
+        since, ahead = self._fetch.begun(request) or (ask.held_since, self._fetch.bytes_in_flight)
+        missing = self._fetch.landing(request) + len(ask.keys) - ask.next
+        return Outstanding(
+            waited=now - since,
+            total_bytes=ask.pages * self._fetch.page_bytes,
+            ahead_bytes=ahead,
+            missing_tokens=missing * self._page_tokens,
+        )

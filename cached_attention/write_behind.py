@@ -1,0 +1,142 @@
+"""Pages on their way from host memory to disk, coldest first, so that a host slot can be had without waiting."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import NOWHERE
+from cached_attention.tiers.disk import DiskTier, PageWrite
+
+logger = logging.getLogger(__name__)
+
+BATCH_PAGES = 32
+"""Pages per write; the disk tier merges neighbours and commits once per batch."""
+BATCHES_IN_FLIGHT = 2
+RESERVE = 0.1
+"""Part of the host slots that is to be free or clean; below it, writes no longer wait for slack."""
+URGENT_BATCHES = 8
+"""In flight while the reserve is short."""
+ROOM_PAUSE = 0.5
+"""Seconds before more room is made on a full disk: slots come free once their removal is durable."""
+FLUSH_REPORT = 2.0
+"""Seconds between log lines of a long flush."""
+
+
+class WriteBehind:
+    """Copies dirty pages to disk. All calls come from one thread; `poll` never waits.
+
+    All that is dirty is written sooner or later, so that a crash loses little. Writes use what reads leave
+    of the device, until so many host slots are dirty that a slot might not be had without losing a page.
+
+    Args:
+        min_uses: a page is written once it was used this often; saves the disk what is never asked for.
+    """
+
+    def __init__(self, pages: Hierarchy, disk: DiskTier, min_uses: int, clock: Callable[[], float]) -> None:
+        self._pages = pages
+        self._disk = disk
+        self._min_uses = min_uses
+        self._clock = clock
+        self._writes: deque[tuple[list[int], Future[list[int | None]]]] = deque()
+        self._make_room_at = 0.0
+
+    @property
+    def rows_in_flight(self) -> int:
+        return sum(len(rows) for rows, _ in self._writes)
+
+    @property
+    def reserve_is_short(self) -> bool:
+        """Whether fewer host slots than the reserve are free or clean."""
+        return self._pages.dirty.pages + self.rows_in_flight > (1 - RESERVE) * self._pages.host.capacity
+
+    def poll(self, reading: bool = False) -> None:
+        """Take note of what was written, and write more; `reading`: the disk is wanted for reads."""
+        while self._writes and self._writes[0][1].done():
+            self._settle(*self._writes.popleft())
+        urgent = self.reserve_is_short
+        batches = URGENT_BATCHES if urgent else 0 if reading else BATCHES_IN_FLIGHT
+        while len(self._writes) < batches and self._disk.healthy:
+            if not (rows := self._choose()):
+                break
+            self._writes.append((rows, self._disk.write([self._page_write(row) for row in rows])))
+
+    def _choose(self) -> list[int]:
+        rows: list[int] = []
+        while len(rows) < BATCH_PAGES and (row := self._pages.dirty_order.take()) is not None:
+            if self._disk.free_slots <= len(rows) and (rows or self._make_room(row)):
+                self._pages.offer(row)
+                break
+            self._pages.launder(row)
+            if self._disk.free_slots <= len(rows):
+                continue  # All that is on disk was used later than this.
+            if self._pages.index.uses[row] >= self._min_uses:
+                self._pages.pin(row)
+                rows.append(row)
+        return rows
+
+    def _make_room(self, row: int) -> bool:
+        """Remove from a full disk what is colder than `row`; its slots are free at a later poll.
+
+        False where nothing is colder.
+        """
+        now = self._clock()
+        if now >= self._make_room_at:
+            slots = self.evict(BATCH_PAGES * BATCHES_IN_FLIGHT, self._pages.index.last_use[row])
+            if not slots:
+                return False
+            self._make_room_at = now + ROOM_PAUSE
+            self._disk.remove(slots)
+        return True
+
+    def evict(self, count: int, limit: float) -> list[int]:
+        """Disk slots of up to `count` pages last used before `limit`; they are in the tier no more."""
+        slots: list[int] = []
+        while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
+            slots.append(self._pages.leave_disk(victim))
+        return slots
+
+    def _page_write(self, row: int) -> PageWrite:
+        index, parent = self._pages.index, self._pages.index.parent[row]
+        return PageWrite(
+            key=index.key(row),
+            parent=None if parent == NOWHERE else index.key(parent),
+            base_position=index.position[row],
+            checksum=index.checksum[row],
+            last_use=index.last_use[row],
+            uses=index.uses[row],
+            buffer=self._pages.host.slot_bytes(self._pages.in_host.slot[row]),
+        )
+
+    def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
+        for row, slot in zip(rows, future.result(), strict=True):
+            if slot is None:
+                self._pages.soil(row)
+            else:
+                self._pages.settle_on_disk(row, slot)
+            self._pages.unpin(row)
+
+    def wait(self) -> None:
+        """Until the disk touches no page of the arena."""
+        while self._writes:
+            rows, future = self._writes.popleft()
+            future.exception()
+            self._settle(rows, future)
+
+    def flush(self, timeout: float) -> int:
+        """Write what is dirty for at most `timeout` seconds; returns the pages that are still dirty."""
+        deadline = time.monotonic() + timeout
+        report = time.monotonic() + FLUSH_REPORT
+        self.poll()
+        while self._writes and time.monotonic() < deadline:
+            time.sleep(0.005)
+            self.poll()
+            if time.monotonic() > report:
+                report += FLUSH_REPORT
+                left = self._pages.dirty.pages + self.rows_in_flight
+                logger.info("CachedAttention: %d pages are still to be written to disk.", left)
+        return self._pages.dirty.pages + self.rows_in_flight

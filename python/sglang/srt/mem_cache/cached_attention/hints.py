@@ -1,0 +1,134 @@
+"""`POST /cached_attention/hint`: a client says that a conversation will go on soon, or not at all.
+
+The prompt is tokenized as SGLang would tokenize it in a request, so that its pages are those of the next turn.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sglang.srt.managers.io_struct import BaseReq, GenerateReqInput, hook_custom_types
+from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang.utils import TypeBasedDispatcher
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+PATH = "/cached_attention/hint"
+
+
+class Outlook(StrEnum):
+    """What is said of a conversation."""
+
+    EXPECTED = "expected"
+    KEPT = "kept"
+    DROPPED = "dropped"
+
+
+class HintReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
+    """A hint on its way to every scheduler."""
+
+    outlook: str
+    expect_in_s: float = 0.0
+    conversation: str | None = None
+    input_ids: array | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+
+
+class HintBody(BaseModel):
+    """What a client posts; fields of a chat completion such as `tools` may stand beside."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | list[int] | None = None
+    messages: list[dict[str, Any]] | None = None
+    conversation: str | None = Field(None, min_length=1)
+    """`id` of the conversation's last response."""
+    expect_in_s: float | None = Field(None, ge=0, le=86_400)
+    """Seconds until the next turn is expected."""
+    keep: bool = False
+    drop: bool = False
+    extra_key: str | None = None
+    cache_salt: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if sum(given is not None for given in (self.prompt, self.messages, self.conversation)) != 1:
+            raise ValueError("give one of 'prompt', 'messages' and 'conversation'")
+        if sum((self.expect_in_s is not None, self.keep, self.drop)) != 1:
+            raise ValueError("give one of 'expect_in_s' (seconds), 'keep' (true) and 'drop' (true)")
+        return self
+
+    @property
+    def outlook(self) -> Outlook:
+        return Outlook.KEPT if self.keep else Outlook.DROPPED if self.drop else Outlook.EXPECTED
+
+
+def accept_hints(dispatcher: TypeBasedDispatcher, handle: Any) -> TypeBasedDispatcher:
+    """In a scheduler: send hints to `handle`."""
+    dispatcher += TypeBasedDispatcher([(HintReqInput, handle)])
+    return dispatcher
+
+
+def let_hints_pass() -> None:
+    """In every process that reads SGLang's messages."""
+    hook_custom_types(HintReqInput)
+
+
+def serve_hints(manager: TokenizerManager) -> None:
+    """Add the route to SGLang's HTTP server, where this process has one."""
+    server = sys.modules.get("sglang.srt.entrypoints.http_server")
+    if server is None:
+        return
+    from fastapi import Request
+    from fastapi.responses import JSONResponse
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def hint(body: HintBody, request: Request) -> JSONResponse:
+        try:
+            message = await _message(manager, body, request)
+        except ValueError as error:
+            return JSONResponse({"error": {"message": str(error)}}, status_code=400)
+        manager.auto_create_handle_loop()
+        manager._dispatch_to_scheduler(message)
+        tokens = None if message.input_ids is None else len(message.input_ids)
+        return JSONResponse({"outlook": message.outlook, "tokens": tokens}, status_code=202)
+
+    # Annotations are strings here, and FastAPI would look `Request` up among this module's names.
+    hint.__annotations__ = {"body": HintBody, "request": Request}
+    server.app.add_api_route(PATH, hint, methods=["POST"])
+
+
+async def _message(manager: TokenizerManager, body: HintBody, request: Any) -> HintReqInput:
+    message = HintReqInput(
+        outlook=body.outlook, expect_in_s=body.expect_in_s or 0.0, conversation=body.conversation
+    )
+    if body.conversation is not None:
+        return message
+    generate = _from_messages(body, request) if body.messages is not None else _from_prompt(body)
+    generate.normalize_batch_and_arguments()
+    tokenized = await manager._tokenize_one_request(generate)
+    if tokenized.mm_inputs is not None:
+        raise ValueError("a hint takes text only; give the 'id' of the last response as 'conversation'")
+    message.input_ids = array("q", tokenized.input_ids)
+    message.extra_key, message.cache_salt = tokenized.extra_key, tokenized.cache_salt
+    return message
+
+
+def _from_prompt(body: HintBody) -> GenerateReqInput:
+    field = "text" if isinstance(body.prompt, str) else "input_ids"
+    return GenerateReqInput(**{field: body.prompt}, extra_key=body.extra_key, cache_salt=body.cache_salt)
+
+
+def _from_messages(body: HintBody, request: Any) -> GenerateReqInput:
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    ours = {"prompt", "conversation", "expect_in_s", "keep", "drop"}
+    chat = ChatCompletionRequest(**body.model_dump(exclude=ours, exclude_none=True))
+    generate, _ = request.app.state.openai_serving_chat._convert_to_internal_request(chat, request)
+    return generate

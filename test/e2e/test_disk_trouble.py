@@ -1,0 +1,111 @@
+"""Disks that are full, read-only, slow or gone, under a running server: always the right answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HISTORY, CONVERSATIONS = 400, 6
+ROOMY = ("--max-total-tokens", "60000")
+PAGE_BYTES = 256 << 10
+TIGHT = ("--max-total-tokens", "2048")
+HOST = "6MB"
+SLOW_READS = Path(__file__).parents[2] / "benchmark" / "slow_reads"
+
+
+def disk(directory: Path, size: str = "40MB") -> tuple[str, ...]:
+    return ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+
+
+@pytest.fixture(scope="module")
+def expected(models: Any, start: Any, town: Any) -> list[list[list[int]]]:
+    """Per conversation, per turn: the answers of a server that keeps everything on the device."""
+    talk = town(CONVERSATIONS, HISTORY)
+    with start(models(), *ROOMY) as reference:
+        talk.hold(reference, 30)
+    answers: list[list[list[int]]] = talk.answers
+    return answers
+
+
+def matches(talk: Any, expected: list[list[list[int]]]) -> bool:
+    """Whether each turn held so far was answered as expected."""
+    return all(said == wanted[: len(said)] for said, wanted in zip(talk.answers, expected, strict=True))
+
+
+def mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *map(str, arguments)], check=True, capture_output=True, timeout=30)
+
+
+@contextmanager
+def small_file_system(place: Path) -> Iterator[Path]:
+    place.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", "size=48m", "tmpfs", place)
+    except (OSError, subprocess.SubprocessError) as refusal:
+        pytest.skip(f"file systems cannot be mounted here: {refusal}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=30)
+
+
+def test_a_disk_that_is_full_and_then_has_room(
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+) -> None:
+    talk = town(CONVERSATIONS, HISTORY)
+    with small_file_system(tmp_path / "small") as place:
+        filler = place / "not-ours"
+        with start(models(), *TIGHT, *disk(place / "kv"), host_size=HOST) as server:
+            filler.write_bytes(bytes(46 << 20))
+            talk.hold(server, 2)
+            assert store_states(server)[0]["disk_pages_used"] * PAGE_BYTES < 2 << 20
+            filler.unlink()
+            deadline = time.monotonic() + 60
+            while not store_states(server)[0]["disk_pages_used"] and time.monotonic() < deadline:
+                talk.hold(server, 1)
+                time.sleep(4)
+            talk.hold(server, 1)
+            assert talk.cached("storage") > 0
+    assert matches(talk, expected)
+
+
+def test_a_read_only_directory_is_refused_in_one_sentence(models: Any, start: Any, tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "small") as place:
+        mount("-o", "remount,ro", place)
+        with pytest.raises(Exception, match="Read-only file system"):
+            start(models(), *disk(place / "kv"), host_size=HOST).__enter__()
+
+
+def test_a_directory_that_vanishes_is_a_miss(
+    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any
+) -> None:
+    talk = town(CONVERSATIONS, HISTORY)
+    kept = tmp_path / "kv"
+    with start(models(), *TIGHT, *disk(kept), host_size=HOST) as server:
+        talk.hold(server, 1)
+        shutil.rmtree(kept)
+        talk.hold(server, 2)
+    assert matches(talk, expected)
+
+
+def test_a_slow_disk_is_not_waited_for(
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+) -> None:
+    talk = town(CONVERSATIONS, HISTORY)
+    pace = tmp_path / "seconds"
+    env = {"PYTHONPATH": str(SLOW_READS), "SLOW_READS": str(pace)}
+    with start(models(), *TIGHT, *disk(tmp_path / "kv", "500MB"), host_size=HOST, env=env) as server:
+        talk.hold(server, 2)
+        assert talk.cached("storage") > 0
+        pace.write_text(json.dumps(2.0))
+        talk.hold(server, 2)
+        assert store_states(server)[0]["recomputed"] > 0
+    assert matches(talk, expected)
