@@ -86,6 +86,7 @@ class Demand:
             self._requests.setdefault(row, set()).add(request)
             rank = self._order.rank(request)
             self._first[row] = min(rank, self._first.get(row, rank))
+            self.offer(row)
 
     def forget(self, request: str) -> None:
         """`request` wants nothing any more."""
@@ -93,7 +94,7 @@ class Demand:
         if row == NOWHERE:
             return
         self._requests[row].discard(request)
-        self.rewind()
+        self._fresh = -1
         if not self._requests[row]:
             del self._requests[row]
             self._freed(row)
@@ -119,8 +120,8 @@ class Demand:
     def furthest(self) -> Iterator[int]:
         """Anchors from the back of the queue on; goes on where it was left last time.
 
-        The walk starts anew when the order of the queue changes or after `rewind`, so taking many anchors
-        costs one walk over the queue, not one each.
+        The walk starts anew when the order of the queue changes, and goes back to what is offered, so taking
+        many anchors costs one walk over the queue, not one each.
         """
         self._refresh()
         while self._cursor:
@@ -132,9 +133,9 @@ class Demand:
                     continue  # It was taken: the request has another anchor now.
             self._cursor -= 1
 
-    def rewind(self) -> None:
-        """Pages may have become evictable again, or wanted by others."""
-        self._fresh = -1
+    def offer(self, row: int) -> None:
+        """The anchor `row` may have become evictable: the walk of `furthest` goes back to it."""
+        self._cursor = max(self._cursor, self._first[row] + 1)
 
     def _refresh(self) -> None:
         if self._fresh == self._order.changes:

@@ -33,7 +33,9 @@ class EvictionOrder:
         """Say that `row` may have become evictable: placed, unpinned, unwanted, or left by the page after it."""
         if row >= len(self._queued):
             self._queued.extend(bytes(row + 1 - len(self._queued)))
-        if not self._queued[row] and self._evictable(row):
+        if self.demand.is_wanted(row):
+            self.demand.offer(row)
+        elif not self._queued[row] and self._evictable(row):
             self._queued[row] = True
             heapq.heappush(self._heap, (self._index.last_use[row], row))
 
