@@ -73,12 +73,21 @@ class LookAhead:
         """Pages that were computed again because waiting for them was not worth it."""
 
     @property
+    def _limit(self) -> int:
+        """Pages that may be held for all requests."""
+        return max(1, int(HELD * self._pages.host.capacity))
+
+    @property
     def depth(self) -> int:
         """Requests whose pages are on their way or held."""
         return len(self._asks) - len(self._open)
 
     def ask(self, request: str, keys: Sequence[PageKey], loadable: int) -> None:
-        """`request`, which waits, can have the pages `keys`, of which the first `loadable` are in host memory."""
+        """`request`, which waits, can have the pages `keys`, of which the first `loadable` are in host memory.
+
+        What of them can never be in host memory at once is not waited for.
+        """
+        keys = keys[: min(loadable + self._limit, self._pages.host.capacity)]
         known = self._asks.get(request)
         if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
             return
@@ -110,12 +119,11 @@ class LookAhead:
 
     def _room(self, rank: int) -> int:
         """Pages that may be held for the request at `rank`, once those behind it let go of theirs."""
-        limit = max(1, int(HELD * self._pages.host.capacity))
-        while self._fetch.held >= limit and (last := self._last_holder(rank)) is not None:
+        while self._fetch.held >= self._limit and (last := self._last_holder(rank)) is not None:
             self._fetch.release(last)
             self._asks[last].next = self._asks[last].first
             self._open.add(last)
-        return limit - self._fetch.held
+        return self._limit - self._fetch.held
 
     def _last_holder(self, rank: int) -> str | None:
         waiting = self._pages.waiting
