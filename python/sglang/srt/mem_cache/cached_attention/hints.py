@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from array import array
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sglang.srt.managers.io_struct import BaseReq, GenerateReqInput, hook_custom_types
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 PATH = "/cached_attention/hint"
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Outlook(StrEnum):
@@ -45,8 +46,8 @@ class HintBody(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    prompt: str | list[int] | None = None
-    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[Token] | None = Field(None, min_length=1)
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
     conversation: str | None = Field(None, min_length=1)
     """`id` of the conversation's last response."""
     expect_in_s: float | None = Field(None, ge=0, le=86_400)
@@ -112,12 +113,21 @@ async def _message(manager: TokenizerManager, body: HintBody, request: Any) -> H
         return message
     generate = _from_messages(body, request) if body.messages is not None else _from_prompt(body)
     generate.normalize_batch_and_arguments()
-    tokenized = await manager._tokenize_one_request(generate)
-    if tokenized.mm_inputs is not None:
-        raise ValueError("a hint takes text only; give the 'id' of the last response as 'conversation'")
-    message.input_ids = array("q", tokenized.input_ids)
-    message.extra_key, message.cache_salt = tokenized.extra_key, tokenized.cache_salt
+    message.input_ids = array("q", await _tokenize(manager, generate))
+    message.extra_key, message.cache_salt = generate.extra_key, generate.cache_salt
     return message
+
+
+async def _tokenize(manager: TokenizerManager, generate: GenerateReqInput) -> list[int]:
+    if generate.contains_mm_input():
+        raise ValueError("a hint takes text only; give the 'id' of the last response as 'conversation'")
+    tokens = generate.input_ids
+    if tokens is None:
+        if manager.tokenizer is None:
+            raise ValueError("this server has no tokenizer; give token ids as 'prompt'")
+        tokens, _ = await manager._tokenize_texts(generate.text, False)
+    manager._validate_one_request(generate, tokens)
+    return tokens
 
 
 def _from_prompt(body: HintBody) -> GenerateReqInput:
