@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 HISTORY, CONVERSATIONS = 400, 6
-ROOMY = ("--max-total-tokens", "60000")
 PAGE_BYTES = 256 << 10
 TIGHT = ("--max-total-tokens", "2048")
 HOST = "6MB"
@@ -26,18 +25,9 @@ def disk(directory: Path, size: str = "40MB") -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def expected(models: Any, start: Any, town: Any) -> list[list[list[int]]]:
+def expected(answers: Any) -> Any:
     """Per conversation, per turn: the answers of a server that keeps everything on the device."""
-    talk = town(CONVERSATIONS, HISTORY)
-    with start(models(), *ROOMY) as reference:
-        talk.hold(reference, 30)
-    answers: list[list[list[int]]] = talk.answers
-    return answers
-
-
-def matches(talk: Any, expected: list[list[list[int]]]) -> bool:
-    """Whether each turn held so far was answered as expected."""
-    return all(said == wanted[: len(said)] for said, wanted in zip(talk.answers, expected, strict=True))
+    return answers(conversations=CONVERSATIONS, turns=30)
 
 
 def mount(*arguments: str | Path) -> None:
@@ -58,7 +48,7 @@ def small_file_system(place: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_and_then_has_room(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     with small_file_system(tmp_path / "small") as place:
@@ -85,7 +75,7 @@ def test_a_read_only_directory_is_refused_in_one_sentence(models: Any, start: An
 
 
 def test_a_directory_that_vanishes_is_a_miss(
-    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     kept = tmp_path / "kv"
@@ -97,7 +87,7 @@ def test_a_directory_that_vanishes_is_a_miss(
 
 
 def test_a_slow_disk_is_not_waited_for(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     pace = tmp_path / "seconds"
