@@ -93,6 +93,8 @@ class Fetch:
         for page in range(first, end):
             row = index.find(keys[page])
             if row not in self._pages.in_host:
+                self._pages.join(row)
+            if row not in self._pages.in_host:
                 parent = keys[page - 1] if page else None
                 admitted = self._pages.admit(keys[page], parent, index.position[row], rank)
                 if admitted is None:
@@ -119,7 +121,7 @@ class Fetch:
     def _page_read(self, row: int) -> PageRead:
         index = self._pages.index
         buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
-        return PageRead(index.key(row), self._pages.on_disk.slot[row], index.checksum[row], buffer)
+        return PageRead(index.key(index.origin(row)), self._pages.on_disk.slot[row], index.checksum[row], buffer)
 
     def is_landing(self, request: str) -> bool:
         """Whether anything that was asked for `request` is still on its way."""
@@ -177,11 +179,10 @@ class Fetch:
                 self._pages.land(row, clean=True)
                 self.fetched += 1
             else:
-                self._pages.leave_host(row)
+                self._pages.give_up(row)
                 if outcome is ReadOutcome.LOST:
-                    removed.append(self._pages.leave_disk(row))
+                    removed += self._pages.lose(row)
                     self.lost += 1
-                self._pages.epoch += 1
             self._pages.unpin(row)
         self._disk.remove(removed)
 

@@ -16,7 +16,8 @@ class Hierarchy:
 
     Three columns of residency: in host memory, on disk, and `dirty`: in host memory, wanted on disk and
     not there. The host tier is closed under prefixes: a page enters it after the page before it and
-    leaves after all that follow it.
+    leaves after all that follow it. Rows that share their bytes, see `PageIndex`, share a slot in each tier
+    that they are in, and at most one of them is dirty.
     """
 
     def __init__(self, host: HostTier, *, has_disk: bool) -> None:
@@ -87,6 +88,8 @@ class Hierarchy:
         if slot is None:
             return None
         row = self.index.add(key, parent, position)
+        if not any(row in tier for tier in self.index.tiers):
+            self.index.separate(row)  # It is about to have bytes of its own.
         self.index.place(row, self.in_host, slot)
         self.index.pin(row)
         return row
@@ -97,27 +100,58 @@ class Hierarchy:
             row = NOWHERE if before is None else self.index.find(before)
             if row != NOWHERE:
                 self.index.pin(row)
-            victim = self.host_order.take(for_rank=for_rank)
-            if victim is not None and for_rank != NOT_WAITING and victim in self.dirty:
-                self.offer(
-                    victim
-                )  # Fetching ahead must not lose what is on no disk yet: it will be written soon.
-            elif victim is not None:
-                self.leave_host(victim)
-                self.evicted += 1
+            while not self.host.free_slots and self._evict(for_rank):
+                pass  # The slot of a page that shared it is not free yet.
             if row != NOWHERE:
                 self.unpin(row)
         return self.host.take_slot()
 
+    def _evict(self, for_rank: int) -> bool:
+        """Let the next page in the order of eviction leave host memory; False where none may."""
+        victim = self.host_order.take(for_rank=for_rank)
+        if victim is None:
+            return False
+        if for_rank != NOT_WAITING and victim in self.dirty:
+            self.offer(victim)  # Fetching ahead must not lose what is on no disk yet: it will be written soon.
+            return False
+        self.leave_host(victim)
+        self.evicted += 1
+        return True
+
+    def join(self, row: int) -> bool:
+        """Put `row` in every tier that holds its bytes for another row; False where none does."""
+        for tier in (self.in_host, self.on_disk):
+            other = NOWHERE if row in tier else self.index.shares(row, tier)
+            if other != NOWHERE:
+                self.index.place(row, tier, tier.slot[other])
+                tier.ready[row] = tier.ready[other]
+        self.offer(row)
+        return row in self.in_host or row in self.on_disk
+
+    def alias(self, key: PageKey, parent: PageKey | None, source: PageKey) -> bool:
+        """Make `key` another name of the page `source`; False where that is in no tier.
+
+        The page before it, `parent`, is in a tier.
+        """
+        row = self.index.find(source)
+        if row == NOWHERE or not self.is_kept(source):
+            return False
+        return self.join(self.index.alias(key, parent, self.index.origin(row)))
+
     def land(self, row: int, *, clean: bool) -> None:
         """The bytes of an admitted page have arrived; `clean`: from the disk."""
-        self.in_host.ready[row] = True
+        for sharer in self.index.sharers(row):
+            self.in_host.ready[sharer] = sharer in self.in_host
         if not clean:
             self.soil(row)
 
     def soil(self, row: int) -> None:
-        """Say that the page in host memory is wanted on disk."""
-        if self.has_disk and row in self.in_host and row not in self.on_disk and row not in self.dirty:
+        """Say that the page in host memory is wanted on disk, unless its bytes are there or on their way."""
+        if not self.has_disk or row not in self.in_host or row in self.on_disk or row in self.dirty:
+            return
+        if self.index.shares(row, self.on_disk) != NOWHERE:
+            self.join(row)
+        elif self.index.shares(row, self.dirty) == NOWHERE:
             self.index.place(row, self.dirty, row)
 
     def launder(self, row: int) -> None:
@@ -129,23 +163,55 @@ class Hierarchy:
         if row in self.dirty and self.on_disk.children[row]:
             self.epoch += 1  # Pages on disk that follow it are out of reach until it is computed again.
         self.index.pin(row)
+        was_dirty = row in self.dirty
         self.launder(row)
-        self.host.give_back(self._leave(row, self.in_host))
+        slot, other = self._leave(row, self.in_host), self.index.shares(row, self.in_host)
+        if other == NOWHERE:
+            self.host.give_back(slot)
+        elif was_dirty:
+            self.soil(other)
         self.unpin(row)
 
-    def settle_on_disk(self, row: int, slot: int) -> None:
-        self.launder(row)  # It was used again while it was being written.
-        self.index.place(row, self.on_disk, slot)
+    def settle_on_disk(self, row: int, slot: int) -> list[int]:
+        """The bytes of `row` are in `slot` on disk: for it, and for all in host memory that share them.
 
-    def leave_disk(self, row: int) -> int:
-        """Returns the slot it leaves; the disk tier is to be told."""
+        Returns the slot where it is not needed: one that shares them was written at the same time.
+        """
+        if row in self.on_disk:
+            return [slot]
+        for sharer in self.index.sharers(row):
+            if sharer in self.in_host:
+                self.launder(sharer)  # It was used again while it was being written.
+                self.index.place(sharer, self.on_disk, slot)
+        return []
+
+    def leave_disk(self, row: int) -> list[int]:
+        """Returns the slots that are free by it, one or none; the disk tier is to be told."""
         if row not in self.in_host and self.in_host.children[row]:
             self.epoch += 1  # Pages in host memory that follow it are out of reach until it is computed again.
         self.index.pin(row)
         slot = self._leave(row, self.on_disk)
-        self.soil(row)
+        freed = [slot] if self.index.shares(row, self.on_disk) == NOWHERE else []
+        for sharer in self.index.sharers(row) if freed else ():
+            self.soil(sharer)
         self.unpin(row)
-        return slot
+        return freed
+
+    def give_up(self, row: int) -> None:
+        """The bytes of an admitted page will never arrive."""
+        self.epoch += 1
+        for sharer in list(self.index.sharers(row)):
+            if sharer in self.in_host and not self.in_host.ready[sharer]:
+                self.leave_host(sharer)
+
+    def lose(self, row: int) -> list[int]:
+        """The record of `row` on disk is damaged: no row has it any more. Returns its slot."""
+        self.epoch += 1
+        slots: list[int] = []
+        for sharer in list(self.index.sharers(row)):
+            if sharer in self.on_disk:
+                slots += self.leave_disk(sharer)
+        return slots
 
     def adopt(self, records: Iterable[DiskRecord], remove: Callable[[list[int]], None]) -> None:
         """Take in what the disk held when it was opened."""
@@ -202,7 +268,10 @@ class Hierarchy:
         for row in self.index.rows():
             assert row not in self.dirty or (row in self.in_host and row not in self.on_disk)
         for row in rows:
-            assert self.in_host.ready[row] or self.index.pins[row], "a page without bytes can be evicted"
+            pinned = any(self.index.pins[sharer] for sharer in self.index.sharers(row))
+            assert self.in_host.ready[row] or pinned, "a page without bytes can be evicted"
+            assert sum(sharer in self.dirty for sharer in self.index.sharers(row)) <= 1
             parent = self.index.parent[row]
-            closed = not self.index.position[row] or parent in self.in_host or parent in self.on_disk
+            first = parent == NOWHERE and (not self.index.position[row] or self.index.origin(row) != row)
+            closed = first or parent in self.in_host or parent in self.on_disk
             assert closed or self.epoch, "a page is in host memory without the one before it"

@@ -7,7 +7,7 @@ of 10^6 disk pages stays below 300 MB.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 PageKey = bytes
 """SHA-256 of the tokens up to and including the page, seeded with the request's namespace."""
@@ -27,6 +27,7 @@ class Residency:
         self.children = array("i")
         """Pages in this tier that directly follow the page."""
         self.pages = 0
+        """Records; pages that share one count once."""
 
     def __contains__(self, row: int) -> bool:
         return row != NOWHERE and self.slot[row] != NOWHERE
@@ -35,8 +36,11 @@ class Residency:
 class PageIndex:
     """Pages by key, linked to the page before them.
 
-    A row lives as long as its page is in a tier, is pinned, or is followed by a page that is known:
-    links are never broken, so pinning the last page of a chain keeps the whole chain.
+    A row lives as long as its page is in a tier, is pinned, is followed by a page that is known, or has an
+    alias: links are never broken, so pinning the last page of a chain keeps the whole chain.
+
+    An alias is a row of its own, with its own key and place in a chain, whose bytes are those of another
+    row, its origin. A record leaves a tier with the last of the rows that share it.
     """
 
     def __init__(self, *tiers: str) -> None:
@@ -54,6 +58,10 @@ class PageIndex:
         self._followers = array("i")
         self._rows: dict[PageKey, int] = {}
         self._free: list[int] = []
+        self._origins: dict[int, int] = {}
+        """Of each alias."""
+        self._aliases: dict[int, list[int]] = {}
+        """Of each row that has any."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -112,16 +120,60 @@ class PageIndex:
         for tier in self.tiers:
             tier.children[parent] += row in tier
 
+    def alias(self, key: PageKey, parent: PageKey | None, origin: int) -> int:
+        """The row of `key`, whose bytes are from now on those of `origin`, which is no alias.
+
+        `key` is in no tier.
+        """
+        row = self.add(key, parent, self.position[origin])
+        assert not any(row in tier for tier in self.tiers), "a page with bytes of its own cannot be an alias"
+        if row == origin or self._origins.get(row, NOWHERE) == origin:
+            return row
+        self.separate(row)
+        self._origins[row] = origin
+        self._aliases.setdefault(origin, []).append(row)
+        self._followers[origin] += 1
+        self.checksum[row] = self.checksum[origin]
+        return row
+
+    def separate(self, row: int) -> None:
+        """`row`, which is in no tier, is no alias any more."""
+        origin = self._origins.pop(row, NOWHERE)
+        if origin == NOWHERE:
+            return
+        self._aliases[origin].remove(row)
+        if not self._aliases[origin]:
+            del self._aliases[origin]
+        self._followers[origin] -= 1
+        self.forget_unused(origin)
+
+    def origin(self, row: int) -> int:
+        """The row under whose key the bytes of `row` were saved."""
+        return self._origins.get(row, row)
+
+    def sharers(self, row: int) -> Sequence[int]:
+        """The rows that have the bytes of `row`, itself among them."""
+        origin = self._origins.get(row, row)
+        aliases = self._aliases.get(origin)
+        return (row,) if aliases is None else (origin, *aliases)
+
+    def shares(self, row: int, tier: Residency) -> int:
+        """Another row with the bytes of `row` that is in `tier`; NOWHERE where there is none."""
+        if row not in self._origins and row not in self._aliases:
+            return NOWHERE
+        return next((other for other in self.sharers(row) if other != row and other in tier), NOWHERE)
+
     def place(self, row: int, tier: Residency, slot: int) -> None:
+        """`row` is in `tier` now; `slot` is that of the rows that share its bytes there, where there are any."""
+        tier.pages += self.shares(row, tier) == NOWHERE
         tier.slot[row], tier.ready[row] = slot, False
-        tier.pages += 1
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] += 1
 
     def displace(self, row: int, tier: Residency) -> int:
-        """Take the page out of `tier`; returns the slot it leaves. The row may be gone afterwards."""
+        """Take the page out of `tier`; returns its slot, which others may share. The row may be gone afterwards."""
         slot, tier.slot[row], tier.ready[row] = tier.slot[row], NOWHERE, False
-        tier.pages -= 1
+        tier.pages -= self.shares(row, tier) == NOWHERE
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] -= 1
             self.last_use[parent] = max(self.last_use[parent], self.last_use[row])
@@ -135,6 +187,7 @@ class PageIndex:
             self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)
         ):
             parent = self.parent[row]
+            self.separate(row)
             del self._rows[self.key(row)]
             self.keys[row], self.parent[row] = None, NOWHERE
             self._free.append(row)
@@ -163,13 +216,23 @@ class PageIndex:
             if (parent := self.parent[row]) != NOWHERE:
                 assert self.keys[parent] is not None, "a page follows a row that is gone"
                 followers[parent] = followers.get(parent, 0) + 1
+        for row, origin in self._origins.items():
+            followers[origin] = followers.get(origin, 0) + 1
+            assert self.keys[origin] is not None, "the bytes of an alias are those of a row that is gone"
+            assert origin not in self._origins, "an alias of an alias"
+            assert row in self._aliases[origin]
+            assert self.position[row] == self.position[origin]
+        assert sum(map(len, self._aliases.values())) == len(self._origins)
         for row in self._rows.values():
             assert self._followers[row] == followers.get(row, 0)
             assert self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)
         for tier in self.tiers:
             resident = [row for row in self._rows.values() if row in tier]
-            assert tier.pages == len(resident)
-            assert len({tier.slot[row] for row in resident}) == len(resident), "two pages in one slot"
+            slots = {tier.slot[row]: self.origin(row) for row in resident}
+            assert tier.pages == len(slots)
+            for row in resident:
+                assert slots[tier.slot[row]] == self.origin(row), "two pages in one slot"
+            assert len(set(slots.values())) == len(slots), "a page in two slots"
             children: dict[int, int] = {}
             for row in resident:
                 children[self.parent[row]] = children.get(self.parent[row], 0) + 1

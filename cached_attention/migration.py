@@ -69,7 +69,7 @@ class Migration:
 
     def clear(self) -> None:
         """Remove every page from the disk. Walks all pages."""
-        self._disk.remove([self._pages.leave_disk(row) for row in self._pages.rows_on_disk()])
+        self._disk.remove([slot for row in self._pages.rows_on_disk() for slot in self._pages.leave_disk(row)])
 
     def wait(self) -> None:
         """Until the disk touches no page of the arena; nothing is held for requests any more."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 
 import torch
 
+from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun, reach
 from cached_attention.config import DEFAULT_LOOK_AHEAD
 from cached_attention.hierarchy import Hierarchy
@@ -22,6 +23,7 @@ from cached_attention.index import NOWHERE, PageKey
 from cached_attention.layout import DevicePool
 from cached_attention.migration import Migration
 from cached_attention.policy.waiting import WaitOrRecompute
+from cached_attention.position.rotation import Rotation
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
@@ -67,6 +69,8 @@ class CachedAttentionStore:
         device: the engine's KV pool.
         host_size: bytes of host memory, at least one page.
         disk: a tier just opened, with the pages it holds; the store closes it.
+        rotations: per layer how its keys are rotated, None where they are not; without, no page is ever loaded
+            at another position than its own.
         min_uses: a page goes to disk once it was used this often.
         ttl: seconds after its last use that a page is dropped; None: never.
         look_ahead: waiting requests whose pages are brought up before they run; at least 1.
@@ -79,6 +83,7 @@ class CachedAttentionStore:
         host_size: int,
         disk: DiskTier | None = None,
         *,
+        rotations: Sequence[Rotation | None] | None = None,
         min_uses: int = 1,
         ttl: float | None = None,
         look_ahead: int = DEFAULT_LOOK_AHEAD,
@@ -93,7 +98,9 @@ class CachedAttentionStore:
         self._look_ahead = look_ahead
         self._clock = clock
         self._decision = WaitOrRecompute()
-        copier = page_copier(device, self.host)
+        self._can_rotate = rotations is not None
+        self._device_pages = device.num_pages
+        copier = page_copier(device, self.host, rotations or [None] * self.layout.num_layers)
         self._transfers = Transfers(copier, self.host, self.layout.page_size, sealed=disk is not None)
         self._start_empty(epoch=0)
         self._adopt()
@@ -103,6 +110,7 @@ class CachedAttentionStore:
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
         self._migration = None if self.disk is None else self._migrate(self.disk)
+        self._aliases = Aliases(self._pages, self._device_pages)
         self._hints = Hints()
         self._saves: deque[PageSave] = deque()
         self._finished_saves: deque[bool] = deque()
@@ -132,6 +140,7 @@ class CachedAttentionStore:
             "evicted": self._pages.evicted,
             "host_pages": self.host.capacity,
             "host_pages_used": self._in_host.pages,
+            "aliases": self._aliases.named,
             "waiting": len(self._pages.waiting),
         }
         if self._migration is not None:
@@ -165,6 +174,23 @@ class CachedAttentionStore:
     def _refresh(self, chain: Chain) -> None:
         if chain.epoch != self._pages.epoch:
             chain.epoch, chain.restorable, chain.loadable = self._pages.epoch, 0, 0
+
+    def alias(self, chain: Chain, sources: Iterable[Source]) -> None:
+        """Let pages of `chain` that the store lacks be what it has of the same tokens at other positions.
+
+        Bytes are shared, not copied; they are rotated when they are loaded. Does nothing where the model's
+        keys cannot be rotated.
+
+        Args:
+            sources: nearest position first; per page of the chain the key that its tokens have there, None
+                where they are not there. Made one after the other, as far as they are needed.
+        """
+        if self._can_rotate:
+            self._aliases.extend(chain.keys, sources)
+
+    def left_device(self, keys: Sequence[PageKey]) -> None:
+        """None of the pages `keys` is on the device: they will be loaded, or computed at their positions."""
+        self._aliases.left_device(keys)
 
     # The waiting queue
 
@@ -235,7 +261,7 @@ class CachedAttentionStore:
             if row in self._in_host:
                 self._pages.leave_host(row)
             if self.disk is not None and row in self._pages.on_disk:
-                self.disk.remove([self._pages.leave_disk(row)])
+                self.disk.remove(self._pages.leave_disk(row))
         return dropped
 
     def chain_to(self, last: PageKey) -> Chain:
@@ -292,10 +318,13 @@ class CachedAttentionStore:
 
     # Loading
 
-    def queue_load(self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor) -> bool:
+    def queue_load(
+        self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor, first_page: int = 0
+    ) -> bool:
         """Queue the pages `keys` (consecutive, reserved in this pass) for the next `start_load`.
 
-        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write.
+        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write. `first_page`: pages of
+        the prompt before them; a page that lies at another place there than it was computed at is rotated.
 
         Returns False, and queues nothing, when a page is not in the store.
 
@@ -309,12 +338,19 @@ class CachedAttentionStore:
             return False
         self._pages.pin(rows[-1])
         slots = [self._in_host.slot[row] for row in rows]
-        self._queued[request] = _QueuedLoad(PageLoad(device_slots, slots), rows[-1])
+        deltas = self._deltas(rows, first_page)
+        self._queued[request] = _QueuedLoad(PageLoad(device_slots, slots, deltas), rows[-1])
+        self._aliases.loaded_rotated(key for key, delta in zip(keys, deltas, strict=True) if delta)
         self._count_use(rows)
         self.leave(request)
         for name in map(Hints.name, keys) if self._hints else ():
             self.leave(self._hints.discard(name))
         return True
+
+    def _deltas(self, rows: Sequence[int], first_page: int) -> list[int]:
+        """Tokens from where each page was computed to where it is loaded."""
+        size, position = self.layout.page_size, self._index.position
+        return [(first_page + page) * size - position[row] for page, row in enumerate(rows)]
 
     def _count_use(self, rows: Sequence[int]) -> None:
         now, on_disk = self._clock(), self._pages.on_disk
@@ -388,7 +424,10 @@ class CachedAttentionStore:
         parent = run.parent
         for page, key in enumerate(run.keys):
             row = self._index.find(key)
-            if not self._pages.is_kept(key):
+            if not (self._pages.is_kept(key) or (row != NOWHERE and self._pages.join(row))):
+                if self._aliases.is_rotated(key):
+                    self.stats.declined += len(run.keys) - page
+                    return admitted, False
                 place = (run.first_page + page) * self.layout.page_size
                 new = self._pages.admit(key, parent, place)
                 if new is None:
@@ -435,10 +474,9 @@ class CachedAttentionStore:
     def _drop(self, rows: Sequence[int]) -> None:
         """Give up pages whose bytes never landed; pages saved after them may now follow a gap."""
         for row in reversed(rows):
-            self._pages.leave_host(row)
+            self._pages.give_up(row)
             self._pages.unpin(row)
         self.stats.failed += len(rows)
-        self._pages.epoch += 1
 
     def pop_save(self) -> bool:
         """The outcome of the oldest save that `poll` counted: whether all its pages are in the store."""

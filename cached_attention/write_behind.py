@@ -97,13 +97,14 @@ class WriteBehind:
         """Disk slots of up to `count` pages last used before `limit`; they are in the tier no more."""
         slots: list[int] = []
         while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
-            slots.append(self._pages.leave_disk(victim))
+            slots += self._pages.leave_disk(victim)
         return slots
 
     def _page_write(self, row: int) -> PageWrite:
-        index, parent = self._pages.index, self._pages.index.parent[row]
+        index, origin = self._pages.index, self._pages.index.origin(row)
+        parent = index.parent[origin]
         return PageWrite(
-            key=index.key(row),
+            key=index.key(origin),
             parent=None if parent == NOWHERE else index.key(parent),
             base_position=index.position[row],
             checksum=index.checksum[row],
@@ -113,12 +114,14 @@ class WriteBehind:
         )
 
     def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
+        unneeded: list[int] = []
         for row, slot in zip(rows, future.result(), strict=True):
             if slot is None:
                 self._pages.soil(row)
             else:
-                self._pages.settle_on_disk(row, slot)
+                unneeded += self._pages.settle_on_disk(row, slot)
             self._pages.unpin(row)
+        self._disk.remove(unneeded)
 
     def wait(self) -> None:
         """Until the disk touches no page of the arena."""

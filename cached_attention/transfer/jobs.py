@@ -37,6 +37,8 @@ class PageLoad(NamedTuple):
     device_slots: torch.Tensor
     """`[pages * page_size]`, integer: token slots on the device."""
     host_slots: list[int]
+    deltas: list[int]
+    """Per page: tokens from where it was computed to where it is loaded."""
 
 
 class PageSave(NamedTuple):
@@ -77,8 +79,9 @@ class Transfers:
                 event.synchronize()
             pages = [page for load in loads for page in device_pages(load.device_slots, self._page_size)]
             slots = [slot for load in loads for slot in load.host_slots]
+            turns = self._copier.turns([delta for load in loads for delta in load.deltas])
             for layer in range(self._copier.num_layers):
-                self._copier.load(layer, pages, slots)
+                self._copier.load(layer, pages, slots, turns)
                 progress.complete(layer)
         except BaseException as error:
             progress.fail(error)

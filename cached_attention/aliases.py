@@ -1,0 +1,83 @@
+"""Pages that a truncated prompt shares with what came before it, at other positions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+
+from cached_attention.chain import reach
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import PageKey
+
+Source = Sequence[PageKey | None]
+"""Per page of a chain the key under which the same tokens were computed at another position, if they were."""
+POOLS_REMEMBERED = 4
+"""Device pools full of rotated pages that are told from computed ones."""
+
+
+class Aliases:
+    """Gives pages of a chain the bytes that are there under other keys; no bytes are moved.
+
+    Also remembers which pages on the device are rotated copies. They must not be saved: a page that was
+    rotated, saved and rotated again would drift, while an original that is rotated by the sum of all
+    deltas does not.
+
+    Args:
+        device_pages: of the device pool.
+    """
+
+    def __init__(self, pages: Hierarchy, device_pages: int) -> None:
+        self._pages = pages
+        self._remembered = POOLS_REMEMBERED * device_pages
+        self._rotated: OrderedDict[PageKey, None] = OrderedDict()
+        self.named = 0
+        """Aliases made."""
+
+    def extend(self, keys: Sequence[PageKey], sources: Iterable[Source]) -> None:
+        """Name the pages of the chain `keys` that are in no tier, up to the first that has no source.
+
+        `sources`: in the order of preference; each is made only when those before it lack a page.
+        """
+        lazily = _Remembered(sources)
+        for page in range(reach(keys, 0, self._pages.is_kept), len(keys)):
+            if self._pages.is_kept(keys[page]):
+                continue
+            parent = keys[page - 1] if page else None
+            if not any(self._name(keys[page], parent, source, page) for source in lazily):
+                return
+            self.named += 1
+
+    def _name(self, key: PageKey, parent: PageKey | None, source: Source, page: int) -> bool:
+        original = source[page] if page < len(source) else None
+        return original is not None and self._pages.alias(key, parent, original)
+
+    def loaded_rotated(self, keys: Iterable[PageKey]) -> None:
+        """The device holds these pages as rotated copies."""
+        for key in keys:
+            self._rotated[key] = None
+            self._rotated.move_to_end(key)
+        while len(self._rotated) > self._remembered:
+            self._rotated.popitem(last=False)
+
+    def left_device(self, keys: Iterable[PageKey]) -> None:
+        """The device does not hold these pages; where they are computed there anew, they are originals."""
+        for key in keys if self._rotated else ():
+            self._rotated.pop(key, None)
+
+    def is_rotated(self, key: PageKey) -> bool:
+        """Whether the device holds the page `key` as a rotated copy."""
+        return key in self._rotated
+
+
+class _Remembered:
+    """Iterates over `sources` any number of times, and asks for each once."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._known: list[Source] = []
+        self._rest = iter(sources)
+
+    def __iter__(self) -> Iterator[Source]:
+        yield from self._known
+        for source in self._rest:
+            self._known.append(source)
+            yield source
