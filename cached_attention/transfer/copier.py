@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from cached_attention.layout import DevicePool
+from cached_attention.position.delta_table import DeltaTables, rows_of
+from cached_attention.position.rotation import Rotation, rotate
 from cached_attention.tiers.host import HostTier
+
+
+class Turns(NamedTuple):
+    """How the pages of a load are rotated on their way."""
+
+    rows: list[int]
+    """Per page a row of `table`, `NO_ROTATION` for one that is copied as it is."""
+    table: torch.Tensor
+    """See `DeltaTables.build`."""
 
 
 class PageCopier(ABC):
     """Runs on transfer threads; every call returns when the bytes have landed."""
 
-    def __init__(self, device: DevicePool, host: HostTier) -> None:
+    def __init__(self, device: DevicePool, host: HostTier, rotations: Sequence[Rotation | None]) -> None:
+        self._rotations = rotations
+        self._tables = DeltaTables(filter(None, rotations))
         self._pairs = [
             [(buffer, host.component(layer, i)) for i, buffer in enumerate(buffers)]
             for layer, buffers in enumerate(device.layers)
@@ -24,9 +38,14 @@ class PageCopier(ABC):
     def num_layers(self) -> int:
         return len(self._pairs)
 
+    def turns(self, deltas: Sequence[int]) -> Turns | None:
+        """What `load` needs for pages that are loaded so many tokens from where they were computed."""
+        rows, distinct = rows_of(deltas)
+        return Turns(rows, self._tables.build(distinct)) if distinct else None
+
     @abstractmethod
-    def load(self, layer: int, pages: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy one layer of the records in `slots` into the device `pages`."""
+    def load(self, layer: int, pages: Sequence[int], slots: Sequence[int], turns: Turns | None = None) -> None:
+        """Copy one layer of the records in `slots` into the device `pages`, its keys rotated by `turns`."""
 
     @abstractmethod
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
