@@ -52,6 +52,10 @@ class Rotation:
         """One past the last rotated element."""
         return self.start + self.rotary_dim
 
+    def geometry(self) -> tuple[int, int, int]:
+        """What compiled code is told: first element, pairs, 1 for interleaved ones."""
+        return self.start, len(self.inv_freq), int(self.pairing is Pairing.INTERLEAVED)
+
     def pairs(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the first and second elements of all pairs, each `[..., rotary_dim / 2]`."""
         rotated = keys[..., self.start : self.stop]

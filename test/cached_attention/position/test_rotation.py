@@ -62,7 +62,7 @@ def test_a_page_at_its_base_position_has_no_row() -> None:
 
 
 def test_tables_of_several_rotations_lie_side_by_side() -> None:
-    local, whole = Rotation(inv_freq(8)), Rotation(inv_freq(16, 1e6))
+    local, whole = Rotation(inv_freq(6)), Rotation(inv_freq(16, 1e6))
     tables = DeltaTables([whole, local, whole, local])
     joint = tables.build([3, -2])
     assert joint.shape == (2, tables.width) == (2, 24)
