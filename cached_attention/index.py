@@ -171,7 +171,7 @@ class PageIndex:
             tier.children[parent] += 1
 
     def displace(self, row: int, tier: Residency) -> int:
-        """Take the page out of `tier`; returns its slot, which others may share. The row may be gone afterwards."""
+        """Take the page out of `tier`; returns its slot, which others may share. The row may be gone then."""
         slot, tier.slot[row], tier.ready[row] = tier.slot[row], NOWHERE, False
         tier.pages -= self.shares(row, tier) == NOWHERE
         if (parent := self.parent[row]) != NOWHERE:

@@ -75,6 +75,9 @@ class CachedAttentionStore:
         ttl: seconds after its last use that a page is dropped; None: never.
         look_ahead: waiting requests whose pages are brought up before they run; at least 1.
         clock: seconds since the epoch.
+
+    Raises:
+        ValueError: `host_size` holds no page, or keys of this dtype or shape cannot be rotated.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class CachedAttentionStore:
         self._decision = WaitOrRecompute()
         self._can_rotate = rotations is not None
         self._device_pages = device.num_pages
-        copier = page_copier(device, self.host, rotations or [None] * self.layout.num_layers)
+        copier = page_copier(device, self.host, rotations)
         self._transfers = Transfers(copier, self.host, self.layout.page_size, sealed=disk is not None)
         self._start_empty(epoch=0)
         self._adopt()

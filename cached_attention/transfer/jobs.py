@@ -79,9 +79,13 @@ class Transfers:
                 event.synchronize()
             pages = [page for load in loads for page in device_pages(load.device_slots, self._page_size)]
             slots = [slot for load in loads for slot in load.host_slots]
-            turns = self._copier.turns([delta for load in loads for delta in load.deltas])
+            deltas = [delta for load in loads for delta in load.deltas]
+            moves = self._copier.moves(pages, slots, deltas) if any(deltas) else None
             for layer in range(self._copier.num_layers):
-                self._copier.load(layer, pages, slots, turns)
+                if moves is None:
+                    self._copier.load(layer, pages, slots)
+                else:
+                    self._copier.load_rotated(layer, moves)
                 progress.complete(layer)
         except BaseException as error:
             progress.fail(error)
