@@ -23,11 +23,13 @@ class Aliases:
     deltas does not.
 
     Args:
+        page_size: tokens.
         device_pages: of the device pool.
     """
 
-    def __init__(self, pages: Hierarchy, device_pages: int) -> None:
+    def __init__(self, pages: Hierarchy, page_size: int, device_pages: int) -> None:
         self._pages = pages
+        self._page_size = page_size
         self._remembered = POOLS_REMEMBERED * device_pages
         self._rotated: OrderedDict[PageKey, None] = OrderedDict()
         self.named = 0
@@ -49,7 +51,7 @@ class Aliases:
 
     def _name(self, key: PageKey, parent: PageKey | None, source: Source, page: int) -> bool:
         original = source[page] if page < len(source) else None
-        return original is not None and self._pages.alias(key, parent, original)
+        return original is not None and self._pages.alias(key, parent, page * self._page_size, original)
 
     def loaded_rotated(self, keys: Iterable[PageKey]) -> None:
         """The device holds these pages as rotated copies."""

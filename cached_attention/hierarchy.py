@@ -128,15 +128,15 @@ class Hierarchy:
         self.offer(row)
         return row in self.in_host or row in self.on_disk
 
-    def alias(self, key: PageKey, parent: PageKey | None, source: PageKey) -> bool:
+    def alias(self, key: PageKey, parent: PageKey | None, place: int, source: PageKey) -> bool:
         """Make `key` another name of the page `source`; False where that is in no tier.
 
-        The page before it, `parent`, is in a tier.
+        The page before it, `parent`, is in a tier; its first token is at `place` in its prompt.
         """
         row = self.index.find(source)
         if row == NOWHERE or not self.is_kept(source):
             return False
-        return self.join(self.index.alias(key, parent, self.index.origin(row)))
+        return self.join(self.index.alias(key, parent, place, self.index.origin(row)))
 
     def land(self, row: int, *, clean: bool) -> None:
         """The bytes of an admitted page have arrived; `clean`: from the disk."""

@@ -62,6 +62,8 @@ class PageIndex:
         """Of each alias."""
         self._aliases: dict[int, list[int]] = {}
         """Of each row that has any."""
+        self._deltas: dict[int, int] = {}
+        """Of each alias: tokens from its base position to its place."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -120,10 +122,10 @@ class PageIndex:
         for tier in self.tiers:
             tier.children[parent] += row in tier
 
-    def alias(self, key: PageKey, parent: PageKey | None, origin: int) -> int:
+    def alias(self, key: PageKey, parent: PageKey | None, place: int, origin: int) -> int:
         """The row of `key`, whose bytes are from now on those of `origin`, which is no alias.
 
-        `key` is in no tier.
+        `key` is in no tier; its first token is at `place` in its prompt.
         """
         row = self.add(key, parent, self.position[origin])
         assert not any(row in tier for tier in self.tiers), "a page with bytes of its own cannot be an alias"
@@ -131,6 +133,7 @@ class PageIndex:
             return row
         self.separate(row)
         self._origins[row] = origin
+        self._deltas[row] = place - self.position[origin]
         self._aliases.setdefault(origin, []).append(row)
         self._followers[origin] += 1
         self.checksum[row] = self.checksum[origin]
@@ -141,6 +144,7 @@ class PageIndex:
         origin = self._origins.pop(row, NOWHERE)
         if origin == NOWHERE:
             return
+        del self._deltas[row]
         self._aliases[origin].remove(row)
         if not self._aliases[origin]:
             del self._aliases[origin]
@@ -150,6 +154,10 @@ class PageIndex:
     def origin(self, row: int) -> int:
         """The row under whose key the bytes of `row` were saved."""
         return self._origins.get(row, row)
+
+    def delta(self, row: int) -> int:
+        """Tokens by which the keys of the page are rotated further where it is loaded."""
+        return self._deltas.get(row, 0)
 
     def sharers(self, row: int) -> Sequence[int]:
         """The rows that have the bytes of `row`, itself among them."""
@@ -222,7 +230,7 @@ class PageIndex:
             assert origin not in self._origins, "an alias of an alias"
             assert row in self._aliases[origin]
             assert self.position[row] == self.position[origin]
-        assert sum(map(len, self._aliases.values())) == len(self._origins)
+        assert sum(map(len, self._aliases.values())) == len(self._origins) == len(self._deltas)
         for row in self._rows.values():
             assert self._followers[row] == followers.get(row, 0)
             assert self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)

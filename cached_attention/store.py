@@ -113,7 +113,7 @@ class CachedAttentionStore:
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
         self._migration = None if self.disk is None else self._migrate(self.disk)
-        self._aliases = Aliases(self._pages, self._device_pages)
+        self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
         self._hints = Hints()
         self._saves: deque[PageSave] = deque()
         self._finished_saves: deque[bool] = deque()
@@ -321,13 +321,11 @@ class CachedAttentionStore:
 
     # Loading
 
-    def queue_load(
-        self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor, first_page: int = 0
-    ) -> bool:
+    def queue_load(self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor) -> bool:
         """Queue the pages `keys` (consecutive, reserved in this pass) for the next `start_load`.
 
-        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write. `first_page`: pages of
-        the prompt before them; a page that lies at another place there than it was computed at is rotated.
+        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write. Aliases are rotated to
+        their place.
 
         Returns False, and queues nothing, when a page is not in the store.
 
@@ -341,7 +339,7 @@ class CachedAttentionStore:
             return False
         self._pages.pin(rows[-1])
         slots = [self._in_host.slot[row] for row in rows]
-        deltas = self._deltas(rows, first_page)
+        deltas = list(map(self._index.delta, rows))
         self._queued[request] = _QueuedLoad(PageLoad(device_slots, slots, deltas), rows[-1])
         self._aliases.loaded_rotated(key for key, delta in zip(keys, deltas, strict=True) if delta)
         self._count_use(rows)
@@ -349,11 +347,6 @@ class CachedAttentionStore:
         for name in map(Hints.name, keys) if self._hints else ():
             self.leave(self._hints.discard(name))
         return True
-
-    def _deltas(self, rows: Sequence[int], first_page: int) -> list[int]:
-        """Tokens from where each page was computed to where it is loaded."""
-        size, position = self.layout.page_size, self._index.position
-        return [(first_page + page) * size - position[row] for page, row in enumerate(rows)]
 
     def _count_use(self, rows: Sequence[int]) -> None:
         now, on_disk = self._clock(), self._pages.on_disk

@@ -150,7 +150,7 @@ class Conversations:
             self.store.cancel_load(name)
             return 0
         slots = torch.arange(on_device * PAGE, pages * PAGE)
-        assert self.store.queue_load(name, keys[on_device:pages], slots, on_device)
+        assert self.store.queue_load(name, keys[on_device:pages], slots)
         self.batch += 1
         self.store.start_load(self.batch, Told())
         self.store.finish_load(self.batch)
