@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
-from cached_attention.tiers.disk_index import DiskRecord
+from cached_attention.tiers.disk_index import RecordColumns
 from cached_attention.tiers.host import HostTier
 
 
@@ -213,18 +213,15 @@ class Hierarchy:
                 slots += self.leave_disk(sharer)
         return slots
 
-    def adopt(self, records: Iterable[DiskRecord], remove: Callable[[list[int]], None]) -> None:
-        """Take in what the disk held when it was opened."""
-        index, twice = self.index, []
-        for record in records:
-            row = index.add(record.key, record.parent, record.base_position)
-            if row in self.on_disk:
-                twice.append(record.slot)
-                continue
-            index.checksum[row], index.last_use[row] = record.checksum, record.last_use
-            index.uses[row] = record.uses
-            index.place(row, self.on_disk, record.slot)
-        for row in index.rows():
+    def adopt(
+        self, records: Iterable[RecordColumns], count: int, remove: Callable[[list[int]], None]
+    ) -> None:
+        """Take in what the disk held when it was opened, `count` pages."""
+        self.index.reserve(count)
+        twice: list[int] = []
+        for some in records:
+            twice += self.index.place_many(self.on_disk, *some)
+        for row in self.index.leaves(self.on_disk):
             self.disk_order.offer(row)
         remove(twice)
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import repeat
+
+import numpy as np
 
 PageKey = bytes
 """SHA-256 of the tokens up to and including the page, seeded with the request's namespace."""
 
 NOWHERE = -1
 """No slot, no parent, no row."""
+_MOST_USES = (1 << 32) - 1
 
 
 class Residency:
@@ -64,6 +68,15 @@ class PageIndex:
         """Of each row that has any."""
         self._deltas: dict[int, int] = {}
         """Of each alias: tokens from its base position to its place."""
+        of_tiers = [(column, NOWHERE) for column in (tier.slot for tier in self.tiers)]
+        of_tiers += [(column, 0) for tier in self.tiers for column in (tier.children, tier.ready)]
+        self._columns: list[tuple[array | bytearray, int]] = [
+            (self.parent, NOWHERE),
+            (self.position, NOWHERE),
+            *((column, 0) for column in (self.last_use, self.checksum, self.uses, self.pins, self._followers)),
+            *of_tiers,
+        ]
+        """And what they hold in a row that is not in use; they may have more rows than `keys`."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -95,6 +108,13 @@ class PageIndex:
             self._link(row, parent)
         return row
 
+    def reserve(self, rows: int) -> None:
+        """Make room for so many rows at once: columns that grow in turns leave holes between them in memory."""
+        if (missing := rows - len(self.parent)) > 0:
+            for column, value in self._columns:
+                cell = bytes([value]) if isinstance(column, bytearray) else array(column.typecode, [value])
+                column.extend(cell * missing)
+
     def _new_row(self, key: PageKey) -> int:
         if self._free:
             row = self._free.pop()
@@ -102,14 +122,8 @@ class PageIndex:
         else:
             row = len(self.keys)
             self.keys.append(key)
-            self.last_use.append(0.0)
-            self.checksum.append(0)
-            for column in (self.parent, self.position, *(tier.slot for tier in self.tiers)):
-                column.append(NOWHERE)
-            for column in (self.pins, self.uses, self._followers, *(tier.children for tier in self.tiers)):
-                column.append(0)
-            for tier in self.tiers:
-                tier.ready.append(False)
+            if len(self.keys) > len(self.parent):
+                self.reserve(row + row // 8 + 64)
         self._rows[key] = row
         return row
 
@@ -177,6 +191,70 @@ class PageIndex:
         tier.slot[row], tier.ready[row] = slot, False
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] += 1
+
+    def place_many(
+        self,
+        tier: Residency,
+        keys: Sequence[PageKey],
+        slots: Sequence[int],
+        parents: Sequence[PageKey | None],
+        positions: Sequence[int],
+        checksums: Sequence[int],
+        last_uses: Sequence[float],
+        uses: Sequence[int],
+    ) -> list[int]:
+        """`add` and `place` in one go, many times faster.
+
+        Returns the slots that were left out because their page is in `tier` already.
+        """
+        rows = self._add_many(keys)
+        parent_rows = self._find_many(parents)
+        if np.count_nonzero(parent_rows == NOWHERE) > parents.count(None):
+            self._add_many([key for key in parents if key is not None])
+            parent_rows = self._find_many(parents)
+        # Views of the columns, which cannot grow while one is held.
+        slot, parent = np.asarray(tier.slot), np.asarray(self.parent)
+        first = np.zeros(len(rows), np.bool_)
+        first[np.unique(rows, return_index=True)[1]] = True
+        new = first & (slot[rows] == NOWHERE)
+        placed = rows[new]
+        for column, values in (
+            (slot, slots),
+            (self.position, positions),
+            (self.checksum, np.array(checksums, np.uint64)),
+            (self.last_use, last_uses),
+            (self.uses, np.clip(uses, 0, _MOST_USES)),
+        ):
+            np.asarray(column)[placed] = np.asarray(values)[new]
+        unlinked = new & (parent_rows != NOWHERE) & (parent[rows] == NOWHERE)
+        parent[rows[unlinked]] = parent_rows[unlinked]
+        np.add.at(np.asarray(self._followers), parent_rows[unlinked], 1)
+        before = parent[placed]
+        np.add.at(np.asarray(tier.children), before[before != NOWHERE], 1)
+        tier.pages += len(placed)
+        return np.asarray(slots)[~new].tolist()
+
+    def _find_many(self, keys: Sequence[PageKey | None]) -> np.ndarray:
+        return np.fromiter(map(self._rows.get, keys, repeat(NOWHERE)), np.intc, len(keys))
+
+    def _add_many(self, keys: Sequence[PageKey]) -> np.ndarray:
+        """The rows of `keys`, made where they are new."""
+        start = len(self.keys)
+        new: Sequence[PageKey] = keys
+        if not self._rows.keys().isdisjoint(keys) or len(set(keys)) < len(keys):
+            new = [key for key in dict.fromkeys(keys) if key not in self._rows]
+        self._rows.update(zip(new, range(start, start + len(new)), strict=True))
+        self.keys += new
+        self.reserve(len(self.keys))
+        if new is keys:
+            return np.arange(start, start + len(new))
+        return self._find_many(keys)
+
+    def leaves(self, tier: Residency) -> Iterator[int]:
+        """Rows of `tier` that no page of it follows, by last use. Walks all rows; the index must not grow."""
+        found = np.flatnonzero((np.asarray(tier.slot) != NOWHERE) & (np.asarray(tier.children) == 0))
+        order = np.argsort(np.asarray(self.last_use)[found], kind="stable")
+        return iter(memoryview(found[order]))
 
     def displace(self, row: int, tier: Residency) -> int:
         """Take the page out of `tier`; returns its slot, which others may share. The row may be gone then."""

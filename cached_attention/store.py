@@ -519,7 +519,7 @@ class CachedAttentionStore:
 
     def _adopt(self) -> None:
         if self.disk is not None:
-            self._pages.adopt(self.disk.records(), self.disk.remove)
+            self._pages.adopt(self.disk.record_columns(), self.disk.pages, self.disk.remove)
 
     def close(self) -> None:
         """Wait for the transfers that run and stop their threads; the disk keeps what it has."""

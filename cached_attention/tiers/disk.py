@@ -22,7 +22,14 @@ from cached_attention.tiers.disk_committer import Committer
 from cached_attention.tiers.disk_directory import INDEX_NAME, DirectoryInUseError
 from cached_attention.tiers.disk_files import FileIO, NoRoomError
 from cached_attention.tiers.disk_health import Health
-from cached_attention.tiers.disk_index import INDEX_ERRORS, DiskRecord, open_read_only, stream_rows, unseal
+from cached_attention.tiers.disk_index import (
+    INDEX_ERRORS,
+    DiskRecord,
+    RecordColumns,
+    open_read_only,
+    stream_rows,
+    unseal_many,
+)
 from cached_attention.tiers.disk_opening import open_store
 from cached_attention.tiers.disk_pages import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
 from cached_attention.tiers.disk_queue import IoQueue, Priority
@@ -55,7 +62,7 @@ class DiskTier:
     """Page records of one fingerprint in `directory`.
 
     No method waits for the disk except the constructor, `flush`, `close` and `check_invariants`;
-    `records` reads the index as it is iterated. All but those may be called from any thread. Futures
+    `records` and `record_columns` read the index as they are iterated. All but those may be called from any thread. Futures
     are completed on the tier's own threads: callbacks must be short.
 
     Args:
@@ -130,6 +137,11 @@ class DiskTier:
         return self._slots.capacity
 
     @property
+    def pages(self) -> int:
+        """Pages that it has. Walks all slots."""
+        return self._slots.states.count(SAVED)
+
+    @property
     def free_slots(self) -> int:
         """Slots that a write can have now."""
         return self._slots.free if self._growing else self._slots.recycled
@@ -140,6 +152,11 @@ class DiskTier:
         return self._files.direct
 
     def records(self) -> Iterator[DiskRecord]:
+        """The same as `record_columns`, one by one."""
+        for some in self.record_columns():
+            yield from map(DiskRecord, *some)
+
+    def record_columns(self) -> Iterator[RecordColumns]:
         """What the store held when it was opened, by slot; iterate once, before the first write.
 
         A key comes twice only if the index was damaged: `remove` the slot that is not kept. Rows that
@@ -148,9 +165,10 @@ class DiskTier:
         unread = bytearray(self._slots.states)
         try:
             with closing(open_read_only(self.path / INDEX_NAME)) as connection:
-                for record in unseal(stream_rows(connection), damaged=[]):
-                    unread[record.slot] = REMOVING
-                    yield record
+                for some in unseal_many(stream_rows(connection)):
+                    for slot in some.slot:
+                        unread[slot] = REMOVING
+                    yield some
         except INDEX_ERRORS as error:
             self._read_health.failed(error)
         left = [slot for slot, state in enumerate(unread) if state == SAVED] if SAVED in unread else []

@@ -8,7 +8,7 @@ import sqlite3
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,8 @@ _COLUMNS = "slot, key, parent, base_position, checksum, last_use, uses, seal"
 _BUSY_SECONDS = 0.05
 """How long the owner waits for readers, which never keep it from anything but emptying the log."""
 _DROP_ROWS = 4 * TRANSACTION_ROWS
+_UNSEALED_AT_ONCE = 512
+"""Rows: enough to work in columns, few enough not to set off the garbage collector."""
 _UNSIGNED = (1 << 64) - 1
 _FIXED = struct.Struct("<qqQ")
 Row = tuple[int, bytes, bytes | None, int, int, float, int, bytes]
@@ -70,6 +72,18 @@ class DiskRecord(NamedTuple):
     last_use: float
     """Seconds since the epoch."""
     uses: int
+
+
+class RecordColumns(NamedTuple):
+    """Many `DiskRecord`s, one sequence for each of its fields."""
+
+    key: Sequence[bytes]
+    slot: Sequence[int]
+    parent: Sequence[bytes | None]
+    base_position: Sequence[int]
+    checksum: Sequence[int]
+    last_use: Sequence[float]
+    uses: Sequence[int]
 
 
 @dataclass
@@ -104,17 +118,32 @@ def _to_row(record: DiskRecord) -> Row:
 
 def unseal(rows: Iterable[Row], damaged: list[int]) -> Iterator[DiskRecord]:
     """The records of `rows`; slots of rows that are not as they were written go to `damaged`."""
-    # Runs for every page of a store when it is opened: `_seal` and `DiskRecord(...)` are written out.
-    digest, pack, join, new = xxhash.xxh3_64_digest, _FIXED.pack, b"".join, tuple.__new__
     now = time.time()
     for slot, key, parent, base_position, signed, last_use, uses, seal in rows:
         checksum = signed & _UNSIGNED
-        if digest(join((pack(slot, base_position, checksum), key, parent or b""))) == seal:
-            # Not sealed, because they change: a clock set back, or damage, must not make a page immortal.
-            last_use = last_use if 0 <= last_use <= now else 0.0
-            yield new(DiskRecord, (key, slot, parent, base_position, checksum, last_use, uses))
+        if _seal(slot, key, parent, base_position, checksum) == seal:
+            yield DiskRecord(key, slot, parent, base_position, checksum, _plausible(last_use, now), uses)
         else:
             damaged.append(slot)
+
+
+def unseal_many(rows: sqlite3.Cursor) -> Iterator[RecordColumns]:
+    """The same for every page of a store, of which there may be millions, without `damaged`."""
+    now = time.time()
+    while some := rows.fetchmany(_UNSEALED_AT_ONCE):
+        slots, keys, parents, positions, signed, last_uses, uses, seals = zip(*some, strict=True)
+        checksums = [value & _UNSIGNED for value in signed]
+        parts = zip(map(_FIXED.pack, slots, positions, checksums), keys, [key or b"" for key in parents], strict=True)
+        if tuple(map(xxhash.xxh3_64_digest, map(b"".join, parts))) == seals:
+            last_uses = [_plausible(use, now) for use in last_uses]
+            yield RecordColumns(keys, slots, parents, positions, checksums, last_uses, uses)
+        elif good := list(unseal(some, damaged=[])):
+            yield RecordColumns(*zip(*good, strict=True))
+
+
+def _plausible(last_use: float, now: float) -> float:
+    """Not sealed, because it changes: a clock set back, or damage, must not make a page immortal."""
+    return last_use if 0 <= last_use <= now else 0.0
 
 
 class DiskIndex:
@@ -312,7 +341,7 @@ def is_newest(connection: sqlite3.Connection, record: DiskRecord) -> bool:
     return row == (record.key, _signed(record.checksum))
 
 
-def stream_rows(connection: sqlite3.Connection) -> Iterator[Row]:
+def stream_rows(connection: sqlite3.Connection) -> sqlite3.Cursor:
     """Every row, by slot, in one transaction: the log cannot be emptied until the last one."""
     return connection.execute(f"SELECT {_COLUMNS} FROM pages ORDER BY slot")
 

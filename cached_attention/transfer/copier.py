@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from cached_attention.kernels.rope_on_load import PagedComponent, PageMoves, RopeOnLoad
@@ -50,22 +52,44 @@ class PageCopier(ABC):
 
 
 class CpuCopier(PageCopier):
-    """A memcpy per page and component: numpy releases the GIL and costs less per call than torch."""
+    """Streams all components of a page, or of a layer, in one call that leaves the interpreter to others."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         super().__init__(device, host, rotations)
-        self._arrays = [[(buffer.numpy(), slots.numpy()) for buffer, slots in pairs] for pairs in self._pairs]
+        # Compiled on import, for a second: only where it is used.
+        from cached_attention.transfer.streaming import copy_rows
+
+        self._stream = copy_rows
+        self._capacity, self._num_pages = host.capacity, device.num_pages
+        pairs = [pair for layer in self._pairs for pair in layer]
+        self._device = _rows_of([buffer for buffer, _ in pairs])
+        self._host = _rows_of([slots for _, slots in pairs])
+        self._sizes = np.array([buffer.shape[1] for buffer, _ in pairs], dtype=np.intp)
+        ends = [0, *accumulate(len(layer) for layer in self._pairs)]
+        self._layers = [slice(*span) for span in pairwise(ends)]
 
     def load(self, layer: int, pages: Sequence[int], slots: Sequence[int]) -> None:
-        for device, host in self._arrays[layer]:
-            for page, slot in zip(pages, slots, strict=True):
-                device[page] = host[slot]
+        of = self._layers[layer]
+        rows = self._checked(pages, slots)
+        self._stream(self._device[of], rows[0], self._host[of], rows[1], self._sizes[of])
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        for pairs in self._arrays:
-            for device, host in pairs:
-                for page, slot in zip(pages, slots, strict=True):
-                    host[slot] = device[page]
+        rows = self._checked(pages, slots)
+        self._stream(self._host, rows[1], self._device, rows[0], self._sizes)
+
+    def _checked(self, pages: Sequence[int], slots: Sequence[int]) -> list[np.ndarray]:
+        if len(pages) != len(slots):
+            raise ValueError(f"{len(pages)} pages and {len(slots)} slots: give as many of one as of the other.")
+        rows = [np.array(numbers, dtype=np.intp) for numbers in (pages, slots)]
+        for numbers, end in zip(rows, (self._num_pages, self._capacity), strict=True):
+            if len(numbers) and not (0 <= numbers.min() and numbers.max() < end):
+                raise IndexError(f"page or slot {numbers.min()} to {numbers.max()}: they go from 0 to {end - 1}.")
+        return rows
+
+
+def _rows_of(arrays: Sequence[torch.Tensor]) -> np.ndarray:
+    """`[arrays, 2]`: address of row 0 and bytes from row to row of `[rows, bytes]` byte tensors."""
+    return np.array([(array.data_ptr(), array.stride(0)) for array in arrays], dtype=np.intp)
 
 
 class CudaCopier(PageCopier):

@@ -1,0 +1,293 @@
+"""What a tier's own classes move per second, and what the same bytes take without them, in turns."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cached_attention.checksum import page_checksum
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.layout import DevicePool, PageLayout
+from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.disk_runs import RUN_BYTES
+from cached_attention.tiers.host import HostTier
+from cached_attention.transfer.copier import page_copier
+from cached_attention.write_behind import BATCH_PAGES, URGENT_BATCHES
+
+IO_THREADS = 4
+"""Of the disk tier, which is its default; reads have one more."""
+QUEUED_BYTES = 1 << 30
+"""What the disk tier takes at once."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the bytes of a token."""
+
+    layers: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype_bytes: int = 2
+
+    @property
+    def component_bytes(self) -> int:
+        """Of one token's keys, or values, in one layer."""
+        return self.kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.layers * self.component_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, {self.kv_heads} KV heads of {self.head_dim}, {self.dtype_bytes} bytes each: "
+            f"{self.token_bytes:,} bytes per token"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds for the same bytes, ours and raw, round by round."""
+
+    tier: str
+    direction: str
+    page_tokens: int
+    page_bytes: int
+    moved_bytes: int
+    """In each round."""
+    ours_s: list[float] = field(default_factory=list)
+    raw_s: list[float] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of our throughput to the raw one, within each round."""
+        return [raw / ours for ours, raw in zip(self.ours_s, self.raw_s, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def ours_bytes_per_s(self) -> float:
+        return self.moved_bytes / statistics.median(self.ours_s)
+
+    @property
+    def raw_bytes_per_s(self) -> float:
+        return self.moved_bytes / statistics.median(self.raw_s)
+
+
+class Contest(NamedTuple):
+    """Two ways to move the same bytes, by direction: ours, and the raw one."""
+
+    ours: Callable[[], None]
+    raw: Callable[[], None]
+    prepare: Callable[[], None] = lambda: None
+    """Before ours, not timed."""
+
+    def run(self, comparison: Comparison, rounds: int) -> Iterator[None]:
+        """Measure in turns, the first one alternating, after a round that does not count; yields per round."""
+        for number in range(-1, rounds):
+            seconds = {}
+            for side in ("ours", "raw") if number % 2 else ("raw", "ours"):
+                if side == "ours":
+                    self.prepare()
+                started = time.perf_counter()
+                getattr(self, side)()
+                seconds[side] = time.perf_counter() - started
+            if number >= 0:
+                comparison.ours_s.append(seconds["ours"])
+                comparison.raw_s.append(seconds["raw"])
+            yield
+
+
+class HostBench:
+    """A device pool in ordinary memory, an arena of the same size, and the copier between them.
+
+    The raw side is one memcpy of all of it, between the same memory, page after page in order.
+
+    Args:
+        size: bytes; beyond the CPU's caches.
+    """
+
+    def __init__(self, shape: ModelShape, page_tokens: int, size: int) -> None:
+        self.page_bytes = shape.token_bytes * page_tokens
+        pages = size // self.page_bytes
+        self.moved_bytes = pages * self.page_bytes
+        memory = torch.empty(self.moved_bytes, dtype=torch.uint8)
+        memory.numpy()[:] = np.random.default_rng(0).integers(0, 256, self.moved_bytes, np.uint8)
+        parts = memory.view(shape.layers, 2, pages * page_tokens, shape.component_bytes)
+        device = DevicePool([list(layer) for layer in parts], page_tokens)
+        host = HostTier(device.layout, self.moved_bytes)
+        host.arena.zero_()
+        self._copier = page_copier(device, host)
+        self._layers = shape.layers
+        self._memory, self._arena = memory.numpy(), host.arena.view(-1).numpy()
+        places = np.random.default_rng(1)
+        self._pages, self._slots = (places.permutation(pages).tolist() for _ in range(2))
+
+    def contests(self) -> dict[str, Contest]:
+        return {
+            "save": Contest(self._save, lambda: np.copyto(self._arena, self._memory)),
+            "load": Contest(self._load, lambda: np.copyto(self._memory, self._arena)),
+        }
+
+    def _save(self) -> None:
+        self._copier.save(self._pages, self._slots)
+
+    def _load(self) -> None:
+        for layer in range(self._layers):
+            self._copier.load(layer, self._pages, self._slots)
+
+
+class DiskBench:
+    """A disk tier and, beside it, a file of the same size on the same file system.
+
+    Both write into space that was written before, and read it back in the order of the slots. The raw side
+    moves the same bytes from the same memory with calls of the same size from as many threads, and calls
+    fdatasync as long as writes come in and once at the end, as the tier does. It keeps no index.
+    """
+
+    def __init__(self, directory: Path, shape: ModelShape, page_tokens: int, size: int) -> None:
+        layers = ((shape.component_bytes * page_tokens,) * 2,) * shape.layers
+        fingerprint = Fingerprint("benchmark", "none", "bytes", page_tokens, layers, {}, {})
+        self.page_bytes = fingerprint.page_bytes
+        count = size // self.page_bytes
+        self.moved_bytes = count * self.page_bytes
+        self._directory = directory
+        self.tier = DiskTier(directory, fingerprint, 2 * size + (1 << 30), queued_write_bytes=QUEUED_BYTES)
+        self._memory = HostTier(PageLayout(page_tokens, layers), self.moved_bytes)
+        noise = np.random.default_rng(0)
+        for slot in range(count):
+            self._memory.arena[slot] = torch.from_numpy(noise.integers(0, 256, self.page_bytes, np.uint8))
+        self._writes = [self._page_write(number) for number in range(count)]
+        self._saved: list[int] = []
+        self._raw = RawFile(directory.with_suffix(".raw"), self.moved_bytes, self.tier.direct)
+
+    def close(self) -> None:
+        self.tier.close()
+        self._raw.close()
+        shutil.rmtree(self._directory)
+
+    def contests(self) -> dict[str, Contest]:
+        run = max(1, RUN_BYTES // self.page_bytes)
+        buffers = [page.buffer for page in self._writes]
+        calls = [buffers[first : first + run] for first in range(0, len(buffers), run)]
+        return {
+            "write": Contest(self._write, lambda: self._raw.write(calls, IO_THREADS), self._forget),
+            "read": Contest(self._read, lambda: self._raw.read(calls, IO_THREADS + 1)),
+        }
+
+    def _page_write(self, number: int) -> PageWrite:
+        key, parent = (place.to_bytes(32, "big") for place in (number + 1, number))
+        checksum = page_checksum(key, self._memory.record(number))
+        return PageWrite(key, parent, 0, checksum, time.time(), 1, self._memory.slot_bytes(number))
+
+    def _forget(self) -> None:
+        self.tier.remove(self._saved)
+        assert self.tier.flush(60)
+        self._saved = []
+
+    def _write(self) -> None:
+        """As write-behind does when host memory is short."""
+        most = max(1, min(URGENT_BATCHES, QUEUED_BYTES // (BATCH_PAGES * self.page_bytes)))
+        waiting: deque[Future[list[int | None]]] = deque()
+        for first in range(0, len(self._writes), BATCH_PAGES):
+            if len(waiting) == most:
+                self._note(waiting.popleft())
+            waiting.append(self.tier.write(self._writes[first : first + BATCH_PAGES]))
+        while waiting:
+            self._note(waiting.popleft())
+
+    def _note(self, written: Future[list[int | None]]) -> None:
+        slots = [slot for slot in written.result() if slot is not None]
+        if len(slots) < len(written.result()):
+            raise OSError("the disk tier declined pages: is the disk full?")
+        self._saved += slots
+
+    def _read(self) -> None:
+        reads = [
+            PageRead(page.key, slot, page.checksum, page.buffer)
+            for page, slot in zip(self._writes, self._saved, strict=True)
+        ]
+        if set(self.tier.read(reads).result()) != {ReadOutcome.READ}:
+            raise OSError("the disk tier lost pages")
+
+
+class RawFile:
+    """A preallocated file, moved with plain calls."""
+
+    def __init__(self, path: Path, size: int, direct: bool) -> None:
+        self._path = path
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        try:
+            os.posix_fallocate(fd, 0, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._fd = os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._path.unlink()
+
+    def write(self, calls: Sequence[Sequence[memoryview]], threads: int) -> None:
+        """Durable on return."""
+        with self._syncing() as written:
+            self._move(os.pwritev, calls, threads, written.set)
+        os.fdatasync(self._fd)
+
+    def read(self, calls: Sequence[Sequence[memoryview]], threads: int) -> None:
+        self._move(os.preadv, calls, threads, lambda: None)
+
+    def _move(
+        self,
+        move: Callable[[int, Sequence[memoryview], int], int],
+        calls: Sequence[Sequence[memoryview]],
+        threads: int,
+        moved: Callable[[], None],
+    ) -> None:
+        offsets = [0]
+        for buffers in calls:
+            offsets.append(offsets[-1] + sum(buffer.nbytes for buffer in buffers))
+
+        def one(number: int) -> None:
+            expected = offsets[number + 1] - offsets[number]
+            if move(self._fd, calls[number], offsets[number]) != expected:
+                raise OSError(f"a call for {expected} bytes moved less")
+            moved()
+
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(one, range(len(calls))):
+                pass
+
+    @contextmanager
+    def _syncing(self) -> Iterator[threading.Event]:
+        """Calls fdatasync whenever the event was set since the call before, on a thread of its own."""
+        written, ended = threading.Event(), threading.Event()
+
+        def sync() -> None:
+            while written.wait() and not ended.is_set():
+                written.clear()
+                os.fdatasync(self._fd)
+
+        thread = threading.Thread(target=sync)
+        thread.start()
+        try:
+            yield written
+        finally:
+            ended.set()
+            written.set()
+            thread.join()
