@@ -16,7 +16,7 @@ import torch
 
 from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun, reach
-from cached_attention.config import DEFAULT_LOOK_AHEAD
+from cached_attention.config import DEFAULT_LOOK_AHEAD, Wait
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
@@ -74,6 +74,7 @@ class CachedAttentionStore:
         min_uses: a page goes to disk once it was used this often.
         ttl: seconds after its last use that a page is dropped; None: never.
         look_ahead: waiting requests whose pages are brought up before they run; at least 1.
+        wait: how long a request is held for pages that come from the disk.
         clock: seconds since the epoch.
 
     Raises:
@@ -90,6 +91,7 @@ class CachedAttentionStore:
         min_uses: int = 1,
         ttl: float | None = None,
         look_ahead: int = DEFAULT_LOOK_AHEAD,
+        wait: Wait = Wait.MEASURED,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.layout = device.layout
@@ -100,7 +102,7 @@ class CachedAttentionStore:
         self._ttl = ttl
         self._look_ahead = look_ahead
         self._clock = clock
-        self._decision = WaitOrRecompute()
+        self._decision = WaitOrRecompute(always=wait is Wait.COMPLETE)
         self._can_rotate = rotations is not None
         self._device_pages = device.num_pages
         copier = page_copier(device, self.host, rotations)

@@ -126,6 +126,17 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
     return start
 
 
+@pytest.fixture(scope="session")
+def disk_tier() -> Callable[..., tuple[str, ...]]:
+    """Flags of a disk tier. Its pages are waited for, however quick the tiny model is on this machine."""
+
+    def disk_tier(directory: Path, size: str) -> tuple[str, ...]:
+        place = ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+        return (*place, "--cached-attention-wait", "complete")
+
+    return disk_tier
+
+
 Answers = list[list[list[int]]]
 
 

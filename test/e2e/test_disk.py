@@ -21,8 +21,9 @@ HOST = "80MB"
 PAGE = 64
 
 
-def disk(directory: Path, size: str = "2GB") -> tuple[str, ...]:
-    return ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+@pytest.fixture
+def disk(disk_tier: Any) -> Any:
+    return lambda directory: disk_tier(directory, "2GB")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,15 @@ def histories(talk: Any) -> list[int]:
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_restart_goes_on_where_it_was(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, end: str, expected: Any, matches: Any
+    models: Any,
+    start: Any,
+    town: Any,
+    store_states: Any,
+    tmp_path: Path,
+    disk: Any,
+    end: str,
+    expected: Any,
+    matches: Any,
 ) -> None:
     actual = town(CONVERSATIONS, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST, doomed=end == "kill") as server:
@@ -64,7 +73,7 @@ def test_a_restart_goes_on_where_it_was(
 
 
 def test_a_crash_at_any_moment_never_answers_wrong(
-    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any, matches: Any
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     actual = town(8, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST, doomed=True) as server:
@@ -80,7 +89,7 @@ def test_a_crash_at_any_moment_never_answers_wrong(
 
 
 def test_a_directory_belongs_to_one_server_and_one_model(
-    models: Any, start: Any, town: Any, tmp_path: Path
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any
 ) -> None:
     with start(models(), *disk(tmp_path), host_size=HOST) as server:
         town(2, HISTORY).hold(server, 1)
@@ -95,7 +104,7 @@ def test_a_directory_belongs_to_one_server_and_one_model(
 
 
 def test_two_ranks_go_on_after_a_restart(
-    models: Any, start: Any, town: Any, tmp_path: Path, answers: Any, matches: Any
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any, answers: Any, matches: Any
 ) -> None:
     args = (*TIGHT, *disk(tmp_path), "--tp-size", "2")
     actual = town(4, HISTORY)
@@ -114,7 +123,7 @@ def update_weights(server: Any, model: Path, flush: bool) -> None:
 
 
 def test_new_weights_never_meet_old_pages(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any, matches: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     first, second, again = town(4, HISTORY), town(4, HISTORY), town(4, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:

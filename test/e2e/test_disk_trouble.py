@@ -20,8 +20,9 @@ HOST = "6MB"
 SLOW_READS = Path(__file__).parents[2] / "benchmark" / "slow_reads"
 
 
-def disk(directory: Path, size: str = "40MB") -> tuple[str, ...]:
-    return ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+@pytest.fixture
+def disk(disk_tier: Any) -> Any:
+    return lambda directory, size="40MB": disk_tier(directory, size)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def small_file_system(place: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_and_then_has_room(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any, matches: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     with small_file_system(tmp_path / "small") as place:
@@ -67,7 +68,9 @@ def test_a_disk_that_is_full_and_then_has_room(
     assert matches(talk, expected)
 
 
-def test_a_read_only_directory_is_refused_in_one_sentence(models: Any, start: Any, tmp_path: Path) -> None:
+def test_a_read_only_directory_is_refused_in_one_sentence(
+    models: Any, start: Any, tmp_path: Path, disk: Any
+) -> None:
     with small_file_system(tmp_path / "small") as place:
         mount("-o", "remount,ro", place)
         with pytest.raises(Exception, match="Read-only file system"):
@@ -75,7 +78,7 @@ def test_a_read_only_directory_is_refused_in_one_sentence(models: Any, start: An
 
 
 def test_a_directory_that_vanishes_is_a_miss(
-    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any, matches: Any
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     kept = tmp_path / "kv"
@@ -87,12 +90,13 @@ def test_a_directory_that_vanishes_is_a_miss(
 
 
 def test_a_slow_disk_is_not_waited_for(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any, matches: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     pace = tmp_path / "seconds"
     env = {"PYTHONPATH": str(SLOW_READS), "SLOW_READS": str(pace)}
-    with start(models(), *TIGHT, *disk(tmp_path / "kv", "500MB"), host_size=HOST, env=env) as server:
+    measured = (*disk(tmp_path / "kv", "500MB"), "--cached-attention-wait", "measured")
+    with start(models(), *TIGHT, *measured, host_size=HOST, env=env) as server:
         talk.hold(server, 2)
         assert talk.cached("storage") > 0
         pace.write_text(json.dumps(2.0))

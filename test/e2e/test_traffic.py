@@ -105,8 +105,8 @@ class Traffic:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> tuple[str, ...]:
-    return ("--cached-attention-disk-path", str(tmp_path), "--cached-attention-disk-size", "200MB")
+def disk(tmp_path: Path, disk_tier: Any) -> Any:
+    return disk_tier(tmp_path, "200MB")
 
 
 @pytest.fixture
