@@ -1,0 +1,225 @@
+"""What does the hierarchy cost the scheduler's thread?
+
+    python -m benchmark.scheduling      # 1,000 waiting requests of 160 pages each, a million pages in the index
+
+A pass is all that a scheduling pass of SGLang asks of the store: the queue in its order, what has arrived from
+disk, more of it asked for, whether each waiting request may run, a hold on the pages of those that are admitted,
+and requests that leave and arrive. A quarter of the requests has its pages on disk only, and they are fetched
+meanwhile. Then host memory is full, and pages leave it for new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmark.report import machine
+from cached_attention.chain import Chain, PageRun
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.layout import DevicePool
+from cached_attention.store import CachedAttentionStore
+from cached_attention.tiers.disk import DiskTier
+
+PAGE_BYTES = 4096
+ADMITTED = 4
+"""Requests that a pass admits, and that arrive in it."""
+SHUFFLED = 10
+"""Every so many passes the order of the queue is another one."""
+ON_DISK = 0.25
+"""Part of the waiting requests."""
+BOUND_MEDIAN, BOUND_P99, BOUND_EVICT = 1e-3, 5e-3, 2e-3
+"""Seconds: of a pass, and for a thousand pages that leave."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on the scheduler's thread."""
+
+    what: str
+    seconds: list[float]
+    bounds: dict[str, float]
+
+    @property
+    def quantiles(self) -> dict[str, float]:
+        names, levels = ("P50", "P99", "max"), (0.5, 0.99, 1.0)
+        return dict(zip(names, np.quantile(self.seconds, levels).tolist(), strict=True))
+
+    @property
+    def holds(self) -> bool:
+        return all(self.quantiles[name] <= bound for name, bound in self.bounds.items())
+
+
+class Queue:
+    """A store of many pages and requests that wait for some of them."""
+
+    def __init__(self, directory: Path, args: argparse.Namespace) -> None:
+        self._args = args
+        self._words = random.Random(args.seed)
+        self._pool = DevicePool([[torch.zeros(args.chain, PAGE_BYTES // 2, dtype=torch.uint8) for _ in "KV"]], 1)
+        self._directory = directory
+        on_disk = [self._keys() for _ in range(int(ON_DISK * args.waiting))]
+        self._fill_disk(on_disk)
+        self.store = self._open(args.pages)
+        in_host = [self._keys() for _ in range((args.pages - len(on_disk) * args.chain) // args.chain)]
+        for keys in tqdm(in_host, desc="pages in host memory", unit="conversation", leave=False):
+            self._place(keys)
+        first = [*on_disk, *in_host[: args.waiting - len(on_disk)]]
+        self._words.shuffle(first)
+        self._later = deque(in_host[args.waiting - len(on_disk) :])
+        self._arrived = 0
+        self.waiting: list[tuple[str, Chain]] = []
+        for keys in first:
+            self._arrive(keys)
+
+    def _keys(self) -> list[bytes]:
+        return [self._words.randbytes(32) for _ in range(self._args.chain)]
+
+    def _open(self, pages: int) -> CachedAttentionStore:
+        fingerprint = Fingerprint("benchmark", "none", "bytes", 1, ((PAGE_BYTES // 2,) * 2,), {}, {})
+        disk = DiskTier(self._directory, fingerprint, 1 << 30)
+        return CachedAttentionStore(self._pool, pages * PAGE_BYTES, disk)
+
+    def _fill_disk(self, chains: Sequence[list[bytes]]) -> None:
+        store = self._open(len(chains) * self._args.chain)
+        for keys in tqdm(chains, desc="pages on disk", unit="conversation", leave=False):
+            store.save(PageRun(None, 0, keys, torch.arange(len(keys))))
+        if store.flush(300):
+            raise OSError("the disk did not take all pages in five minutes")
+        store.close()
+
+    def _place(self, keys: Sequence[bytes]) -> None:
+        """As if they had been saved long ago, and are on disk as well."""
+        pages, parent = self.store._pages, None
+        for place, key in enumerate(keys):
+            row = pages.admit(key, parent, place)
+            if row is None:
+                return
+            pages.land(row, clean=True)
+            pages.launder(row)
+            pages.unpin(row)
+            parent = key
+
+    def _arrive(self, keys: list[bytes]) -> None:
+        name, chain = f"request-{self._arrived}", Chain(keys)
+        self._arrived += 1
+        self.store.arrive(name, chain)
+        self.waiting.append((name, chain))
+
+    def run_pass(self, number: int) -> float:
+        """Returns the seconds that the store took of it."""
+        if number % SHUFFLED == 0:
+            self._words.shuffle(self.waiting)
+        names = [name for name, _ in self.waiting]
+        started = time.perf_counter()
+        store = self.store
+        store.end_pass()
+        store.poll()
+        store.reorder(names)
+        ready = [store.is_ready(name) for name in names]
+        admitted = [i for i, is_ready in enumerate(ready) if is_ready][:ADMITTED]
+        for i in admitted:
+            store.reserve(*self.waiting[i])
+            store.leave(names[i])
+        for i in reversed(admitted):
+            self._later.append(self.waiting.pop(i)[1].keys)
+            self._arrive(self._later.popleft())
+        return time.perf_counter() - started
+
+    def evict(self, pages: int) -> float:
+        """Seconds until `pages` new pages have taken the slots of as many that had to leave."""
+        keys = [self._words.randbytes(32) for _ in range(pages)]
+        return _timed(lambda: self._place(keys))
+
+    def fill_up(self) -> None:
+        """Until no host slot is free and nothing waits."""
+        self.store.reorder([])
+        self.store.end_pass()
+        while self.store.host.free_slots:
+            self._place([self._words.randbytes(32) for _ in range(min(1000, self.store.host.free_slots))])
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(queue: Queue, args: argparse.Namespace) -> Iterator[Cost]:
+    passes = [queue.run_pass(i) for i in tqdm(range(args.passes), desc="scheduling passes", leave=False)]
+    yield Cost("scheduling pass", passes, {"P50": BOUND_MEDIAN, "P99": BOUND_P99})
+    queue.fill_up()
+    evictions = [queue.evict(1000) for _ in tqdm(range(args.evictions), desc="evictions", leave=False)]
+    yield Cost("1,000 pages evicted for new ones", evictions, {"P50": BOUND_EVICT})
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pages", type=int, default=1_000_000, help="in the index")
+    parser.add_argument("--waiting", type=int, default=1_000, help="requests")
+    parser.add_argument("--chain", type=int, default=160, help="pages of a request")
+    parser.add_argument("--passes", type=int, default=500)
+    parser.add_argument("--evictions", type=int, default=50, help="of 1,000 pages each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("out/scheduling"), help="of .json and .png")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        queue = Queue(Path(directory), args)
+        costs = list(measure(queue, args))
+        queue.store.close()
+    _report(args, costs)
+    return 0 if all(cost.holds for cost in costs) else 1
+
+
+def _report(args: argparse.Namespace, costs: Sequence[Cost]) -> None:
+    table = Table(
+        title=f"{args.waiting:,} waiting requests of {args.chain} pages, {args.pages:,} pages in the index",
+        title_justify="left",
+    )
+    for name in ("", "P50", "P99", "max", "bound", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for cost in costs:
+        bounds = ", ".join(f"{name} {bound * 1e3:g} ms" for name, bound in cost.bounds.items())
+        values = [f"{value * 1e3:.2f} ms" for value in cost.quantiles.values()]
+        table.add_row(cost.what, *values, bounds, "holds" if cost.holds else "does not hold")
+    console = Console()
+    console.print(table)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    content = {"parameters": vars(args), "machine": machine(), "costs": [asdict(cost) for cost in costs]}
+    args.output.with_suffix(".json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+    _save_figure(args.output.with_suffix(".png"), costs)
+    console.print(f"saved {args.output.with_suffix('.json')} and {args.output.with_suffix('.png')}")
+
+
+def _save_figure(path: Path, costs: Sequence[Cost]) -> None:
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    for axes, cost in zip(figure.subplots(1, len(costs)), costs, strict=True):
+        times = np.sort(cost.seconds) * 1e3
+        axes.step([0, *times], np.linspace(0, 1, len(times) + 1), where="post", color="#0072b2")
+        for bound in cost.bounds.values():
+            axes.axvline(bound * 1e3, color="#d55e00", linestyle="dotted")
+        axes.set(title=cost.what, xlabel="milliseconds, bounds dotted", ylabel="share", xlim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
