@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from cached_attention.chain import reach
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
@@ -33,19 +34,23 @@ class Hierarchy:
         """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
         self.evicted = 0
 
-    def is_ready(self, key: PageKey) -> bool:
-        """Whether the page can be loaded from host memory now."""
-        row = self.index.find(key)
-        return row != NOWHERE and bool(self.in_host.ready[row])
-
     def is_kept(self, key: PageKey) -> bool:
         """Whether the page is in any tier, or on its way there."""
         return self.index.is_resident(key)
 
-    def is_restorable(self, key: PageKey) -> bool:
-        """Whether the page's bytes exist in some tier."""
-        row = self.index.find(key)
-        return row != NOWHERE and (bool(self.in_host.ready[row]) or row in self.on_disk)
+    def loadable(self, keys: Sequence[PageKey], known: int) -> int:
+        """How many leading pages can be loaded from host memory now, of which `known` could when last asked."""
+        find, ready = self.index.find, self.in_host.ready
+        return reach(keys, known, lambda key: (row := find(key)) != NOWHERE and bool(ready[row]))
+
+    def restorable(self, keys: Sequence[PageKey], known: int) -> int:
+        """How many leading pages have bytes in some tier, of which `known` had when last asked."""
+        find, ready, slot = self.index.find, self.in_host.ready, self.on_disk.slot
+        return reach(
+            keys,
+            known,
+            lambda key: (row := find(key)) != NOWHERE and (bool(ready[row]) or slot[row] != NOWHERE),
+        )
 
     def pin(self, row: int) -> None:
         self.index.pin(row)
@@ -213,9 +218,7 @@ class Hierarchy:
                 slots += self.leave_disk(sharer)
         return slots
 
-    def adopt(
-        self, records: Iterable[RecordColumns], count: int, remove: Callable[[list[int]], None]
-    ) -> None:
+    def adopt(self, records: Iterable[RecordColumns], count: int, remove: Callable[[list[int]], None]) -> None:
         """Take in what the disk held when it was opened, `count` pages."""
         self.index.reserve(count)
         twice: list[int] = []

@@ -7,7 +7,7 @@ of 10^6 disk pages stays below 300 MB.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 
 import numpy as np
@@ -37,6 +37,13 @@ class Residency:
         return row != NOWHERE and self.slot[row] != NOWHERE
 
 
+class _Rows(dict[PageKey, int]):
+    """Row of each key; a lookup of one that is not there is NOWHERE and makes no entry."""
+
+    def __missing__(self, key: PageKey) -> int:
+        return NOWHERE
+
+
 class PageIndex:
     """Pages by key, linked to the page before them.
 
@@ -60,7 +67,9 @@ class PageIndex:
         """How often a request came back to the page, its making included."""
         self.pins = array("i")
         self._followers = array("i")
-        self._rows: dict[PageKey, int] = {}
+        self._rows = _Rows()
+        self.find: Callable[[PageKey], int] = self._rows.__getitem__
+        """The row of a key; NOWHERE where it is not known."""
         self._free: list[int] = []
         self._origins: dict[int, int] = {}
         """Of each alias."""
@@ -83,9 +92,6 @@ class PageIndex:
 
     def rows(self) -> Iterator[int]:
         return iter(self._rows.values())
-
-    def find(self, key: PageKey) -> int:
-        return self._rows.get(key, NOWHERE)
 
     def key(self, row: int) -> PageKey:
         """The key of a row in use."""

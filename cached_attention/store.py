@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from cached_attention.aliases import Aliases, Source
-from cached_attention.chain import Chain, PageRun, reach
+from cached_attention.chain import Chain, PageRun
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Wait
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
@@ -167,13 +167,13 @@ class CachedAttentionStore:
     def restorable_pages(self, chain: Chain) -> int:
         """Leading pages of `chain` whose bytes are in some tier. Constant time when nothing changed."""
         self._refresh(chain)
-        chain.restorable = reach(chain.keys, chain.restorable, self._pages.is_restorable)
+        chain.restorable = self._pages.restorable(chain.keys, max(chain.restorable, chain.loadable))
         return chain.restorable
 
     def loadable_pages(self, chain: Chain) -> int:
         """Leading pages of `chain` that are in host memory. Constant time when nothing changed."""
         self._refresh(chain)
-        chain.loadable = reach(chain.keys, chain.loadable, self._pages.is_ready)
+        chain.loadable = self._pages.loadable(chain.keys, chain.loadable)
         return chain.loadable
 
     def _refresh(self, chain: Chain) -> None:
@@ -205,11 +205,12 @@ class CachedAttentionStore:
         What it will ask for is kept, and brought to host memory in the order of the queue. Constant time
         when it was said before and nothing changed.
         """
+        loadable = self.loadable_pages(chain)
         pages = self.restorable_pages(chain)
         self._pages.waiting.append(request)
         if pages:
             self._pages.want(request, self._index.find(chain.keys[pages - 1]))
-        if self._migration is not None and pages > (loadable := self.loadable_pages(chain)):
+        if self._migration is not None and pages > loadable:
             self._migration.ahead.ask(request, chain.keys[:pages], loadable)
         return pages
 

@@ -13,6 +13,8 @@ class WaitingOrder:
     def __init__(self) -> None:
         self.requests: list[str] = []
         self._ranks: dict[str, int] = {}
+        """Of all that wait; of `_ranked_at` changes, and right at the next call of `rank`."""
+        self._ranked_at = 0
         self.changes = 0
         """Counts changes of the order, so that what was derived from it can be kept until the next."""
 
@@ -23,6 +25,9 @@ class WaitingOrder:
         return request in self._ranks
 
     def rank(self, request: str) -> int:
+        if self._ranked_at != self.changes:
+            self._ranks = dict(zip(self.requests, range(len(self.requests)), strict=True))
+            self._ranked_at = self.changes
         return self._ranks[request]
 
     def append(self, request: str) -> None:
@@ -30,6 +35,7 @@ class WaitingOrder:
         if request not in self._ranks:
             self._ranks[request] = len(self.requests)
             self.requests.append(request)
+            self._ranked_at += self._ranked_at == self.changes
             self.changes += 1
 
     def replace(self, requests: Iterable[str]) -> list[str]:
@@ -39,13 +45,16 @@ class WaitingOrder:
             return []
         left = self._ranks.keys() - set(ordered) if len(ordered) < len(self.requests) else ()
         self.requests = ordered
-        self._ranks = dict(zip(ordered, range(len(ordered)), strict=True))
+        for request in left:
+            del self._ranks[request]
         self.changes += 1
         return list(left)
 
     def discard(self, request: str) -> None:
         if request in self._ranks:
-            self.replace([other for other in self.requests if other != request])
+            del self._ranks[request]
+            self.requests.remove(request)
+            self.changes += 1
 
 
 class Demand:
