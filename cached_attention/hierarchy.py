@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from cached_attention.chain import reach
-from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
+from cached_attention.index import NOWHERE, PageIndex, PageKey
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.tiers.disk_index import RecordColumns
@@ -158,11 +158,12 @@ class Hierarchy:
             self.join(row)
         elif self.index.shares(row, self.dirty) == NOWHERE:
             self.index.place(row, self.dirty, row)
+            self.dirty_order.offer(row)
 
     def launder(self, row: int) -> None:
         """The page is not, or no longer, wanted on disk."""
         if row in self.dirty:
-            self._leave(row, self.dirty)
+            self._leave(row, self.dirty_order)
 
     def leave_host(self, row: int) -> None:
         if row in self.dirty and self.on_disk.children[row]:
@@ -170,12 +171,12 @@ class Hierarchy:
         self.index.pin(row)
         was_dirty = row in self.dirty
         self.launder(row)
-        slot, other = self._leave(row, self.in_host), self.index.shares(row, self.in_host)
+        slot, other = self._leave(row, self.host_order), self.index.shares(row, self.in_host)
         if other == NOWHERE:
             self.host.give_back(slot)
         elif was_dirty:
             self.soil(other)
-        self.unpin(row)
+        self.index.unpin(row)
 
     def settle_on_disk(self, row: int, slot: int) -> list[int]:
         """The bytes of `row` are in `slot` on disk: for it, and for all in host memory that share them.
@@ -195,11 +196,11 @@ class Hierarchy:
         if row not in self.in_host and self.in_host.children[row]:
             self.epoch += 1  # Pages in host memory that follow it are out of reach until it is computed again.
         self.index.pin(row)
-        slot = self._leave(row, self.on_disk)
+        slot = self._leave(row, self.disk_order)
         freed = [slot] if self.index.shares(row, self.on_disk) == NOWHERE else []
         for sharer in self.index.sharers(row) if freed else ():
             self.soil(sharer)
-        self.unpin(row)
+        self.index.unpin(row)
         return freed
 
     def give_up(self, row: int) -> None:
@@ -249,13 +250,13 @@ class Hierarchy:
             self.leave_host(row)
         return count
 
-    def _leave(self, row: int, tier: Residency) -> int:
+    def _leave(self, row: int, order: EvictionOrder) -> int:
+        """`row` leaves the tier of `order`; returns its slot there."""
         parent = self.index.parent[row]
-        for order in (self.host_order, self.disk_order):
-            if order.tier is tier:
-                order.demand.left(row)
-        slot = self.index.displace(row, tier)
-        self.offer(parent)
+        order.demand.left(row)
+        slot = self.index.displace(row, order.tier)
+        if parent != NOWHERE:
+            order.offer(parent)
         return slot
 
     def check_invariants(self) -> None:
