@@ -52,11 +52,11 @@ def load_library(target: str) -> Any | None:
     Compiling takes tens of seconds, once per machine. Processes that want the same library wait for the
     one that compiles it.
     """
-    import tvm_ffi
-
     try:
+        import tvm_ffi
+
         return tvm_ffi.load_module(str(find_or_compile(target)))
-    except (CompilationError, OSError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         logger.warning("Keys are rotated with torch, which is slower: rope_on_load was not compiled: %s", error)
     return None
 
