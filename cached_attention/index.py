@@ -66,7 +66,8 @@ class PageIndex:
         self.uses = array("I")
         """How often a request came back to the page, its making included."""
         self.pins = array("i")
-        self._followers = array("i")
+        self._references = array("i")
+        """Tiers that hold the page, pages that follow it, and its aliases: while there are any the row lives."""
         self._rows = _Rows()
         self.find: Callable[[PageKey], int] = self._rows.__getitem__
         """The row of a key; NOWHERE where it is not known."""
@@ -82,7 +83,7 @@ class PageIndex:
         self._columns: list[tuple[array | bytearray, int]] = [
             (self.parent, NOWHERE),
             (self.position, NOWHERE),
-            *((column, 0) for column in (self.last_use, self.checksum, self.uses, self.pins, self._followers)),
+            *((column, 0) for column in (self.last_use, self.checksum, self.uses, self.pins, self._references)),
             *of_tiers,
         ]
         """And what they hold in a row that is not in use; they may have more rows than `keys`."""
@@ -138,7 +139,7 @@ class PageIndex:
         if parent == NOWHERE:
             parent = self._new_row(parent_key)
         self.parent[row] = parent
-        self._followers[parent] += 1
+        self._references[parent] += 1
         for tier in self.tiers:
             tier.children[parent] += row in tier
 
@@ -155,7 +156,7 @@ class PageIndex:
         self._origins[row] = origin
         self._deltas[row] = place - self.position[origin]
         self._aliases.setdefault(origin, []).append(row)
-        self._followers[origin] += 1
+        self._references[origin] += 1
         self.checksum[row] = self.checksum[origin]
         return row
 
@@ -168,7 +169,7 @@ class PageIndex:
         self._aliases[origin].remove(row)
         if not self._aliases[origin]:
             del self._aliases[origin]
-        self._followers[origin] -= 1
+        self._references[origin] -= 1
         self.forget_unused(origin)
 
     def origin(self, row: int) -> int:
@@ -195,6 +196,7 @@ class PageIndex:
         """`row` is in `tier` now; `slot` is that of the rows that share its bytes there, where there are any."""
         tier.pages += self.shares(row, tier) == NOWHERE
         tier.slot[row], tier.ready[row] = slot, False
+        self._references[row] += 1
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] += 1
 
@@ -234,7 +236,9 @@ class PageIndex:
             np.asarray(column)[placed] = np.asarray(values)[new]
         unlinked = new & (parent_rows != NOWHERE) & (parent[rows] == NOWHERE)
         parent[rows[unlinked]] = parent_rows[unlinked]
-        np.add.at(np.asarray(self._followers), parent_rows[unlinked], 1)
+        references = np.asarray(self._references)
+        references[placed] += 1
+        np.add.at(references, parent_rows[unlinked], 1)
         before = parent[placed]
         np.add.at(np.asarray(tier.children), before[before != NOWHERE], 1)
         tier.pages += len(placed)
@@ -266,6 +270,7 @@ class PageIndex:
         """Take the page out of `tier`; returns its slot, which others may share. The row may be gone then."""
         slot, tier.slot[row], tier.ready[row] = tier.slot[row], NOWHERE, False
         tier.pages -= self.shares(row, tier) == NOWHERE
+        self._references[row] -= 1
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] -= 1
             self.last_use[parent] = max(self.last_use[parent], self.last_use[row])
@@ -275,16 +280,15 @@ class PageIndex:
 
     def forget_unused(self, row: int) -> None:
         """Drop the row, and those before it, that nothing refers to any more."""
-        while row != NOWHERE and not (
-            self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)
-        ):
+        while row != NOWHERE and not (self._references[row] or self.pins[row]):
             parent = self.parent[row]
-            self.separate(row)
+            if row in self._origins:
+                self.separate(row)
             del self._rows[self.key(row)]
             self.keys[row], self.parent[row] = None, NOWHERE
             self._free.append(row)
             if parent != NOWHERE:
-                self._followers[parent] -= 1
+                self._references[parent] -= 1
             row = parent
 
     def pin(self, row: int) -> None:
@@ -316,8 +320,9 @@ class PageIndex:
             assert self.position[row] == self.position[origin]
         assert sum(map(len, self._aliases.values())) == len(self._origins) == len(self._deltas)
         for row in self._rows.values():
-            assert self._followers[row] == followers.get(row, 0)
-            assert self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)
+            references = followers.get(row, 0) + sum(row in tier for tier in self.tiers)
+            assert self._references[row] == references
+            assert references or self.pins[row], "a row that nothing refers to lives on"
         for tier in self.tiers:
             resident = [row for row in self._rows.values() if row in tier]
             slots = {tier.slot[row]: self.origin(row) for row in resident}
