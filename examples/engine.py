@@ -66,6 +66,8 @@ def main() -> int:
         cached_attention_host_size=args.host_size,
         cached_attention_disk_path=args.disk_path,
         cached_attention_disk_size=args.disk_path and args.disk_size,
+        # Offline, less to compute counts for more than an early first token.
+        cached_attention_wait="complete",
         max_total_tokens=DEVICE_TOKENS,
         # SGLang's own default would serve a float32 model in float16.
         dtype=config["dtype"],
