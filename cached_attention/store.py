@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 
@@ -165,6 +165,9 @@ class CachedAttentionStore:
     def _refresh(self, chain: Chain) -> None:
         if chain.epoch != self._pages.epoch:
             chain.epoch, chain.restorable, chain.loadable = self._pages.epoch, 0, 0
+
+    def alias(self, chain: Chain, sources: Iterable[Sequence[PageKey | None]]) -> None:
+        """Pages of `chain` may be in the store under other keys: those of each of `sources`, page by page."""
 
     # The waiting queue
 

@@ -18,6 +18,7 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import CachedAttentionConfig, format_size
+from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
@@ -125,6 +126,15 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                     format_size(layout.page_bytes),
                     counters[f"{tier}_pages_used"],
                 )
+
+    def truncation_rule(self, window: int, limit: int) -> TruncationRule:
+        """How a prompt that outgrew `window` tokens is cut, see `TruncationRule`.
+
+        Raises:
+            ValueError: no prompt can be cut; the message says why.
+        """
+        config, page_size = self._config, self._pool.layout.page_size
+        return TruncationRule(window, limit, page_size, config.truncation_ratio, config.sink_pages)
 
     def record_offload_ready(self) -> list[torch.cuda.Event]:
         # Without streams the forward has returned, and its pages are written, before this is called.

@@ -1,0 +1,1 @@
+"""Keys at other positions than the one they were computed at."""
