@@ -11,7 +11,7 @@ CHECKED := cached_attention benchmark examples python
 # Few and short enough for two cores: 6 conversations come back twice each, in 2 rounds over 3 servers.
 DEMO := --conversations 6 --turns 3 --history 2048 --new 100 --out 16 --rounds 2 --concurrency 1
 
-.PHONY: help install demo serve test lint clean
+.PHONY: help install demo serve test kernels lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ serve: $(INSTALLED) | $(filter out/model,$(MODEL))  ## a server with CachedAtten
 
 test: $(INSTALLED)  ## all tests; ARGS goes to pytest, e.g. ARGS="-m 'not e2e'"
 	$(BIN)/python -m pytest $(ARGS)
+
+kernels: $(INSTALLED)  ## CUDA code for sm_80, sm_90a and sm_100 into the package, for a wheel; needs no GPU
+	$(BIN)/python -m cached_attention.kernels
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

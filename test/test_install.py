@@ -83,11 +83,12 @@ def test_import(way: str, source: Path, tmp_path: Path) -> None:
     ours = source if way == "editable" else tmp_path / "venv"
     assert all(ours in path.parents for path in (package, plugin, platform))
     assert tmp_path / "venv" in upstream.parents
-    assert _modules(package.parent) == _modules(source / "cached_attention")
+    assert _sources(package.parent) == _sources(source / "cached_attention")
 
 
-def _modules(package: Path) -> set[Path]:
-    return {path.relative_to(package) for path in package.rglob("*.py")}
+def _sources(package: Path) -> set[Path]:
+    kinds = {".py", ".cc", ".cu", ".cuh"}
+    return {path.relative_to(package) for path in package.rglob("*") if path.suffix in kinds}
 
 
 def test_the_wheel_owns_no_file_of_upstream() -> None:

@@ -1,0 +1,25 @@
+"""`python -m cached_attention.kernels`: the libraries that are shipped, ahead of time."""
+
+from __future__ import annotations
+
+from cached_attention.kernels.compilation import ALL_GPUS, SHIPPED, compile_library, library_name
+
+
+def main() -> None:
+    """Compile for the GPUs named in `ALL_GPUS` into `SHIPPED`; what was there of older sources goes.
+
+    Raises:
+        CompilationError: see its message.
+    """
+    SHIPPED.mkdir(exist_ok=True)
+    library = SHIPPED / library_name(ALL_GPUS)
+    if not library.exists():
+        compile_library(ALL_GPUS, library)
+    for other in SHIPPED.glob("rope_on_load_*.so"):
+        if other != library:
+            other.unlink()
+    print(f"{library}: {library.stat().st_size:,} bytes for sm_{ALL_GPUS.replace('_', ', sm_')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Finds or makes the shared libraries of `csrc/`: shipped ones first, then those compiled here before."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+SHIPPED = Path(__file__).parent / "lib"
+"""Where `make kernels` puts libraries that go into the wheel."""
+
+CPU = "cpu"
+ALL_GPUS = "80_90a_100"
+"""The target built ahead of time; PTX in it serves GPUs that came later."""
+
+
+class CompilationError(RuntimeError):
+    """No library could be made; the message is what the compiler said, or what is missing."""
+
+
+def library_name(target: str) -> str:
+    """File name of the library for `target`: `CPU`, or CUDA architectures joined by underscores.
+
+    Carries a digest of the sources, so that a stale library is never loaded.
+    """
+    digest = sha256()
+    for path in [*sorted(SOURCES.iterdir()), Path(__file__).with_name("compiler.py")]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"rope_on_load_{target}_{digest.hexdigest()[:12]}.so"
+
+
+def cuda_target(capability: tuple[int, int]) -> str:
+    """The target for a GPU of this compute capability."""
+    if capability >= (8, 0) and (SHIPPED / library_name(ALL_GPUS)).exists():
+        return ALL_GPUS
+    return "90a" if capability == (9, 0) else "{}{}".format(*capability)
+
+
+@cache
+def load_library(target: str) -> Any | None:
+    """The module for `target`; None, and one line in the log, where it can neither be found nor compiled.
+
+    Compiling takes tens of seconds, once per machine. Processes that want the same library wait for the
+    one that compiles it.
+    """
+    try:
+        import tvm_ffi
+
+        return tvm_ffi.load_module(str(find_or_compile(target)))
+    except (ImportError, RuntimeError, OSError) as error:
+        logger.warning("Keys are rotated with torch, which is slower: rope_on_load was not compiled: %s", error)
+    return None
+
+
+def find_or_compile(target: str) -> Path:
+    """The library for `target`, compiled if need be.
+
+    Raises:
+        CompilationError: there is no compiler, or it failed.
+        OSError: the cache directory cannot be written.
+    """
+    from filelock import FileLock
+
+    shipped = SHIPPED / library_name(target)
+    kept = cache_directory() / library_name(target)
+    if shipped.exists() or kept.exists():
+        return shipped if shipped.exists() else kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):
+        if not kept.exists():
+            compile_library(target, kept)
+    return kept
+
+
+def cache_directory() -> Path:
+    """Per instruction set, because a home directory may be shared by unequal machines."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "cached-attention" / f"{platform.machine()}-{_instruction_set()}"
+
+
+def _instruction_set() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return sha256(flags.encode()).hexdigest()[:8]
+
+
+def compile_library(target: str, output: Path) -> None:
+    """Compile in a process of its own: the toolkit's environment variables stay out of this one.
+
+    Raises:
+        CompilationError: see `find_or_compile`.
+    """
+    logger.info("Compiling rope_on_load for %s: once, less than a minute.", target)
+    script = Path(__file__).with_name("compiler.py")
+    command = [sys.executable, "-P", str(script), target, str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompilationError(done.stderr.strip() or f"the compiler ended with status {done.returncode}")

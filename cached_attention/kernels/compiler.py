@@ -1,0 +1,114 @@
+"""Compiles `csrc/` for one target: `python compiler.py TARGET OUTPUT`. Run in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+SOURCES = Path(__file__).parent / "csrc"
+
+
+def compile_for_cpu(scratch: Path) -> Path:
+    """With the host's C++ compiler, for this machine's instructions."""
+    from tvm_ffi.cpp import build
+
+    # A product contracted into a sum would round once where the torch reference rounds twice.
+    flags = ["-O3", "-march=native", "-ffp-contract=off"]
+    source = SOURCES / "rope_on_load_cpu.cc"
+    return Path(build("rope_on_load", sources=str(source), extra_cflags=flags, build_directory=str(scratch)))
+
+
+def compile_for_cuda(architectures: list[str], scratch: Path) -> Path:
+    """Through FlashInfer's JIT, with no GPU and no driver needed.
+
+    Args:
+        architectures: e.g. `80`, `90a`. PTX for the first is added where there are several.
+    """
+    home = toolkit()
+    os.environ["CUDA_HOME"] = str(home)
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(scratch)
+    os.environ["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"  # It insists on one; ours are given below.
+    from flashinfer.jit.core import gen_jit_spec
+
+    targets = [f"arch=compute_{name},code=sm_{name}" for name in architectures]
+    if len(architectures) > 1:
+        targets.append(f"arch=compute_{architectures[0]},code=compute_{architectures[0]}")
+    spec = gen_jit_spec(
+        "cached_attention_rope_on_load",
+        [SOURCES / "rope_on_load.cu"],
+        # pip installs the compiler and the runtime's headers in versions that differ in the minor number.
+        extra_cuda_cflags=["-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", *(f"-gencode={name}" for name in targets)],
+        extra_ldflags=[f"-L{link_stubs(home, scratch)}"],
+        extra_include_paths=[SOURCES],
+        use_fast_math=False,
+    )
+    spec.build()
+    return Path(spec.get_library_path())
+
+
+def toolkit() -> Path:
+    """`CUDA_HOME`, else the toolkit that pip installed with SGLang, else the one of the nvcc on the path."""
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home)
+    packages = find_spec("nvidia")
+    for root in (packages.submodule_search_locations or []) if packages else []:
+        for nvcc in sorted(Path(root).glob("cu*/bin/nvcc"), reverse=True):
+            return nvcc.parent.parent
+    if nvcc_on_path := shutil.which("nvcc"):
+        return Path(nvcc_on_path).resolve().parent.parent
+    sys.exit("There is no CUDA compiler: install one with `pip install nvidia-cuda-nvcc`, or set CUDA_HOME.")
+
+
+def link_stubs(home: Path, scratch: Path) -> Path:
+    """A directory for the linker with what a toolkit from pip lacks: the driver, and libraries' plain names."""
+    stubs = scratch / "stubs"
+    stubs.mkdir()
+    empty = stubs / "empty.c"
+    empty.touch()
+    driver = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(stubs / "libcuda.so"), str(empty)]
+    subprocess.run([cxx_compiler(), *driver], check=True)
+    for runtime in (home / "lib").glob("libcudart.so.*"):
+        (stubs / "libcudart.so").symlink_to(runtime)
+        break
+    return stubs
+
+
+def cxx_compiler() -> str:
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        sys.exit(f"There is no C++ compiler {compiler!r}: install g++, or set CXX.")
+    return compiler
+
+
+def use_own_ninja() -> None:
+    """Both build systems call `ninja`, which pip installs where PATH may not lead."""
+    if find_spec("ninja"):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
+    elif not shutil.which("ninja"):
+        sys.exit("There is no ninja: install it with `pip install ninja`.")
+
+
+def main(target: str, output: Path) -> None:
+    cxx_compiler()
+    use_own_ninja()
+    with TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        try:
+            built = compile_for_cpu(scratch) if target == "cpu" else compile_for_cuda(target.split("_"), scratch)
+        except RuntimeError as error:
+            lines = str(error).splitlines()
+            sys.exit(next((line for line in lines if "error" in line.lower()), lines[-1]))
+        staged = output.with_suffix(f".{os.getpid()}")
+        shutil.copy(built, staged)
+        staged.replace(output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,199 @@
+// rope_on_load over a pool on the device. Records lie on the device too, or in pinned host memory that it can read.
+#include <cstring>
+#include <flashinfer/page.cuh>
+#include <flashinfer/vec_dtypes.cuh>
+
+#include "rope_on_load.cuh"
+#include "tvm_ffi_utils.h"
+
+namespace cached_attention {
+
+using flashinfer::paged_kv_t;
+using flashinfer::uint_fastdiv;
+using flashinfer::vec_t;
+
+constexpr int kThreads = 256;
+constexpr int kUnitsInFlight = 4;     // per thread; 32 bytes each, so that a few blocks keep a PCIe link busy
+constexpr int kComponentsPerCall = 16;  // as many as fit into a kernel's parameters
+
+// A component as the kernel wants it: the engine's side is FlashInfer's paged pool.
+template <typename T>
+struct Source {
+  paged_kv_t<T, int32_t> pool;
+  T const* records;
+  int64_t record_stride;
+  Head head;
+  uint32_t column;
+  uint32_t units;  // of all pages together
+  uint_fastdiv units_per_head;
+  uint_fastdiv heads;
+};
+
+template <typename T>
+struct Sources {
+  Source<T> items[kComponentsPerCall];
+};
+
+template <typename T, int V>
+Source<T> source_of(Component const& c, uint32_t page_size, uint32_t pages) {
+  int64_t const strides[3] = {page_size * c.slot_stride, c.slot_stride, c.head_stride};
+  Source<T> source;
+  source.pool = paged_kv_t<T, int32_t>(c.heads, page_size, c.dim, /*batch_size=*/1, flashinfer::QKVLayout::kNHD,
+                                       reinterpret_cast<T*>(c.pool), /*v_data=*/nullptr, strides,
+                                       /*indices=*/nullptr, /*indptr=*/nullptr, /*last_page_len=*/nullptr);
+  source.records = reinterpret_cast<T const*>(c.records);
+  source.record_stride = c.record_stride;
+  source.head = {static_cast<uint32_t>(c.dim), static_cast<uint32_t>(c.rotary_start),
+                 static_cast<uint32_t>(c.rotary_half), c.interleaved != 0};
+  source.column = c.column;
+  uint32_t const units_per_head = source.head.template units<V>();
+  source.units_per_head = units_per_head;
+  source.heads = static_cast<uint32_t>(c.heads);
+  int64_t const units = static_cast<int64_t>(pages) * page_size * c.heads * units_per_head;
+  TVM_FFI_ICHECK_LT(units, int64_t{1} << 31) << "Too many pages for one call: load them in parts.";
+  TVM_FFI_ICHECK_LT(strides[0], int64_t{1} << 32) << "A page of the pool spans too many elements.";
+  source.units = units;
+  return source;
+}
+
+// A unit on its way: what was read, where it goes, and by which row of the table it turns.
+template <typename T, int V>
+struct Lane {
+  vec_t<T, V> first, second;
+  Unit unit;
+  T const* from;
+  T* to;
+  int32_t row;
+
+  __device__ __forceinline__ void locate(Source<T> const& source, uint32_t index, int32_t const* moves,
+                                         uint32_t pages) {
+    uint32_t vector, token, head, offset, page, entry;
+    source.units_per_head.divmod(index, vector, offset);
+    source.heads.divmod(vector, token, head);
+    source.pool.page_size.divmod(token, page, entry);
+    unit = source.head.template unit<V>(offset);
+    from = source.records + moves[pages + page] * source.record_stride +
+           (static_cast<int64_t>(entry) * source.pool.num_heads + head) * source.pool.head_dim;
+    to = source.pool.k_data + source.pool.get_elem_offset(moves[page], head, entry, 0);
+    row = unit.pair < 0 ? -1 : moves[2 * pages + page];
+  }
+
+  __device__ __forceinline__ void load() {
+    first.load(from + unit.first);
+    if (unit.has_second) second.load(from + unit.second);
+  }
+
+  template <bool interleaved>
+  __device__ __forceinline__ void turn_all(float const* cos_sin, uint32_t half) {
+    vec_t<float, V> cos, sin, a, b;
+    cos.load(cos_sin + unit.pair);
+    sin.load(cos_sin + half + unit.pair);
+    a.cast_from(first);
+    b.cast_from(second);
+    float x[2 * V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      x[i] = a[i];
+      x[V + i] = b[i];
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      turn(x[first_of<V, interleaved>(i)], x[second_of<V, interleaved>(i)], cos[i], sin[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      a[i] = x[i];
+      b[i] = x[V + i];
+    }
+    first.cast_from(a);
+    second.cast_from(b);
+  }
+
+  __device__ __forceinline__ void store(Source<T> const& source, float const* table, uint32_t width) {
+    if (row >= 0) {
+      float const* cos_sin = table + static_cast<int64_t>(row) * width + source.column;
+      if (source.head.interleaved) {
+        turn_all<true>(cos_sin, source.head.half);
+      } else {
+        turn_all<false>(cos_sin, source.head.half);
+      }
+    }
+    first.store(to + unit.first);
+    if (unit.has_second) second.store(to + unit.second);
+  }
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    rope_on_load_kernel(__grid_constant__ Sources<T> const sources, int32_t const* __restrict__ moves, uint32_t pages,
+                        float const* __restrict__ table, uint32_t width) {
+  Source<T> const& source = sources.items[blockIdx.y];
+  uint32_t const step = kThreads * kUnitsInFlight;
+  for (uint32_t base = blockIdx.x * step + threadIdx.x; base < source.units; base += gridDim.x * step) {
+    Lane<T, V> lanes[kUnitsInFlight];
+#pragma unroll
+    for (int i = 0; i < kUnitsInFlight; ++i) {
+      uint32_t const index = base + i * kThreads;
+      lanes[i].locate(source, index < source.units ? index : base, moves, pages);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnitsInFlight; ++i) {
+      if (base + i * kThreads < source.units) lanes[i].load();
+    }
+#pragma unroll
+    for (int i = 0; i < kUnitsInFlight; ++i) {
+      if (base + i * kThreads < source.units) lanes[i].store(source, table, width);
+    }
+  }
+}
+
+template <typename T, int V>
+void launch(Component const* components, int64_t count, TensorView moves, TensorView table, int64_t page_size,
+            int64_t blocks, cudaStream_t stream) {
+  uint32_t const pages = moves.size(1);
+  Sources<T> sources;
+  uint32_t filled = 0, most = 0;
+  auto const flush = [&] {
+    if (most == 0) return;
+    uint32_t const step = kThreads * kUnitsInFlight;
+    uint32_t const share = (blocks + filled - 1) / filled, wanted = (most + step - 1) / step;
+    rope_on_load_kernel<T, V><<<dim3(share < wanted ? share : wanted, filled), kThreads, 0, stream>>>(
+        sources, static_cast<int32_t const*>(moves.data_ptr()), pages, static_cast<float const*>(table.data_ptr()),
+        table.size(1));
+    cudaError_t const error = cudaGetLastError();
+    TVM_FFI_ICHECK(error == cudaSuccess) << "rope_on_load: " << cudaGetErrorString(error);
+    filled = most = 0;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_aligned<16 / sizeof(T)>(components[i]) != (V > 1)) continue;
+    sources.items[filled] = source_of<T, V>(components[i], page_size, pages);
+    most = most > sources.items[filled].units ? most : sources.items[filled].units;
+    if (++filled == kComponentsPerCall) flush();
+  }
+  flush();
+}
+
+// moves: int32 [3, pages] on the device: page of the pool, record, row of the table (-1: as it is).
+// table: fp32 [rows, width] on the device. components: int64 [n, kFields] in host memory.
+void rope_on_load(TensorView moves, TensorView table, TensorView components, int64_t page_size, int64_t element,
+                  int64_t blocks) {
+  CHECK_CUDA(moves);
+  CHECK_CUDA(table);
+  TVM_FFI_ICHECK_EQ(components.size(1), kFields);
+  ffi::CUDADeviceGuard guard(moves.device().device_id);
+  cudaStream_t const stream = get_stream(moves.device());
+  auto const* items = static_cast<Component const*>(components.data_ptr());
+  auto const both = [&](auto zero) {
+    using T = decltype(zero);
+    launch<T, 16 / sizeof(T)>(items, components.size(0), moves, table, page_size, blocks, stream);
+    launch<T, 1>(items, components.size(0), moves, table, page_size, blocks, stream);
+  };
+  if (moves.size(1) == 0) return;
+  if (element == 0) both(float{});
+  if (element == 1) both(nv_half{});
+  if (element == 2) both(nv_bfloat16{});
+}
+
+}  // namespace cached_attention
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_on_load, cached_attention::rope_on_load);

@@ -1,0 +1,132 @@
+"""The compiled code exists, is made of 16-byte accesses, and is not missed where it cannot be made."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import tvm_ffi
+
+from cached_attention.kernels import compilation
+from cached_attention.kernels.compilation import CPU, find_or_compile, library_name, load_library
+from cached_attention.kernels.rope_on_load import PagedComponent, RopeOnLoad
+
+DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, str]:
+    """Name of each kernel of the library for sm_90a -> its instructions."""
+    command = [str(DISASSEMBLER), "-sass", str(find_or_compile("90a"))]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "sm_90a" in text
+    functions = text.split("Function : ")[1:]
+    return {function.split("\n", 1)[0]: function for function in functions}
+
+
+def wide(kernels: dict[str, str]) -> list[str]:
+    """Those that move 16 bytes at once: 8 elements of 2 bytes, 4 of 4."""
+    return [text for name, text in kernels.items() if re.search(r"(bfloat16|half)Li8E|IfLi4E", name)]
+
+
+def test_sm_90a_reads_and_writes_16_bytes_at_once(kernels: dict[str, str]) -> None:
+    assert len(kernels) == 6
+    assert len(wide(kernels)) == 3
+    for text in wide(kernels):
+        stores = re.findall(r"\bSTG\.\S+", text)
+        assert len(stores) >= 8
+        assert all(".128" in store for store in stores)
+        assert len(re.findall(r"\bLDG\.E\.\S*128\S*", text)) >= 8
+
+
+def test_all_of_a_lane_is_read_before_any_of_it_is_written(kernels: dict[str, str]) -> None:
+    """128 bytes of the record are in flight per thread: the link to host memory is kept busy."""
+    for text in wide(kernels):
+        before_the_first_store = text.split("STG.", 1)[0]
+        reads = re.findall(r"\bLDG\.E\.128(?!\.CONSTANT)", before_the_first_store)
+        assert len(reads) == 8
+
+
+def test_no_product_is_contracted_into_a_sum(kernels: dict[str, str]) -> None:
+    for text in kernels.values():
+        assert "FMUL" in text
+        assert "FFMA" not in text
+
+
+@pytest.fixture
+def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_library.cache_clear()
+    yield
+    load_library.cache_clear()
+
+
+def loader() -> RopeOnLoad:
+    component = PagedComponent(torch.zeros(8, 1, 8), torch.ones(2, 128, dtype=torch.uint8))
+    return RopeOnLoad([[component]], 4)
+
+
+def test_without_a_compiler_torch_does_it_and_the_log_says_so_once(
+    nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        loaders = [loader() for _ in range(3)]
+    assert [one.is_compiled for one in loaders] == [False] * 3
+    (record,) = caplog.records
+    assert "install g++" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_a_compiler_that_fails_is_quoted_in_one_line(
+    nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with caplog.at_level(logging.WARNING):
+        assert not loader().is_compiled
+    (record,) = caplog.records
+    assert "\n" not in record.getMessage()
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(
+    nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not loader().is_compiled
+
+
+def test_a_shipped_library_is_taken_only_if_it_was_made_of_these_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (tmp_path / "rope_on_load_cpu_0123456789ab.so").touch()
+    with pytest.raises(compilation.CompilationError):
+        find_or_compile(CPU)
+    shipped = tmp_path / library_name(CPU)
+    shipped.touch()
+    assert find_or_compile(CPU) == shipped
+
+
+def test_a_gpu_takes_what_was_shipped_else_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
+    assert compilation.cuda_target((9, 0)) == "90a"
+    assert compilation.cuda_target((8, 6)) == "86"
+    (tmp_path / library_name(compilation.ALL_GPUS)).touch()
+    assert compilation.cuda_target((12, 0)) == compilation.ALL_GPUS
+    assert compilation.cuda_target((7, 5)) == "75"
+
+
+def test_the_cuda_library_loads_anywhere_and_takes_only_device_memory() -> None:
+    library = tvm_ffi.load_module(str(find_or_compile("90a")))
+    moves, table, components = torch.zeros(3, 1).int(), torch.zeros(1, 8), torch.zeros(1, 11).long()
+    with pytest.raises(RuntimeError, match="must be a CUDA tensor"):
+        library.rope_on_load(moves, table, components, 4, 0, 32)
