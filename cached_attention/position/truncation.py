@@ -66,7 +66,7 @@ class TruncationRule:
     def __post_init__(self) -> None:
         if self.limit < 2 * self.page_size:
             raise ValueError(
-                f"a window that takes {self.limit - 1} tokens has no room for two pages of {self.page_size}: "
+                f"A window that takes {self.limit - 1} tokens has no room for two pages of {self.page_size}: "
                 f"give a smaller --page-size, or more room for the KV cache."
             )
 

@@ -278,8 +278,8 @@ def test_metadata_of_openai_responses() -> None:
 @pytest.mark.parametrize(
     ("args", "page_size", "reason"),
     [
-        ([*AUTO, "--tokenizer-worker-num", "2"], PAGE, "its tokenizer processes cut them"),
-        ([*AUTO, "--disaggregation-mode", "decode"], PAGE, "may have windows of different length"),
+        ([*AUTO, "--tokenizer-worker-num", "2"], PAGE, "use one, --tokenizer-worker-num 1"),
+        ([*AUTO, "--disaggregation-mode", "decode"], PAGE, "may have different windows"),
         (AUTO, 128, "no room for two pages of 128"),
     ],
 )

@@ -23,6 +23,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -35,11 +36,13 @@ from .flags import is_enabled
 from .tree_link import RequestChain
 
 if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.server_args import ServerArgs
 
+    from .linker import CachedAttentionLinker
     from .radix_cache import CachedAttentionRadixCache
 
 logger = logging.getLogger(__name__)
@@ -133,18 +136,10 @@ class Truncation(NamedTuple):
 
 def truncation_of(scheduler: Scheduler, cache: CachedAttentionRadixCache) -> Truncation | None:
     """None, and one line in the log, where over-long prompts are left to SGLang."""
-    args = scheduler.server_args
-    if not args.allow_auto_truncate:
+    if not scheduler.server_args.allow_auto_truncate:
         return None
-    try:
-        if reason := _left_to_sglang(args):
-            raise ValueError(reason)
-        linker = cache.linker.cache_linker
-        rule = linker.truncation_rule(scheduler.max_req_len + 1, scheduler.max_req_input_len)
-    except ValueError as error:
-        logger.warning(
-            "CachedAttention: SGLang truncates over-long prompts, and drops the newest tokens: %s", error
-        )
+    rule = _rule(scheduler, cache.linker.cache_linker)
+    if not _all_agree(rule is not None, scheduler.world_group) or rule is None:
         return None
     logger.info(
         "CachedAttention: a prompt of %d tokens or more keeps the first %d and loses the oldest after them, "
@@ -154,14 +149,31 @@ def truncation_of(scheduler: Scheduler, cache: CachedAttentionRadixCache) -> Tru
     return Truncation(rule)
 
 
+def _rule(scheduler: Scheduler, linker: CachedAttentionLinker) -> TruncationRule | None:
+    try:
+        if reason := _left_to_sglang(scheduler.server_args):
+            raise ValueError(reason)
+        return linker.truncation_rule(scheduler.max_req_len + 1, scheduler.max_req_input_len)
+    except ValueError as error:
+        logger.warning("CachedAttention: no truncation, over-long prompts lose their newest tokens. %s", error)
+        return None
+
+
+def _all_agree(able: bool, ranks: GroupCoordinator) -> bool:
+    """Whether all ranks are able: those of a pipeline have different layers."""
+    if ranks.world_size == 1:
+        return able
+    agreed = torch.tensor([able], dtype=torch.int)
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, group=ranks.cpu_group)
+    return bool(agreed.item())
+
+
 def _left_to_sglang(args: ServerArgs) -> str | None:
     """Why a server that runs with `args` cuts prompts where no hook of ours is, or None."""
     if args.tokenizer_worker_num > 1 or envs.SGLANG_RUST_SERVER.get():
-        return "its tokenizer processes cut them (use one, --tokenizer-worker-num 1)."
+        return "Several tokenizer processes, or one in Rust, cut them: use one, --tokenizer-worker-num 1."
     if args.disaggregation_mode != "null":
-        return (
-            "servers for prefill and for decoding (--disaggregation-mode) may have windows of different length."
-        )
+        return "Servers for prefill and for decoding (--disaggregation-mode) may have different windows."
     return None
 
 
