@@ -19,6 +19,9 @@ DEFAULT_PAGE_SIZE = 64
 DEFAULT_LOOK_AHEAD = 1024
 """Waiting requests; what they hold is bounded by the host tier's size as well."""
 
+DEFAULT_TRUNCATION_RATIO = 0.5
+DEFAULT_SINK_PAGES = 1
+
 
 class ConfigError(ValueError):
     """A setting is wrong; the message says what was given, what is allowed and what to do."""
@@ -81,6 +84,21 @@ class Wait(StrEnum):
     """Until they are there: the least work for the device."""
 
 
+def parse_share(flag: str, text: str | float) -> float:
+    """Share of a whole meant by `text`, such as `"0.5"`.
+
+    Raises:
+        ConfigError: not a number above 0 and below 1.
+    """
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ConfigError(f"{flag} is {text!r}: give a number above 0 and below 1, such as 0.5.")
+    return share
+
+
 @dataclass(frozen=True)
 class CachedAttentionConfig:
     """Settings of one server, plain values only, so that they travel to every process as JSON."""
@@ -99,6 +117,10 @@ class CachedAttentionConfig:
     """How long a request waits for pages from the disk."""
     ttl: float = 3600.0
     """Seconds after its last use that a page is dropped; 0: never."""
+    truncation_ratio: float = DEFAULT_TRUNCATION_RATIO
+    """Share of the context window by which a prompt that outgrew it is shortened at a time."""
+    sink_pages: int = DEFAULT_SINK_PAGES
+    """Pages at the start of such a prompt that stay."""
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> CachedAttentionConfig:

@@ -79,9 +79,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a tiny model of the given kind, once per session."""
     root = tmp_path_factory.mktemp("models")
 
-    def model(architecture: Any = "llama", dtype: Any = "float32", seed: int = 0) -> Path:
-        path = root / f"{architecture}-{dtype}-{seed}"
-        return make_model(path, architecture=architecture, dtype=dtype, seed=seed)
+    def model(architecture: Any = "llama", dtype: Any = "float32", seed: int = 0, context: int = 4_096) -> Path:
+        path = root / f"{architecture}-{dtype}-{seed}-{context}"
+        return make_model(path, architecture=architecture, dtype=dtype, seed=seed, context=context)
 
     return model
 

@@ -18,6 +18,7 @@ from cached_attention.config import ConfigError
 
 MODEL = ["--model-path", "some/model"]
 ON = [*MODEL, "--enable-cached-attention"]
+AUTO = ["--allow-auto-truncate"]
 DISK = ["--cached-attention-disk-path", "/tmp/kv", "--cached-attention-disk-size"]
 
 
@@ -57,6 +58,14 @@ def test_the_disk_tier(tmp_path: Path) -> None:
     assert config["wait"] == "measured"
 
 
+def test_truncation() -> None:
+    config = prepare_server_args([*ON, *AUTO]).unified_cache_external_linker_config["linker_extra_config"]
+    assert (config["truncation_ratio"], config["sink_pages"]) == (0.5, 1)
+    extra = ["--cached-attention-truncation-ratio", "0.25", "--cached-attention-sink-pages", "0"]
+    config = prepare_server_args([*ON, *AUTO, *extra]).unified_cache_external_linker_config["linker_extra_config"]
+    assert (config["truncation_ratio"], config["sink_pages"]) == (0.25, 0)
+
+
 def test_a_given_page_size_stays() -> None:
     assert prepare_server_args([*ON, "--page-size", "16"]).page_size == 16
 
@@ -78,8 +87,13 @@ def test_engine_arguments() -> None:
 
     plugin._accept_engine_arguments()
     args = Engine.server_args_class(
-        model_path="some/model", enable_cached_attention=True, cached_attention_host_size="100MB"
+        model_path="some/model",
+        enable_cached_attention=True,
+        cached_attention_host_size="100MB",
+        allow_auto_truncate=True,
+        cached_attention_truncation_ratio=0.25,
     )
+    assert args.unified_cache_external_linker_config["linker_extra_config"]["truncation_ratio"] == 0.25
     assert isinstance(args, ServerArgs)
     assert host_size(args) == 10**8
     assert Engine.server_args_class(model_path="some/model").unified_cache_external_linker_config is None
@@ -104,6 +118,13 @@ def test_engine_arguments() -> None:
         ([*DISK, "1GB", "--cached-attention-ttl", "soon"], "give a duration such as 1h"),
         (["--cached-attention-wait", "forever"], "is 'forever': give measured or complete"),
         ([*DISK[:1], __file__, *DISK[2:], "1GB"], "is not a directory: give another path"),
+        (
+            ["--cached-attention-sink-pages", "2"],
+            "--cached-attention-sink-pages has no effect without --allow-auto-truncate: add it",
+        ),
+        ([*AUTO, "--cached-attention-sink-pages=-1"], "sink-pages is '-1': give a whole number from 0"),
+        ([*AUTO, "--cached-attention-truncation-ratio", "1"], "is '1': give a number above 0 and below 1"),
+        ([*AUTO, "--cached-attention-truncation-ratio", "half"], "is 'half': give a number above 0"),
         (["--speculative-algorithm", "NGRAM"], "cannot be used with --speculative-algorithm"),
     ],
 )

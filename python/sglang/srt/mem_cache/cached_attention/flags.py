@@ -12,10 +12,13 @@ import psutil
 from cached_attention.config import (
     DEFAULT_LOOK_AHEAD,
     DEFAULT_PAGE_SIZE,
+    DEFAULT_SINK_PAGES,
+    DEFAULT_TRUNCATION_RATIO,
     CachedAttentionConfig,
     ConfigError,
     Wait,
     parse_duration,
+    parse_share,
     parse_size,
 )
 
@@ -79,7 +82,32 @@ TTL = Flag(
     "1h",
     "Drop what was not used for this long: 1h, 30m, 90s; 0 keeps it as long as there is room (default: 1h).",
 )
-FLAGS = (ENABLE, HOST_SIZE, DISK_PATH, DISK_SIZE, DISK_MIN_USES, LOOK_AHEAD, WAIT, TTL)
+TRUNCATION_RATIO = Flag(
+    "cached_attention_truncation_ratio",
+    DEFAULT_TRUNCATION_RATIO,
+    "With --allow-auto-truncate: a prompt that outgrew the context window loses its oldest tokens in steps of "
+    f"this share of the window (default: {DEFAULT_TRUNCATION_RATIO}).",
+)
+SINK_PAGES = Flag(
+    "cached_attention_sink_pages",
+    DEFAULT_SINK_PAGES,
+    "With --allow-auto-truncate: pages at the start of a prompt that stay when it is truncated "
+    f"(default: {DEFAULT_SINK_PAGES}).",
+)
+FLAGS = (
+    ENABLE,
+    HOST_SIZE,
+    DISK_PATH,
+    DISK_SIZE,
+    DISK_MIN_USES,
+    LOOK_AHEAD,
+    WAIT,
+    TTL,
+    TRUNCATION_RATIO,
+    SINK_PAGES,
+)
+AUTO_TRUNCATE = "allow_auto_truncate"
+"""SGLang's own argument, which both flags about truncation need."""
 
 _EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
@@ -114,6 +142,9 @@ def fold(values: MutableMapping[str, Any]) -> None:
         if values.get(name):
             option = Flag(name, None, "").option
             raise ConfigError(f"{ENABLE.option} cannot be used with {option} ({reason}): leave one of them out.")
+    if not values.get(AUTO_TRUNCATE):
+        about_truncation = {flag: given[flag] for flag in (TRUNCATION_RATIO, SINK_PAGES)}
+        _refuse_lonely(about_truncation, Flag(AUTO_TRUNCATE, None, ""))
     config = _config({flag: flag.default if value is None else value for flag, value in given.items()})
     values["enable_unified_cache_external_linker"] = True
     values["unified_cache_external_linker_backend"] = "dynamic"
@@ -139,6 +170,8 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
         wait=Wait(_choice(WAIT, settings[WAIT], [choice.value for choice in Wait])),
         ttl=parse_duration(TTL.option, settings[TTL]),
+        truncation_ratio=parse_share(TRUNCATION_RATIO.option, settings[TRUNCATION_RATIO]),
+        sink_pages=_whole_number(SINK_PAGES, settings[SINK_PAGES], least=0),
     )
 
 
@@ -153,9 +186,9 @@ def _disk_size(path: Path, size: str) -> int:
     return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + ours)
 
 
-def _whole_number(flag: Flag, text: str | int) -> int:
-    if not str(text).isdecimal() or int(text) < 1:
-        raise ConfigError(f"{flag.option} is {text!r}: give a whole number from 1.")
+def _whole_number(flag: Flag, text: str | int, least: int = 1) -> int:
+    if not str(text).isdecimal() or int(text) < least:
+        raise ConfigError(f"{flag.option} is {text!r}: give a whole number from {least}.")
     return int(text)
 
 
@@ -165,10 +198,10 @@ def _choice(flag: Flag, text: str, choices: Sequence[str]) -> str:
     return text
 
 
-def _refuse_lonely(given: MutableMapping[Flag, Any]) -> None:
+def _refuse_lonely(given: Mapping[Flag, Any], missing: Flag = ENABLE) -> None:
     lonely = [flag.option for flag, value in given.items() if value is not None]
     if lonely:
-        raise ConfigError(f"{', '.join(lonely)} has no effect without {ENABLE.option}: add it.")
+        raise ConfigError(f"{', '.join(lonely)} has no effect without {missing.option}: add it.")
 
 
 def is_enabled(linker_config: dict[str, Any] | None) -> bool:

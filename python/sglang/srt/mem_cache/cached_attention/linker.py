@@ -18,11 +18,14 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import CachedAttentionConfig, format_size
+from cached_attention.position.rotation import Rotation
+from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 from .identity import ModelIdentity
 from .pools import device_pool
+from .rotary import UnsupportedRotationError, key_rotations
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,10 @@ def page_keys(hashes: Sequence[str]) -> list[bytes]:
 class CachedAttentionLinker(UnifiedCacheLinker):
     """Owns this rank's store."""
 
+    rotations: list[Rotation | None] | None = None
+    """Per layer how keys are moved to other positions; None where they cannot be."""
+    _immovable: UnsupportedRotationError | None = None
+
     def __init__(
         self,
         server_args: ServerArgs,
@@ -70,6 +77,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     ) -> None:
         self._config = CachedAttentionConfig.from_settings(extra_config)
         self._pool = device_pool(params, components)
+        self._truncates = server_args.allow_auto_truncate
+        self._kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
         self._identity = ModelIdentity(server_args, params, self._pool)
         self.forward_stream = forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
@@ -83,11 +92,16 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             OSError, sqlite3.Error: the disk tier's directory cannot be used, or belongs to another server.
         """
         self._identity.describe(model, hf_config)
+        try:
+            self.rotations = key_rotations(model, self._kv_cache)
+        except UnsupportedRotationError as error:
+            self._immovable = error
         config, ranks = self._config, self._identity.ranks_per_machine
         self.store = CachedAttentionStore(
             self._pool,
             config.host_size // ranks,
             self._open_disk(),
+            rotations=self.rotations if self._truncates else None,
             min_uses=config.disk_min_uses,
             ttl=config.ttl or None,
             look_ahead=config.look_ahead,
@@ -126,6 +140,17 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                     format_size(layout.page_bytes),
                     counters[f"{tier}_pages_used"],
                 )
+
+    def truncation_rule(self, window: int, limit: int) -> TruncationRule:
+        """How a prompt that outgrew `window` tokens is cut, see `TruncationRule`.
+
+        Raises:
+            ValueError: no prompt can be cut; the message says why.
+        """
+        if self._immovable is not None:
+            raise self._immovable
+        config, page_size = self._config, self._pool.layout.page_size
+        return TruncationRule(window, limit, page_size, config.truncation_ratio, config.sink_pages)
 
     def record_offload_ready(self) -> list[torch.cuda.Event]:
         # Without streams the forward has returned, and its pages are written, before this is called.

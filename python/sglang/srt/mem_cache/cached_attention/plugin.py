@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 SUPPORTED_SGLANG = "0.5.23"
+TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 SHUTDOWN_SECONDS = 15.0
 """What SGLang's own server gives its schedulers to end."""
 
@@ -52,7 +53,9 @@ def activate() -> None:
         register(cache, _create_radix_cache, HookType.AROUND)
         state = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
         register(state, _add_store_state, HookType.AFTER)
-        register("sglang.srt.managers.scheduler.Scheduler.__init__", _look_ahead, HookType.AFTER)
+        scheduler = "sglang.srt.managers.scheduler.Scheduler"
+        register(f"{scheduler}.__init__", _look_ahead, HookType.AFTER)
+        register(f"{scheduler}._create_generation_req", _truncate, HookType.AFTER)
         order = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
         register(order, _order_known, HookType.AFTER)
         results = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -75,10 +78,37 @@ def _from_cli_args(
     except ConfigError as error:
         sys.exit(f"error: {error}")
     if flags.is_enabled(vars(args).get("unified_cache_external_linker_config")):
-        manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__"
-        HookRegistry.register(manager, _serve_hints, HookType.AFTER)
-        HookRegistry.apply_hooks()
+        HookRegistry.register(f"{TOKENIZER_MANAGER}.__init__", _serve_hints, HookType.AFTER)
+        _leave_prompts_whole()
     return original(cls, args)
+
+
+def _leave_prompts_whole() -> None:
+    """In the process that tokenizes, once it is known that it serves with the flag."""
+    register, manager = HookRegistry.register, TOKENIZER_MANAGER
+    register(f"{manager}._validate_one_request", _validate, HookType.AROUND)
+    register(f"{manager}._wait_one_response", _tell_truncated, HookType.AFTER)
+    metadata = "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata"
+    register(metadata, _tell_truncated_in_metadata, HookType.AFTER)
+    HookRegistry.apply_hooks()
+
+
+def _validate(original: Callable[..., None], manager: Any, obj: Any, input_ids: list[int] | None) -> None:
+    from .truncation import validate
+
+    validate(original, manager, obj, input_ids)
+
+
+def _tell_truncated(responses: Any, _manager: Any, obj: Any, *_args: Any) -> Any:
+    from .truncation import tell
+
+    return tell(responses, obj)
+
+
+def _tell_truncated_in_metadata(metadata: dict[str, Any], meta_info: dict[str, Any]) -> None:
+    from .truncation import add_to_metadata
+
+    add_to_metadata(metadata, meta_info)
 
 
 def _serve_hints(_result: None, manager: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -96,6 +126,8 @@ def _accept_engine_arguments() -> None:
 
     def build(**kwargs: Any) -> ServerArgs:
         flags.fold(kwargs)
+        if flags.is_enabled(kwargs.get("unified_cache_external_linker_config")):
+            _leave_prompts_whole()
         return server_args_class(**kwargs)
 
     module.Engine.server_args_class = staticmethod(build)
@@ -137,12 +169,21 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
     """
     from .hints import accept_hints
     from .radix_cache import CachedAttentionRadixCache
+    from .truncation import truncation_of
 
     cache = scheduler.tree_cache
     if isinstance(cache, CachedAttentionRadixCache):
+        cache.linker.truncation = truncation_of(scheduler, cache)
         scheduler.enable_lmcache = True
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
         cache.watch(lambda: scheduler.waiting_queue)
+
+
+def _truncate(req: Any, scheduler: Any, recv_req: Any, *_args: Any, **_kwargs: Any) -> None:
+    from .radix_cache import CachedAttentionRadixCache
+
+    if isinstance(scheduler.tree_cache, CachedAttentionRadixCache) and recv_req.mm_inputs is None:
+        scheduler.tree_cache.linker.truncate(req)
 
 
 def _order_known(_result: None, policy: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+    from .truncation import TruncatedPrompt, Truncation
+
 
 REMEMBERED = 65_536
 """Requests whose conversations a hint can name, at about 200 bytes each."""
@@ -55,14 +57,22 @@ class TreeLink(UnifiedCacheLinkerWrapper):
     """Upstream's wrapper with a memo of hashes per request, and saves that know their place in the chain."""
 
     cache_linker: CachedAttentionLinker
+    truncation: Truncation | None = None
+    """Cuts over-long prompts; None leaves them to SGLang."""
 
     def __init__(self, cache: UnifiedRadixCache, cache_linker: CachedAttentionLinker) -> None:
         super().__init__(cache, cache_linker)
         self._chains: WeakKeyDictionary[Req, RequestChain] = WeakKeyDictionary()
+        self._truncated: WeakKeyDictionary[Req, TruncatedPrompt] = WeakKeyDictionary()
         self._alone = cache.tp_world_size == 1
         self._ready: set[str] = set()
         self._ends: OrderedDict[str, PageKey] = OrderedDict()
         """Of requests that ended lately: the last page of their conversation."""
+
+    def truncate(self, req: Req) -> None:
+        """Leave in a new request what stays of its prompt."""
+        if self.truncation is not None and (prompt := self.truncation.cut_request(req)) is not None:
+            self._truncated[req] = prompt
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         """Add to `result` the pages that the store holds beyond the device's."""
@@ -71,6 +81,9 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         page_size = self.cache.page_size
         on_device, in_prompt = result.device_prefix_len // page_size, len(key) // page_size
         chain = self._chain(key, req)
+        self.cache_linker.store.left_device(chain.keys[on_device:])
+        if (prompt := self._truncated.pop(req, None)) is not None:
+            self.cache_linker.store.alias(chain, prompt.sources(len(chain.keys)))
         self.cache_linker.store.arrive(req.rid, chain)
         # Asked for even if the device has it all: the conversation is in use, its copy must not age.
         restorable = self.cache_linker.reserve(req.rid, chain)
@@ -135,8 +148,13 @@ class TreeLink(UnifiedCacheLinkerWrapper):
     def _hinted(self, hint: HintReqInput) -> Chain:
         if hint.conversation is not None:
             return self.cache_linker.store.chain_to(self._ends.get(hint.conversation, b""))
-        known = RequestChain([], Chain())
-        known.extend(RadixKey(hint.input_ids, hint.extra_key, cache_salt=hint.cache_salt), self.cache.page_size)
+        known, tokens, extra_key = RequestChain([], Chain()), hint.input_ids or array("q"), hint.extra_key
+        prompt = self.truncation.cut(tokens, extra_key, hint.cache_salt) if self.truncation else None
+        if prompt is not None:
+            tokens, extra_key = prompt.kept, prompt.extra_key
+        known.extend(RadixKey(tokens, extra_key, cache_salt=hint.cache_salt), self.cache.page_size)
+        if prompt is not None and hint.outlook != Outlook.DROPPED:
+            self.cache_linker.store.alias(known.chain, prompt.sources(len(known.chain.keys)))
         return known.chain
 
     def release_request(self, rid: str) -> None:
