@@ -147,9 +147,7 @@ class Hierarchy:
         self.unpin(row)
         return slot
 
-    def adopt(
-        self, records: Iterable[RecordColumns], count: int, remove: Callable[[list[int]], None]
-    ) -> None:
+    def adopt(self, records: Iterable[RecordColumns], count: int, remove: Callable[[list[int]], None]) -> None:
         """Take in what the disk held when it was opened, `count` pages."""
         self.index.reserve(count)
         twice: list[int] = []

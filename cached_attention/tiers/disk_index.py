@@ -133,7 +133,9 @@ def unseal_many(rows: sqlite3.Cursor) -> Iterator[RecordColumns]:
     while some := rows.fetchmany(_UNSEALED_AT_ONCE):
         slots, keys, parents, positions, signed, last_uses, uses, seals = zip(*some, strict=True)
         checksums = [value & _UNSIGNED for value in signed]
-        parts = zip(map(_FIXED.pack, slots, positions, checksums), keys, [key or b"" for key in parents], strict=True)
+        parts = zip(
+            map(_FIXED.pack, slots, positions, checksums), keys, [key or b"" for key in parents], strict=True
+        )
         if tuple(map(xxhash.xxh3_64_digest, map(b"".join, parts))) == seals:
             last_uses = [_plausible(use, now) for use in last_uses]
             yield RecordColumns(keys, slots, parents, positions, checksums, last_uses, uses)

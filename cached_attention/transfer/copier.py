@@ -66,7 +66,7 @@ class CpuCopier(PageCopier):
             raise ValueError(f"{len(pages)} pages and {len(slots)} slots: give as many of one as of the other.")
         rows = [np.array(numbers, dtype=np.intp) for numbers in (pages, slots)]
         for numbers, end in zip(rows, (self._num_pages, self._capacity), strict=True):
-            if len(numbers) and not (0 <= numbers.min() and numbers.max() < end):
+            if len(numbers) and not (numbers.min() >= 0 and numbers.max() < end):
                 raise IndexError(f"page or slot {numbers.min()} to {numbers.max()}: they go from 0 to {end - 1}.")
         return rows
 
