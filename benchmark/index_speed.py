@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.layout import PageLayout
@@ -41,10 +42,10 @@ def measure_index(pages: int, operations: int, rounds: int) -> list[IndexSpeed]:
         known = source.choices(keys, k=operations)
         rows = list(map(hierarchy.index.find, known))
         now = float(number + 1)
-        seconds["place"].append(_timed(lambda new=new: _place(hierarchy, new)))
-        seconds["find"].append(_timed(lambda known=known: _find(hierarchy, known)))
-        seconds["touch"].append(_timed(lambda rows=rows, now=now: _touch(hierarchy, rows, now)))
-        seconds["evict"].append(_timed(lambda: _evict(hierarchy, operations)))
+        seconds["place"].append(_timed(partial(_place, hierarchy, new)))
+        seconds["find"].append(_timed(partial(_find, hierarchy, known)))
+        seconds["touch"].append(_timed(partial(_touch, hierarchy, rows, now)))
+        seconds["evict"].append(_timed(partial(_evict, hierarchy, operations)))
         keys = [key for key in hierarchy.index.keys if key is not None]
     return [
         IndexSpeed(name, pages, operations / sorted(times)[len(times) // 2]) for name, times in seconds.items()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
 import statistics
 import sys
@@ -135,8 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not result.direct:
         console.print("The file system refuses O_DIRECT: the disk's numbers include the page cache.")
     args.output.mkdir(parents=True, exist_ok=True)
-    command = arguments if arguments is not None else sys.argv[1:]
-    write_json(args.output / "tiers.json", f"python -m benchmark.tiers {shlex.join(command)}", args, result)
+    write_json(args.output / "tiers.json", args, result)
     save_figure(args.output / "tiers.png", args.shape, result)
     console.print(f"saved {args.output / 'tiers.json'} and {args.output / 'tiers.png'}")
     return 0
@@ -158,15 +156,17 @@ def throughput_table(shape: ModelShape, result: Result) -> Table:
         table.add_column(name, justify="left" if name in ("tier", "") else "right")
     before = None
     for one in result.comparisons:
-        if before not in (None, (one.tier, one.direction)):
+        if before not in (None, one.tier):
             table.add_section()
-        before = one.tier, one.direction
+        before = one.tier
         speeds = [f"{speed / 1e9:.2f}" for speed in (one.ours_bytes_per_s, one.raw_bytes_per_s)]
         spread = f"{min(one.ratios):.2f}, {max(one.ratios):.2f}"
         bound = BOUNDS[one.tier] if one.page_bytes >= BOUND_FROM else None
         held = "" if bound is None else _verdict(one.ratio >= bound, f">= {bound:.2f}x")
         size = f"{one.page_bytes / 2**20:g} MiB"
-        table.add_row(*before, str(one.page_tokens), size, *speeds, f"{one.ratio:.3f}x", spread, held)
+        table.add_row(
+            one.tier, one.direction, str(one.page_tokens), size, *speeds, f"{one.ratio:.3f}x", spread, held
+        )
     return table
 
 
@@ -204,9 +204,11 @@ def _verdict(held: bool, bound: str) -> str:
     return f"[green]{bound} holds[/]" if held else f"[red]{bound} missed[/]"
 
 
-def write_json(path: Path, command: str, args: argparse.Namespace, result: Result) -> None:
+def write_json(path: Path, args: argparse.Namespace, result: Result) -> None:
+    measured = ("page_sizes", "bytes", "rounds", "openings", "store_pages")
     content: dict[str, Any] = {
-        "command": command,
+        "command": "python -m benchmark.tiers",
+        "parameters": {name: getattr(args, name) for name in measured},
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "shape": asdict(args.shape),
@@ -223,6 +225,8 @@ def save_figure(path: Path, shape: ModelShape, result: Result) -> None:
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     for axes, tier in zip(figure.subplots(1, 2, sharey=True), BOUNDS, strict=True):
         _ratios(axes, tier, [one for one in result.comparisons if one.tier == tier])
+    top = max((max(one.ratios) for one in result.comparisons), default=1.0)
+    figure.axes[0].set_ylim(0, 1.05 * max(top, 1.0))
     figure.suptitle(f"Throughput against the raw limit; {shape}", fontsize=10)
     figure.savefig(path, dpi=150)
 
@@ -245,7 +249,7 @@ def _ratios(axes: Axes, tier: str, comparisons: Sequence[Comparison]) -> None:
     axes.axhline(1.0, color="#8c8c8c", linewidth=1)
     axes.axhline(BOUNDS[tier], color="#d55e00", linestyle="--", label=f"bound, {BOUNDS[tier]:.2f}x")
     raw = {"host": "one memcpy", "disk": "plain preadv and pwritev"}[tier]
-    axes.set(title=f"{tier}, against {raw}", xlabel="page, tokens", ylabel="ratio", ylim=(0, None))
+    axes.set(title=f"{tier}, against {raw}", xlabel="page, tokens", ylabel="ratio")
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)

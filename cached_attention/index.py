@@ -58,7 +58,9 @@ class PageIndex:
         self._followers = array("i")
         self._rows: dict[PageKey, int] = {}
         self._free: list[int] = []
-        of_tiers = [(column, NOWHERE) for column in (tier.slot for tier in self.tiers)]
+        of_tiers: list[tuple[array | bytearray, int]] = [
+            (column, NOWHERE) for column in (tier.slot for tier in self.tiers)
+        ]
         of_tiers += [(column, 0) for tier in self.tiers for column in (tier.children, tier.ready)]
         self._columns: list[tuple[array | bytearray, int]] = [
             (self.parent, NOWHERE),
@@ -175,7 +177,8 @@ class PageIndex:
         return np.asarray(slots)[~new].tolist()
 
     def _find_many(self, keys: Sequence[PageKey | None]) -> np.ndarray:
-        return np.fromiter(map(self._rows.get, keys, repeat(NOWHERE)), np.intc, len(keys))
+        rows: dict[PageKey | None, int] = self._rows  # type: ignore[assignment]
+        return np.fromiter(map(rows.get, keys, repeat(NOWHERE)), np.intc, len(keys))
 
     def _add_many(self, keys: Sequence[PageKey]) -> np.ndarray:
         """The rows of `keys`, made where they are new."""
@@ -194,7 +197,7 @@ class PageIndex:
         """Rows of `tier` that no page of it follows, by last use. Walks all rows; the index must not grow."""
         found = np.flatnonzero((np.asarray(tier.slot) != NOWHERE) & (np.asarray(tier.children) == 0))
         order = np.argsort(np.asarray(self.last_use)[found], kind="stable")
-        return iter(memoryview(found[order]))
+        return map(int, found[order])
 
     def displace(self, row: int, tier: Residency) -> int:
         """Take the page out of `tier`; returns the slot it leaves. The row may be gone afterwards."""
