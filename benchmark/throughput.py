@@ -94,18 +94,20 @@ class Contest(NamedTuple):
 
     ours: Callable[[], None]
     raw: Callable[[], None]
-    prepare: Callable[[], None] = lambda: None
-    """Before ours, not timed."""
+    before_ours: Callable[[], None] = lambda: None
+    """Not timed."""
+    before_raw: Callable[[], None] = lambda: None
 
     def run(self, comparison: Comparison, rounds: int) -> Iterator[None]:
         """Measure in turns, the first one alternating, after a round that does not count; yields per round."""
         for number in range(-1, rounds):
             seconds = {}
-            for side in ("ours", "raw") if number % 2 else ("raw", "ours"):
-                if side == "ours":
-                    self.prepare()
+            sides = {"ours": (self.before_ours, self.ours), "raw": (self.before_raw, self.raw)}
+            for side in sorted(sides, reverse=bool(number % 2)):
+                before, move = sides[side]
+                before()
                 started = time.perf_counter()
-                getattr(self, side)()
+                move()
                 seconds[side] = time.perf_counter() - started
             if number >= 0:
                 comparison.ours_s.append(seconds["ours"])
@@ -155,29 +157,38 @@ class HostBench:
 class DiskBench:
     """A disk tier and, beside it, a file of the same size on the same file system.
 
-    Both write into space that was written before, and read it back in the order of the slots. The raw side
-    moves the same bytes from the same memory with calls of the same size from as many threads, and calls
-    fdatasync as long as writes come in and once at the end, as the tier does. It keeps no index.
+    `fill` is into preallocated space that was never written, `write` into space that was, `read` in the order
+    of the slots. The raw side moves the same bytes from the same memory with calls of the same size from as
+    many threads, and calls fdatasync as long as writes come in and once at the end, as the tier does. It
+    keeps no index. The tier allocates its space while it fills it; the raw file has it from the start.
+
+    Args:
+        directory: made, and removed by `close`.
+        size: bytes; the directory takes about twice as many, and some more for the index.
     """
 
     def __init__(self, directory: Path, shape: ModelShape, page_tokens: int, size: int) -> None:
         layers = ((shape.component_bytes * page_tokens,) * 2,) * shape.layers
-        fingerprint = Fingerprint("benchmark", "none", "bytes", page_tokens, layers, {}, {})
-        self.page_bytes = fingerprint.page_bytes
+        self._fingerprint = Fingerprint("benchmark", "none", "bytes", page_tokens, layers, {}, {})
+        self.page_bytes = self._fingerprint.page_bytes
         count = size // self.page_bytes
         self.moved_bytes = count * self.page_bytes
         self._directory = directory
-        self.tier = DiskTier(directory, fingerprint, 2 * size + (1 << 30), queued_write_bytes=QUEUED_BYTES)
+        self._capacity = self.moved_bytes + (1 << 28)
         self._memory = HostTier(PageLayout(page_tokens, layers), self.moved_bytes)
         noise = np.random.default_rng(0)
         for slot in range(count):
-            self._memory.arena[slot] = torch.from_numpy(noise.integers(0, 256, self.page_bytes, np.uint8))
+            self._memory.arena[slot] = torch.from_numpy(
+                noise.integers(0, 256, self._memory.layout.stride, np.uint8)
+            )
         self._writes = [self._page_write(number) for number in range(count)]
         self._saved: list[int] = []
-        self._raw = RawFile(directory.with_suffix(".raw"), self.moved_bytes, self.tier.direct)
+        self._tier = self._open()
+        self.direct = self._tier.direct
+        self._raw = RawFile(directory / "raw.bin", self.moved_bytes, self.direct)
 
     def close(self) -> None:
-        self.tier.close()
+        self._tier.close()
         self._raw.close()
         shutil.rmtree(self._directory)
 
@@ -185,10 +196,26 @@ class DiskBench:
         run = max(1, RUN_BYTES // self.page_bytes)
         buffers = [page.buffer for page in self._writes]
         calls = [buffers[first : first + run] for first in range(0, len(buffers), run)]
+
+        def write() -> None:
+            self._raw.write(calls, IO_THREADS)
+
         return {
-            "write": Contest(self._write, lambda: self._raw.write(calls, IO_THREADS), self._forget),
+            "fill": Contest(self._write, write, self._start_empty, self._raw.make),
+            "write": Contest(self._write, write, self._forget),
             "read": Contest(self._read, lambda: self._raw.read(calls, IO_THREADS + 1)),
         }
+
+    def _open(self) -> DiskTier:
+        return DiskTier(
+            self._directory / "store", self._fingerprint, self._capacity, queued_write_bytes=QUEUED_BYTES
+        )
+
+    def _start_empty(self) -> None:
+        """A store that has no page gives its space back when it is closed."""
+        self._forget()
+        self._tier.close()
+        self._tier = self._open()
 
     def _page_write(self, number: int) -> PageWrite:
         key, parent = (place.to_bytes(32, "big") for place in (number + 1, number))
@@ -196,8 +223,8 @@ class DiskBench:
         return PageWrite(key, parent, 0, checksum, time.time(), 1, self._memory.slot_bytes(number))
 
     def _forget(self) -> None:
-        self.tier.remove(self._saved)
-        assert self.tier.flush(60)
+        self._tier.remove(self._saved)
+        assert self._tier.flush(60)
         self._saved = []
 
     def _write(self) -> None:
@@ -207,7 +234,7 @@ class DiskBench:
         for first in range(0, len(self._writes), BATCH_PAGES):
             if len(waiting) == most:
                 self._note(waiting.popleft())
-            waiting.append(self.tier.write(self._writes[first : first + BATCH_PAGES]))
+            waiting.append(self._tier.write(self._writes[first : first + BATCH_PAGES]))
         while waiting:
             self._note(waiting.popleft())
 
@@ -222,7 +249,7 @@ class DiskBench:
             PageRead(page.key, slot, page.checksum, page.buffer)
             for page, slot in zip(self._writes, self._saved, strict=True)
         ]
-        if set(self.tier.read(reads).result()) != {ReadOutcome.READ}:
+        if set(self._tier.read(reads).result()) != {ReadOutcome.READ}:
             raise OSError("the disk tier lost pages")
 
 
@@ -230,18 +257,23 @@ class RawFile:
     """A preallocated file, moved with plain calls."""
 
     def __init__(self, path: Path, size: int, direct: bool) -> None:
-        self._path = path
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        try:
-            os.posix_fallocate(fd, 0, size)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        self._fd = os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
+        self._path, self._size, self._direct = path, size, direct
+        self._fd = -1
+        self.make()
+
+    def make(self) -> None:
+        """Anew, never written."""
+        self.close()
+        flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0)
+        self._fd = os.open(self._path, flags, 0o600)
+        os.posix_fallocate(self._fd, 0, self._size)
+        os.fsync(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
-        self._path.unlink()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._path.unlink()
+            self._fd = -1
 
     def write(self, calls: Sequence[Sequence[memoryview]], threads: int) -> None:
         """Durable on return."""

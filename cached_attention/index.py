@@ -78,7 +78,9 @@ class PageIndex:
         """Of each row that has any."""
         self._deltas: dict[int, int] = {}
         """Of each alias: tokens from its base position to its place."""
-        of_tiers = [(column, NOWHERE) for column in (tier.slot for tier in self.tiers)]
+        of_tiers: list[tuple[array | bytearray, int]] = [
+            (column, NOWHERE) for column in (tier.slot for tier in self.tiers)
+        ]
         of_tiers += [(column, 0) for tier in self.tiers for column in (tier.children, tier.ready)]
         self._columns: list[tuple[array | bytearray, int]] = [
             (self.parent, NOWHERE),
@@ -245,7 +247,8 @@ class PageIndex:
         return np.asarray(slots)[~new].tolist()
 
     def _find_many(self, keys: Sequence[PageKey | None]) -> np.ndarray:
-        return np.fromiter(map(self._rows.get, keys, repeat(NOWHERE)), np.intc, len(keys))
+        rows: dict[PageKey | None, int] = self._rows  # type: ignore[assignment]
+        return np.fromiter(map(rows.get, keys, repeat(NOWHERE)), np.intc, len(keys))
 
     def _add_many(self, keys: Sequence[PageKey]) -> np.ndarray:
         """The rows of `keys`, made where they are new."""
@@ -264,7 +267,7 @@ class PageIndex:
         """Rows of `tier` that no page of it follows, by last use. Walks all rows; the index must not grow."""
         found = np.flatnonzero((np.asarray(tier.slot) != NOWHERE) & (np.asarray(tier.children) == 0))
         order = np.argsort(np.asarray(self.last_use)[found], kind="stable")
-        return iter(memoryview(found[order]))
+        return map(int, found[order])
 
     def displace(self, row: int, tier: Residency) -> int:
         """Take the page out of `tier`; returns its slot, which others may share. The row may be gone then."""

@@ -62,8 +62,8 @@ class DiskTier:
     """Page records of one fingerprint in `directory`.
 
     No method waits for the disk except the constructor, `flush`, `close` and `check_invariants`;
-    `records` and `record_columns` read the index as they are iterated. All but those may be called from any thread. Futures
-    are completed on the tier's own threads: callbacks must be short.
+    `records` and `record_columns` read the index as they are iterated. All but those may be called from
+    any thread. Futures are completed on the tier's own threads: callbacks must be short.
 
     Args:
         directory: one owner at a time; made where it is missing.

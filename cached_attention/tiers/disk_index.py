@@ -137,8 +137,8 @@ def unseal_many(rows: sqlite3.Cursor) -> Iterator[RecordColumns]:
             map(_FIXED.pack, slots, positions, checksums), keys, [key or b"" for key in parents], strict=True
         )
         if tuple(map(xxhash.xxh3_64_digest, map(b"".join, parts))) == seals:
-            last_uses = [_plausible(use, now) for use in last_uses]
-            yield RecordColumns(keys, slots, parents, positions, checksums, last_uses, uses)
+            plausible = [_plausible(use, now) for use in last_uses]
+            yield RecordColumns(keys, slots, parents, positions, checksums, plausible, uses)
         elif good := list(unseal(some, damaged=[])):
             yield RecordColumns(*zip(*good, strict=True))
 
