@@ -107,7 +107,7 @@ def test_a_shipped_library_is_taken_only_if_it_was_made_of_these_sources(
     monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    (tmp_path / "rope_on_load_cpu_0123456789ab.so").touch()
+    (tmp_path / (library_name(CPU)[: -len("0123456789ab.so")] + "0123456789ab.so")).touch()
     with pytest.raises(compilation.CompilationError):
         find_or_compile(CPU)
     shipped = tmp_path / library_name(CPU)
