@@ -30,12 +30,12 @@ class CompilationError(RuntimeError):
 def library_name(target: str) -> str:
     """File name of the library for `target`: `CPU`, or CUDA architectures joined by underscores.
 
-    Carries a digest of the sources, so that a stale library is never loaded.
+    Carries a digest of the sources, so that a stale library is never loaded, and the host's architecture.
     """
     digest = sha256()
     for path in [*sorted(SOURCES.iterdir()), Path(__file__).with_name("compiler.py")]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"rope_on_load_{target}_{digest.hexdigest()[:12]}.so"
+    return f"rope_on_load_{target}_{platform.machine()}_{digest.hexdigest()[:12]}.so"
 
 
 def cuda_target(capability: tuple[int, int]) -> str:

@@ -12,13 +12,18 @@ from tempfile import TemporaryDirectory
 
 SOURCES = Path(__file__).parent / "csrc"
 
+UNCONTRACTED = "-ffp-contract=off"
+"""A product contracted into a sum would round once where the reference in torch rounds twice."""
+
+MIXED_VERSIONS = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"
+"""pip installs the compiler and the runtime's headers in versions that differ in the minor number."""
+
 
 def compile_for_cpu(scratch: Path) -> Path:
     """With the host's C++ compiler, for this machine's instructions."""
     from tvm_ffi.cpp import build
 
-    # A product contracted into a sum would round once where the torch reference rounds twice.
-    flags = ["-O3", "-march=native", "-ffp-contract=off"]
+    flags = ["-O3", "-march=native", UNCONTRACTED]
     source = SOURCES / "rope_on_load_cpu.cc"
     return Path(build("rope_on_load", sources=str(source), extra_cflags=flags, build_directory=str(scratch)))
 
@@ -41,8 +46,11 @@ def compile_for_cuda(architectures: list[str], scratch: Path) -> Path:
     spec = gen_jit_spec(
         "cached_attention_rope_on_load",
         [SOURCES / "rope_on_load.cu"],
-        # pip installs the compiler and the runtime's headers in versions that differ in the minor number.
-        extra_cuda_cflags=["-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", *(f"-gencode={name}" for name in targets)],
+        extra_cuda_cflags=[
+            *(f"-gencode={name}" for name in targets),
+            f"-Xcompiler={UNCONTRACTED}",
+            MIXED_VERSIONS,
+        ],
         extra_ldflags=[f"-L{link_stubs(home, scratch)}"],
         extra_include_paths=[SOURCES],
         use_fast_math=False,

@@ -111,8 +111,7 @@ class RopeOnLoad:
                     self._load_in_torch(component, moves)
             return
         rows = self._rows[self._first_row[layers.start] : self._first_row[layers.stop]]
-        blocks = () if self._device.type == "cpu" else (BLOCKS,)
-        self._library.rope_on_load(*moves, rows, self._page_size, self._element, *blocks)
+        self._library.rope_on_load(*moves, rows, self._page_size, self._element, BLOCKS)
 
     def _load_in_torch(self, component: PagedComponent, moves: PageMoves) -> None:
         pool, records, rotation = component

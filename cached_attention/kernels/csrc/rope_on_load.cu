@@ -1,7 +1,9 @@
 // rope_on_load over a pool on the device. Records lie on the device too, or in pinned host memory that it can read.
+#include <algorithm>
 #include <cstring>
 #include <flashinfer/page.cuh>
 #include <flashinfer/vec_dtypes.cuh>
+#include <optional>
 
 #include "rope_on_load.cuh"
 #include "tvm_ffi_utils.h"
@@ -56,6 +58,34 @@ Source<T> source_of(Component const& c, uint32_t page_size, uint32_t pages) {
   return source;
 }
 
+// Runs of V elements: on the device FlashInfer's vectors, in 16-byte accesses; on the host the same bytes.
+template <typename T, int V>
+CA_HOST_DEVICE void read(vec_t<T, V>& run, T const* from) {
+#ifdef __CUDA_ARCH__
+  run.load(from);
+#else
+  std::memcpy(&run, from, V * sizeof(T));
+#endif
+}
+
+template <typename T, int V>
+CA_HOST_DEVICE void write(vec_t<T, V> const& run, T* to) {
+#ifdef __CUDA_ARCH__
+  run.store(to);
+#else
+  std::memcpy(to, &run, V * sizeof(T));
+#endif
+}
+
+template <typename To, typename From, int V>
+CA_HOST_DEVICE void convert(To* to, From const* from) {
+#ifdef __CUDA_ARCH__
+  flashinfer::vec_cast<To, From>::template cast<V>(to, from);
+#else
+  for (int i = 0; i < V; ++i) to[i] = static_cast<To>(from[i]);
+#endif
+}
+
 // A unit on its way: what was read, where it goes, and by which row of the table it turns.
 template <typename T, int V>
 struct Lane {
@@ -65,8 +95,7 @@ struct Lane {
   T* to;
   int32_t row;
 
-  __device__ __forceinline__ void locate(Source<T> const& source, uint32_t index, int32_t const* moves,
-                                         uint32_t pages) {
+  CA_HOST_DEVICE void locate(Source<T> const& source, uint32_t index, int32_t const* moves, uint32_t pages) {
     uint32_t vector, token, head, offset, page, entry;
     source.units_per_head.divmod(index, vector, offset);
     source.heads.divmod(vector, token, head);
@@ -78,38 +107,12 @@ struct Lane {
     row = unit.pair < 0 ? -1 : moves[2 * pages + page];
   }
 
-  __device__ __forceinline__ void load() {
-    first.load(from + unit.first);
-    if (unit.has_second) second.load(from + unit.second);
+  CA_HOST_DEVICE void load() {
+    read<T, V>(first, from + unit.first);
+    if (unit.has_second) read<T, V>(second, from + unit.second);
   }
 
-  template <bool interleaved>
-  __device__ __forceinline__ void turn_all(float const* cos_sin, uint32_t half) {
-    vec_t<float, V> cos, sin, a, b;
-    cos.load(cos_sin + unit.pair);
-    sin.load(cos_sin + half + unit.pair);
-    a.cast_from(first);
-    b.cast_from(second);
-    float x[2 * V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      x[i] = a[i];
-      x[V + i] = b[i];
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      turn(x[first_of<V, interleaved>(i)], x[second_of<V, interleaved>(i)], cos[i], sin[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      a[i] = x[i];
-      b[i] = x[V + i];
-    }
-    first.cast_from(a);
-    second.cast_from(b);
-  }
-
-  __device__ __forceinline__ void store(Source<T> const& source, float const* table, uint32_t width) {
+  CA_HOST_DEVICE void store(Source<T> const& source, float const* table, uint32_t width) {
     if (row >= 0) {
       float const* cos_sin = table + static_cast<int64_t>(row) * width + source.column;
       if (source.head.interleaved) {
@@ -118,8 +121,30 @@ struct Lane {
         turn_all<false>(cos_sin, source.head.half);
       }
     }
-    first.store(to + unit.first);
-    if (unit.has_second) second.store(to + unit.second);
+    write<T, V>(first, to + unit.first);
+    if (unit.has_second) write<T, V>(second, to + unit.second);
+  }
+
+ private:
+  template <bool interleaved>
+  CA_HOST_DEVICE void turn_all(float const* cos_sin, uint32_t half) {
+    vec_t<float, V> cos, sin;
+    read<float, V>(cos, cos_sin + unit.pair);
+    read<float, V>(sin, cos_sin + half + unit.pair);
+    float x[2 * V];
+    convert<float, T, V>(x, elements(first));
+    convert<float, T, V>(x + V, elements(second));
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      turn(x[first_of<V, interleaved>(i)], x[second_of<V, interleaved>(i)], elements(cos)[i], elements(sin)[i]);
+    }
+    convert<T, float, V>(elements(first), x);
+    convert<T, float, V>(elements(second), x + V);
+  }
+
+  template <typename E>
+  CA_HOST_DEVICE static E* elements(vec_t<E, V>& run) {
+    return reinterpret_cast<E*>(&run);
   }
 };
 
@@ -147,51 +172,78 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int V>
-void launch(Component const* components, int64_t count, TensorView moves, TensorView table, int64_t page_size,
-            int64_t blocks, cudaStream_t stream) {
-  uint32_t const pages = moves.size(1);
+// Components of which 16 bytes can be moved at once go together, and those of which they cannot.
+template <typename T, int V, typename Run>
+void for_each_batch(TensorView components, uint32_t page_size, uint32_t pages, Run run) {
+  auto const* items = static_cast<Component const*>(components.data_ptr());
   Sources<T> sources;
-  uint32_t filled = 0, most = 0;
-  auto const flush = [&] {
-    if (most == 0) return;
-    uint32_t const step = kThreads * kUnitsInFlight;
-    uint32_t const share = (blocks + filled - 1) / filled, wanted = (most + step - 1) / step;
-    rope_on_load_kernel<T, V><<<dim3(share < wanted ? share : wanted, filled), kThreads, 0, stream>>>(
-        sources, static_cast<int32_t const*>(moves.data_ptr()), pages, static_cast<float const*>(table.data_ptr()),
-        table.size(1));
-    cudaError_t const error = cudaGetLastError();
-    TVM_FFI_ICHECK(error == cudaSuccess) << "rope_on_load: " << cudaGetErrorString(error);
-    filled = most = 0;
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    if (is_aligned<16 / sizeof(T)>(components[i]) != (V > 1)) continue;
-    sources.items[filled] = source_of<T, V>(components[i], page_size, pages);
-    most = most > sources.items[filled].units ? most : sources.items[filled].units;
-    if (++filled == kComponentsPerCall) flush();
+  uint32_t filled = 0;
+  for (int64_t i = 0; i < components.size(0); ++i) {
+    if (is_aligned<16 / sizeof(T)>(items[i]) != (V > 1)) continue;
+    sources.items[filled++] = source_of<T, V>(items[i], page_size, pages);
+    if (filled == kComponentsPerCall) run(sources, filled), filled = 0;
   }
-  flush();
+  if (filled > 0) run(sources, filled);
 }
 
-// moves: int32 [3, pages] on the device: page of the pool, record, row of the table (-1: as it is).
-// table: fp32 [rows, width] on the device. components: int64 [n, kFields] in host memory.
+template <typename T, int V>
+void load_on_device(TensorView moves, TensorView table, TensorView components, int64_t page_size, uint32_t blocks) {
+  uint32_t const pages = moves.size(1), step = kThreads * kUnitsInFlight;
+  cudaStream_t const stream = get_stream(moves.device());
+  for_each_batch<T, V>(components, page_size, pages, [&](Sources<T> const& sources, uint32_t count) {
+    uint32_t most = 0;
+    for (uint32_t i = 0; i < count; ++i) most = std::max(most, sources.items[i].units);
+    dim3 const grid(std::min((blocks + count - 1) / count, (most + step - 1) / step), count);
+    rope_on_load_kernel<T, V><<<grid, kThreads, 0, stream>>>(sources, static_cast<int32_t const*>(moves.data_ptr()),
+                                                             pages, static_cast<float const*>(table.data_ptr()),
+                                                             table.size(1));
+    cudaError_t const error = cudaGetLastError();
+    TVM_FFI_ICHECK(error == cudaSuccess) << "rope_on_load: " << cudaGetErrorString(error);
+  });
+}
+
+// What the kernel does, lane by lane, where there is no device.
+template <typename T, int V>
+void load_on_host(TensorView moves, TensorView table, TensorView components, int64_t page_size) {
+  uint32_t const pages = moves.size(1);
+  for_each_batch<T, V>(components, page_size, pages, [&](Sources<T> const& sources, uint32_t count) {
+    for (uint32_t i = 0; i < count; ++i) {
+      for (uint32_t index = 0; index < sources.items[i].units; ++index) {
+        Lane<T, V> lane;
+        lane.locate(sources.items[i], index, static_cast<int32_t const*>(moves.data_ptr()), pages);
+        lane.load();
+        lane.store(sources.items[i], static_cast<float const*>(table.data_ptr()), table.size(1));
+      }
+    }
+  });
+}
+
+template <typename T, int V>
+void load(TensorView moves, TensorView table, TensorView components, int64_t page_size, int64_t blocks) {
+  if (moves.device().device_type == kDLCPU) {
+    load_on_host<T, V>(moves, table, components, page_size);
+  } else {
+    load_on_device<T, V>(moves, table, components, page_size, blocks);
+  }
+}
+
+// moves: int32 [3, pages]: page of the pool, record, row of the table (-1: as it is). table: fp32 [rows, width].
+// Both lie where the pool lies. components: int64 [n, kFields] in host memory.
 void rope_on_load(TensorView moves, TensorView table, TensorView components, int64_t page_size, int64_t element,
                   int64_t blocks) {
-  CHECK_CUDA(moves);
-  CHECK_CUDA(table);
+  CHECK_DEVICE(moves, table);
   TVM_FFI_ICHECK_EQ(components.size(1), kFields);
-  ffi::CUDADeviceGuard guard(moves.device().device_id);
-  cudaStream_t const stream = get_stream(moves.device());
-  auto const* items = static_cast<Component const*>(components.data_ptr());
-  auto const both = [&](auto zero) {
-    using T = decltype(zero);
-    launch<T, 16 / sizeof(T)>(items, components.size(0), moves, table, page_size, blocks, stream);
-    launch<T, 1>(items, components.size(0), moves, table, page_size, blocks, stream);
-  };
   if (moves.size(1) == 0) return;
-  if (element == 0) both(float{});
-  if (element == 1) both(nv_half{});
-  if (element == 2) both(nv_bfloat16{});
+  auto const load_all = [&](auto zero) {
+    using T = decltype(zero);
+    load<T, 16 / sizeof(T)>(moves, table, components, page_size, blocks);
+    load<T, 1>(moves, table, components, page_size, blocks);
+  };
+  std::optional<ffi::CUDADeviceGuard> guard;
+  if (moves.device().device_type == kDLCUDA) guard.emplace(moves.device().device_id);
+  if (element == 0) load_all(float{});
+  if (element == 1) load_all(nv_half{});
+  if (element == 2) load_all(nv_bfloat16{});
 }
 
 }  // namespace cached_attention

@@ -32,8 +32,8 @@ constexpr int64_t kFields = sizeof(Component) / sizeof(int64_t);
 struct Unit {
   uint32_t first;
   uint32_t second;
-  int32_t pair;     // the first pair that the runs form together; -1: they are not rotated
-  bool has_second;   // false for the last unit of a head whose copied part is an odd number of runs
+  int32_t pair;  // the first pair that the runs form together; -1: they are not rotated
+  bool has_second;  // false for the last unit of a head whose copied part is an odd number of runs
 };
 
 // How a head's vector is cut into units. A pair always falls into one unit: each element is read once.

@@ -145,7 +145,8 @@ void load_component(Component const& c, int32_t const* moves, int64_t n, float c
   }
 }
 
-void rope_on_load(TensorView moves, TensorView table, TensorView components, int64_t page_size, int64_t element) {
+void rope_on_load(TensorView moves, TensorView table, TensorView components, int64_t page_size, int64_t element,
+                  int64_t /*blocks*/) {
   auto const* pages = static_cast<int32_t const*>(moves.data_ptr());
   auto const* rows = static_cast<float const*>(table.data_ptr());
   auto const* items = static_cast<Component const*>(components.data_ptr());

@@ -17,6 +17,8 @@ from cached_attention.position.rotation import Pairing, Rotation, rotate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FAR = 10**6
+CODE = ["cpu", "90a", "torch"]
+"""For this machine's CPU; for a GPU, its lanes one after the other on the host; and in torch."""
 MLA = Rotation(tuple(1e4 ** (-i / 64) for i in range(0, 64, 2)), Pairing.INTERLEAVED, start=512)
 
 
@@ -82,11 +84,20 @@ def check(
         assert all(tensors.page(page).isnan().all() for page in untouched)
 
 
-def loader_of(layers: list[list[Tensors]], compiled: bool = True) -> RopeOnLoad:
-    components = [[tensors.component for tensors in layer] for layer in layers]
-    loader = RopeOnLoad(components, layers[0][0].page_size, compiled=compiled)
-    assert loader.is_compiled == compiled
+class CudaOnHost(RopeOnLoad):
+    def _target(self) -> str:
+        return "90a"
+
+
+def loader_of_components(layers: list[list[PagedComponent]], page_size: int, code: str) -> RopeOnLoad:
+    loader = (CudaOnHost if code == "90a" else RopeOnLoad)(layers, page_size, compiled=code != "torch")
+    assert loader.is_compiled == (code != "torch")
     return loader
+
+
+def loader_of(layers: list[list[Tensors]], code: str = "cpu") -> RopeOnLoad:
+    components = [[tensors.component for tensors in layer] for layer in layers]
+    return loader_of_components(components, layers[0][0].page_size, code)
 
 
 def some_moves(pages: int) -> tuple[list[int], list[int], list[int]]:
@@ -97,7 +108,7 @@ def some_moves(pages: int) -> tuple[list[int], list[int], list[int]]:
     return targets, records, [chance.choice([0, -1, 512, -4096, FAR, -FAR, 37]) for _ in targets]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("code", CODE)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pairing", Pairing)
 @pytest.mark.parametrize("gap", [0, 8, 3])
@@ -117,41 +128,42 @@ def some_moves(pages: int) -> tuple[list[int], list[int], list[int]]:
     ],
 )
 def test_keys_and_values(
-    heads: int, dim: int, rotary_dim: int, gap: int, pairing: Pairing, dtype: torch.dtype, compiled: bool
+    heads: int, dim: int, rotary_dim: int, gap: int, pairing: Pairing, dtype: torch.dtype, code: str
 ) -> None:
     """MHA, GQA and MQA, whole and partial rotation; gaps of 8 elements keep to 16 bytes, of 3 they do not."""
     turned = Tensors(heads, dim, dtype, rotation(rotary_dim, pairing), gap=gap)
     layers = [[turned, Tensors(heads, dim, dtype, gap=gap)]]
-    check(layers, loader_of(layers, compiled), *some_moves(turned.pages))
+    check(layers, loader_of(layers, code), *some_moves(turned.pages))
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("code", CODE)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_latent_of_mla(dtype: torch.dtype, compiled: bool) -> None:
+def test_the_latent_of_mla(dtype: torch.dtype, code: str) -> None:
     tensors = Tensors(1, 576, dtype, MLA)
     latent = tensors.component._replace(pool=tensors.pool.squeeze(1))
-    loader = RopeOnLoad([[latent]], tensors.page_size, compiled=compiled)
+    loader = loader_of_components([[latent]], tensors.page_size, code)
     check([[tensors]], loader, *some_moves(tensors.pages))
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_layers_differ_in_rotation_and_shape(compiled: bool) -> None:
+@pytest.mark.parametrize("code", CODE)
+def test_layers_differ_in_rotation_and_shape(code: str) -> None:
     """Another base, another slice, no position at all, and values narrower than keys."""
     rotations = [rotation(64), None, rotation(64, base=1e6), rotation(6, start=3)]
     layers = [[Tensors(2, 64, torch.bfloat16, r), Tensors(2, 48, torch.bfloat16)] for r in rotations]
-    check(layers, loader_of(layers, compiled), *some_moves(8))
+    check(layers, loader_of(layers, code), *some_moves(8))
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("code", CODE)
 @pytest.mark.parametrize("pages", [1, 2, 63, 65, 4096])
-def test_any_number_of_pages(pages: int, compiled: bool) -> None:
+def test_any_number_of_pages(pages: int, code: str) -> None:
     layers = [[Tensors(2, 16, torch.bfloat16, rotation(16), page_size=1, pages=pages)]]
-    check(layers, loader_of(layers, compiled), *some_moves(pages))
+    check(layers, loader_of(layers, code), *some_moves(pages))
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.data())
-def test_any_shape(data: st.DataObject) -> None:
+@pytest.mark.parametrize("code", CODE)
+@given(data=st.data())
+def test_any_shape(code: str, data: st.DataObject) -> None:
     pick = data.draw
     dim = pick(st.integers(1, 40)) * 2
     start = pick(st.integers(0, dim // 2 - 1)) * 2
@@ -167,34 +179,34 @@ def test_any_shape(data: st.DataObject) -> None:
     )
     pages = pick(st.permutations(range(4)))[: pick(st.integers(0, 4))]
     deltas = [pick(st.integers(-FAR, FAR)) for _ in pages]
-    check([[turned]], loader_of([[turned]]), pages, [3 - page for page in pages], deltas)
+    check([[turned]], loader_of([[turned]], code), pages, [3 - page for page in pages], deltas)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_only_the_layers_asked_for(compiled: bool) -> None:
+@pytest.mark.parametrize("code", CODE)
+def test_only_the_layers_asked_for(code: str) -> None:
     layers = [[Tensors(1, 8, torch.float32, rotation(8)), Tensors(1, 8, torch.float32)] for _ in range(4)]
-    loader = loader_of(layers, compiled)
+    loader = loader_of(layers, code)
     loader.load(range(1, 3), loader.moves([0], [1], [5]))
     written = [[bool(tensors.page(0).isfinite().all()) for tensors in layer] for layer in layers]
     assert written == [[False] * 2, [True] * 2, [True] * 2, [False] * 2]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_page_at_its_base_position_keeps_every_bit(compiled: bool) -> None:
+@pytest.mark.parametrize("code", CODE)
+def test_a_page_at_its_base_position_keeps_every_bit(code: str) -> None:
     tensors = Tensors(2, 64, torch.float16, rotation(64))
     patterns = torch.randint(0, 256, tensors.records.shape, dtype=torch.uint8)
     tensors.records.copy_(patterns)
-    loader = loader_of([[tensors]], compiled)
+    loader = loader_of([[tensors]], code)
     loader.load(range(1), loader.moves([0], [5], [0]))
     assert torch.equal(bits(tensors.page(0)).flatten(), patterns[5])
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("code", CODE)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_what_is_never_rotated_may_have_any_dtype(dtype: torch.dtype, compiled: bool) -> None:
+def test_what_is_never_rotated_may_have_any_dtype(dtype: torch.dtype, code: str) -> None:
     pool = torch.zeros(16, 2, 12, dtype=torch.int8)
     records = torch.randint(0, 256, (4, 4 * 24), dtype=torch.uint8)
-    loader = RopeOnLoad([[PagedComponent(pool.view(dtype), records)]], 4, compiled=compiled)
+    loader = loader_of_components([[PagedComponent(pool.view(dtype), records)]], 4, code)
     loader.load(range(1), loader.moves([2], [1], [99]))
     assert torch.equal(pool[8:12].view(torch.uint8).flatten(), records[1])
 
