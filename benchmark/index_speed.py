@@ -71,7 +71,7 @@ def _place(hierarchy: Hierarchy, keys: Sequence[bytes]) -> None:
 
 def _find(hierarchy: Hierarchy, keys: Iterable[bytes]) -> None:
     for key in keys:
-        assert hierarchy.is_ready(key)
+        assert hierarchy.loadable([key], 0)
 
 
 def _touch(hierarchy: Hierarchy, rows: Iterable[int], now: float) -> None:
