@@ -65,6 +65,8 @@ class PageIndex:
         """Of the record's bytes and key; means something once the page is ready in a tier."""
         self.uses = array("I")
         """How often a request came back to the page, its making included."""
+        self.kind = bytearray()
+        """Class of the page, see `NextUse`; told by who uses it."""
         self.pins = array("i")
         self._references = array("i")
         """Tiers that hold the page, pages that follow it, and its aliases: while there are any the row lives."""
@@ -85,7 +87,8 @@ class PageIndex:
         self._columns: list[tuple[array | bytearray, int]] = [
             (self.parent, NOWHERE),
             (self.position, NOWHERE),
-            *((column, 0) for column in (self.last_use, self.checksum, self.uses, self.pins, self._references)),
+            *((column, 0) for column in (self.last_use, self.checksum, self.uses, self.kind)),
+            *((column, 0) for column in (self.pins, self._references)),
             *of_tiers,
         ]
         """And what they hold in a row that is not in use; they may have more rows than `keys`."""
@@ -127,7 +130,7 @@ class PageIndex:
     def _new_row(self, key: PageKey) -> int:
         if self._free:
             row = self._free.pop()
-            self.keys[row], self.last_use[row], self.uses[row] = key, 0.0, 0
+            self.keys[row], self.last_use[row], self.uses[row], self.kind[row] = key, 0.0, 0, 0
         else:
             row = len(self.keys)
             self.keys.append(key)
