@@ -21,8 +21,8 @@ ENDS = len(USES) + 1
 """Added to the class of the last page of a prompt."""
 KINDS = 2 * ENDS
 PRIOR_USES = 400.0
-"""Weight of what is assumed of a class, in page uses: a few conversations, as the pages of one return together."""
-PRIOR_RETURN = 0.1
+"""Weight of what is assumed of a class, in page uses: a few conversations, whose pages return together."""
+PRIOR = [0.3] + [0.1] * (BINS - 1)
 """Assumed chance of a use in each bin: then the worth of a page falls as one over its age, which is LRU."""
 WATCHED = 1 << 15
 """Pages that are watched at most."""
@@ -66,7 +66,7 @@ class NextUse:
     giving up. In contrast to the hazard at hand it sees that a user takes a while to type; in contrast to
     hit density (LHD, Beckmann et al., NSDI 2018, section 4) it does not depend on what was evicted so far.
 
-    A class of which little is known is taken for the mean of all classes, and that for `PRIOR_RETURN`, where
+    A class of which little is known is taken for the mean of all classes, and that for `PRIOR`, where
     worth falls with age: a cold start is LRU.
     """
 
@@ -83,7 +83,7 @@ class NextUse:
         self._next_kind = 0
         self.version = 0
         """Counts the changes of `worth`."""
-        cold = _gittins([PRIOR_RETURN] * BINS)
+        cold = _gittins(PRIOR)
         self.worth = [cold] * KINDS
         """Per class and age bin: expected uses per second kept, from the start of the bin on."""
 
@@ -161,7 +161,7 @@ class NextUse:
         weight = PRIOR_USES * self._threshold / (1 << 32)
         reached = [sum(column) for column in zip(*self._reached, strict=True)]
         used = [sum(column) for column in zip(*self._used, strict=True)]
-        mean = _hazard(used, reached, [PRIOR_RETURN] * BINS, weight)
+        mean = _hazard(used, reached, PRIOR, weight)
         self.worth[kind] = _gittins(_hazard(self._used[kind], self._reached[kind], mean, weight))
         self.version += 1
 
