@@ -98,7 +98,8 @@ class Hierarchy:
 
         The page is not ready until `land`. `for_rank`: of the waiting request that it is for.
         """
-        slot = self._take_slot(parent, for_rank)
+        self.make_room(1, parent, for_rank)
+        slot = self.host.take_slot()
         if slot is None:
             return None
         row = self.index.add(key, parent, position)
@@ -109,29 +110,41 @@ class Hierarchy:
         self.index.pin(row)
         return row
 
-    def _take_slot(self, before: PageKey | None, for_rank: int) -> int | None:
-        """A free slot, or that of the page to evict; never that of `before`, whose chain is to grow."""
-        if not self.host.free_slots:
-            row = NOWHERE if before is None else self.index.find(before)
-            if row != NOWHERE:
-                self.index.pin(row)
-            while not self.host.free_slots and self._evict(for_rank):
-                pass  # The slot of a page that shared it is not free yet.
-            if row != NOWHERE:
-                self.unpin(row)
-        return self.host.take_slot()
+    def make_room(self, slots: int, before: PageKey | None, for_rank: int = NOT_WAITING) -> None:
+        """Evict until so many slots are free or nothing may go, but not `before`, whose chain is to grow."""
+        if self.host.free_slots >= slots:
+            return
+        row = NOWHERE if before is None else self.index.find(before)
+        if row != NOWHERE:
+            self.index.pin(row)
+        while (missing := slots - self.host.free_slots) > 0 and self._evict(missing, for_rank):
+            pass  # The slot of a page that shared it is not free yet.
+        if row != NOWHERE:
+            self.unpin(row)
 
-    def _evict(self, for_rank: int) -> bool:
-        """Let the next page in the order of eviction leave host memory; False where none may."""
-        victim = self.host_order.take(for_rank=for_rank)
-        if victim is None:
-            return False
-        if for_rank != NOT_WAITING and victim in self.dirty:
-            self.offer(victim)  # Fetching ahead must not lose what is on no disk yet: it will be written soon.
-            return False
-        self.leave_host(victim)
-        self.evicted += 1
-        return True
+    def _evict(self, most: int, for_rank: int) -> bool:
+        """Let up to `most` pages leave host memory, in the order of eviction; False where none may."""
+        run = self.host_order.take_run(most, for_rank)
+        leaving = len(run)
+        if for_rank != NOT_WAITING:
+            # Fetching ahead must not lose what is on no disk yet: it will be written soon.
+            leaving = next((place for place, row in enumerate(run) if row in self.dirty), leaving)
+        self._leave_host_run(run[:leaving])
+        for row in run[leaving:]:
+            self.offer(row)
+        self.evicted += leaving
+        return leaving > 0
+
+    def _leave_host_run(self, run: list[int]) -> None:
+        is_shared, dirty = self.index.is_shared, self.dirty.slot
+        if len(run) < 2 or any(dirty[row] != NOWHERE or is_shared(row) for row in run):
+            for row in run:
+                self.leave_host(row)
+            return
+        parent = self.index.parent[run[-1]]
+        self.host.give_back_all(self.index.displace_run(run, self.in_host))
+        if parent != NOWHERE:
+            self.host_order.offer(parent)
 
     def join(self, row: int) -> bool:
         """Put `row` in every tier that holds its bytes for another row; False where none does."""
@@ -210,7 +223,7 @@ class Hierarchy:
         freed = [slot] if self.index.shares(row, self.on_disk) == NOWHERE else []
         for sharer in self.index.sharers(row) if freed else ():
             self.soil(sharer)
-        self.index.unpin(row)
+        self.unpin(row)
         return freed
 
     def give_up(self, row: int) -> None:

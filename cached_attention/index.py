@@ -193,7 +193,7 @@ class PageIndex:
 
     def shares(self, row: int, tier: Residency) -> int:
         """Another row with the bytes of `row` that is in `tier`; NOWHERE where there is none."""
-        if row not in self._origins and row not in self._aliases:
+        if not self.is_shared(row):
             return NOWHERE
         return next((other for other in self.sharers(row) if other != row and other in tier), NOWHERE)
 
@@ -283,6 +283,38 @@ class PageIndex:
             self.uses[parent] = max(self.uses[parent], self.uses[row])
         self.forget_unused(row)
         return slot
+
+    def displace_run(self, rows: Sequence[int], tier: Residency) -> list[int]:
+        """`displace` for rows each of which is followed by the one before it, and by no other, many times faster.
+
+        None of them shares its bytes.
+        """
+        slot, ready, children, parents = tier.slot, tier.ready, tier.children, self.parent
+        references, pins, uses, last_use = self._references, self.pins, self.uses, self.last_use
+        keys, known, free = self.keys, self._rows, self._free
+        slots = [slot[row] for row in rows]
+        for row in rows:
+            slot[row], ready[row] = NOWHERE, False
+            references[row] = left = references[row] - 1
+            if (parent := parents[row]) != NOWHERE:
+                children[parent] -= 1
+                if last_use[row] > last_use[parent]:
+                    last_use[parent] = last_use[row]
+                if uses[row] > uses[parent]:
+                    uses[parent] = uses[row]
+            if not (left or pins[row]):
+                del known[keys[row]]  # type: ignore[arg-type]
+                keys[row], parents[row] = None, NOWHERE
+                free.append(row)
+                if parent != NOWHERE:
+                    references[parent] -= 1
+        self.forget_unused(parent)
+        tier.pages -= len(rows)
+        return slots
+
+    def is_shared(self, row: int) -> bool:
+        """Whether another row has, or once had, the bytes of `row`."""
+        return row in self._origins or row in self._aliases
 
     def forget_unused(self, row: int) -> None:
         """Drop the row, and those before it, that nothing refers to any more."""

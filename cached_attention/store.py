@@ -423,6 +423,8 @@ class CachedAttentionStore:
             return admitted, False
         now = self._clock()
         parent = run.parent
+        known = [key for key in run.keys if self._pages.is_kept(key)]
+        self._pages.make_room(len(run.keys) - len(known), known[-1] if known else parent)
         for page, key in enumerate(run.keys):
             row = self._index.find(key)
             if not (self._pages.is_kept(key) or (row != NOWHERE and self._pages.join(row))):

@@ -15,6 +15,10 @@ NOT_WAITING = -1
 """Rank of what goes before all that waits: it may push out any page that a waiting request wants."""
 
 
+AGED_AT_ONCE = 1024
+"""Pages that move to the queue of another age at once; after a long silence the others follow, a bit later."""
+
+
 class EvictionOrder:
     """Unpinned leaves of one tier: first what no waiting request wants, that of least worth before others,
     then what is wanted, from the request that is furthest from running.
@@ -86,6 +90,28 @@ class EvictionOrder:
         row = self._least_worth()
         return self._wanted_behind(for_rank) if row is None else row
 
+    def take_run(self, most: int, for_rank: int = NOT_WAITING) -> list[int]:
+        """Up to `most` pages that go next, each of them followed by the one before it in the list.
+
+        The same pages in the same order as from as many calls of `take`, in less time: once the tail of a
+        chain goes, what is before it is of the same worth and goes next.
+        """
+        row = self._least_worth()
+        if row is None:
+            row = self._wanted_behind(for_rank)
+            return [] if row is None else [row]
+        index, children, wanted = self._index, self.tier.children, self.demand.is_wanted
+        parents, last_uses, kinds, pins = index.parent, index.last_use, index.kind, index.pins
+        kind, last_use = kinds[row], last_uses[row]
+        oldest = self._next_use.now - BOUNDS[bin_of(self._next_use.now - last_use) + 1]
+        run = [row]
+        while len(run) < most and (row := parents[row]) in self.tier:
+            alike = kinds[row] == kind and oldest < last_uses[row] <= last_use
+            if not alike or children[row] > 1 or pins[row] or wanted(row):
+                break
+            run.append(row)
+        return run
+
     def _least_worth(self) -> int | None:
         if self._seen != (self._next_use.version, self._next_use.now):
             self._catch_up()
@@ -102,12 +128,14 @@ class EvictionOrder:
     def _catch_up(self) -> None:
         """Time went on, or the estimates changed: move on what has aged, and order the queues anew."""
         self._seen = self._next_use.version, self._next_use.now
+        left = AGED_AT_ONCE
         for number, queue in enumerate(self._queues):
             end = BOUNDS[number % BINS + 1]
-            while queue and self._next_use.now - queue[0][0] >= end:
+            while left and queue and self._next_use.now - queue[0][0] >= end:
                 row = heapq.heappop(queue)[1]
                 self._queued[row] = False
                 self.offer(row)
+                left -= 1
         self._fronts = []
         for number in range(len(self._queues)):
             self._announce(number)

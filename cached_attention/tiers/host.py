@@ -40,6 +40,9 @@ class HostTier:
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
 
+    def give_back_all(self, slots: list[int]) -> None:
+        self._free += slots
+
     def component(self, layer: int, component: int) -> torch.Tensor:
         """`[capacity, bytes]` view of one component of every slot."""
         start = self.layout.offsets()[layer][component]

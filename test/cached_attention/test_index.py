@@ -21,7 +21,7 @@ def snapshot(index: PageIndex) -> dict[bytes, tuple[object, ...]]:
             index.checksum[row],
             index.uses[row],
             index.pins[row],
-            index._followers[row],
+            index._references[row],
             tier.slot[row],
             tier.ready[row],
             tier.children[row],
