@@ -8,7 +8,7 @@ from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.tiers.disk_index import DiskRecord
-from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.host_slots import HostSlots
 
 
 class Hierarchy:
@@ -17,15 +17,24 @@ class Hierarchy:
     Three columns of residency: in host memory, on disk, and `dirty`: in host memory, wanted on disk and
     not there. The host tier is closed under prefixes: a page enters it after the page before it and
     leaves after all that follow it.
+
+    Args:
+        order: makes the order in which pages leave host memory, and that in which they leave the disk.
     """
 
-    def __init__(self, host: HostTier, *, has_disk: bool) -> None:
+    def __init__(
+        self,
+        host: HostSlots,
+        *,
+        has_disk: bool,
+        order: Callable[[PageIndex, Residency, WaitingOrder], EvictionOrder] = EvictionOrder,
+    ) -> None:
         self.host = host
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
         self.waiting = WaitingOrder()
-        self.host_order = EvictionOrder(self.index, self.in_host, self.waiting)
-        self.disk_order = EvictionOrder(self.index, self.on_disk, self.waiting)
+        self.host_order = order(self.index, self.in_host, self.waiting)
+        self.disk_order = order(self.index, self.on_disk, self.waiting)
         self.dirty_order = EvictionOrder(self.index, self.dirty)
         self.has_disk = has_disk
         self.epoch = 0
@@ -55,9 +64,10 @@ class Hierarchy:
 
     def offer(self, row: int) -> None:
         """Something may have made `row` evictable."""
-        if row != NOWHERE:
+        if row != NOWHERE and not self.index.pins[row]:
             for order in (self.host_order, self.disk_order, self.dirty_order):
-                order.offer(row)
+                if order.tier.slot[row] != NOWHERE:
+                    order.offer(row)
 
     def is_idle(self, row: int) -> bool:
         """Whether the page could be evicted from every tier that it is in, were it its turn."""

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE
-from cached_attention.tiers.disk import DiskTier, PageWrite
+from cached_attention.tiers.disk_pages import PageWrite
+from cached_attention.tiers.page_disk import PageDisk
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class WriteBehind:
         min_uses: a page is written once it was used this often; saves the disk what is never asked for.
     """
 
-    def __init__(self, pages: Hierarchy, disk: DiskTier, min_uses: int, clock: Callable[[], float]) -> None:
+    def __init__(self, pages: Hierarchy, disk: PageDisk, min_uses: int, clock: Callable[[], float]) -> None:
         self._pages = pages
         self._disk = disk
         self._min_uses = min_uses

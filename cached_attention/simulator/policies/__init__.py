@@ -1,0 +1,39 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from cached_attention.policy.eviction import EvictionOrder
+from cached_attention.simulator.policies.base import LeafOrder, MakeOrder, Policy
+from cached_attention.simulator.policies.belady import Belady
+from cached_attention.simulator.policies.fifo import ConversationsFirstInFirstOut, FirstInFirstOut
+from cached_attention.simulator.policies.frequency import LeastFrequentlyUsed
+from cached_attention.simulator.policies.recency import LeastRecentlyUsed
+from cached_attention.simulator.policies.s3fifo import S3Fifo
+from cached_attention.simulator.policies.segmented import SegmentedLru
+from cached_attention.simulator.policies.tail import TailOptimisedLru
+
+__all__ = ["POLICIES", "LeafOrder", "MakeOrder", "Policy"]
+
+
+def _online(
+    name: str, label: str, order: MakeOrder, *, looks_ahead: bool = False, refreshes: bool = False
+) -> Policy:
+    return Policy(name, label, lambda _requests: order, looks_ahead, refreshes)
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        _online("ours", "look-ahead", lambda i, t, w, _capacity: EvictionOrder(i, t, w), looks_ahead=True),
+        _online("lru", "LRU", LeastRecentlyUsed),
+        _online("sglang", "SGLang's LRU", LeastRecentlyUsed, refreshes=True),
+        _online("fifo", "FIFO", FirstInFirstOut),
+        _online("session-fifo", "FIFO of conversations", ConversationsFirstInFirstOut),
+        _online("lfu", "LFU", LeastFrequentlyUsed),
+        _online("slru", "SLRU", SegmentedLru),
+        _online("s3-fifo", "S3-FIFO", S3Fifo),
+        _online("t-lru", "T-LRU", TailOptimisedLru),
+        Policy("optimum", "optimum", Belady.of, offline=True),
+    )
+}
+"""All that can be simulated; `lru` and `optimum` bound the gap that the others close."""

@@ -1,0 +1,241 @@
+"""What `CachedAttentionStore` does with pages, on the same classes, without bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from cached_attention.chain import Chain, reach
+from cached_attention.config import DEFAULT_LOOK_AHEAD
+from cached_attention.fetch import Fetch
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import PageKey
+from cached_attention.look_ahead import LookAhead
+from cached_attention.policy.eviction import NOT_WAITING
+from cached_attention.policy.waiting import WaitOrRecompute
+from cached_attention.simulator.cost import Cost
+from cached_attention.simulator.disk import SimulatedDisk
+from cached_attention.simulator.policies import LeafOrder, MakeOrder, Policy
+from cached_attention.simulator.request import Request
+from cached_attention.tiers.host_slots import HostSlots
+from cached_attention.write_behind import WriteBehind
+
+TICK = 1e-6
+"""Seconds of virtual time between two uses: no two pages are equally cold."""
+EXPIRED_AT_ONCE = 64
+REFRESHED = 128
+"""Waiting requests whose prefixes SGLang keeps recent."""
+REFRESH_INTERVAL = 32
+"""Scheduling passes between one refresh and the next."""
+
+
+class SimulatedStore:
+    """Pages in host memory and on disk under one policy.
+
+    Args:
+        host_pages: capacity of host memory.
+        disk_pages: capacity of the disk; 0: none.
+        page_tokens: tokens per page.
+        ttl: seconds after its last use that a page is dropped.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        order: MakeOrder,
+        host_pages: int,
+        disk_pages: int = 0,
+        *,
+        page_tokens: int,
+        cost: Cost,
+        clock: Callable[[], float],
+        ttl: float = math.inf,
+        look_ahead: int = DEFAULT_LOOK_AHEAD,
+    ) -> None:
+        self.policy = policy
+        self._clock = clock
+        self._page_tokens = page_tokens
+        self._ttl = ttl
+        self._time = 0.0
+        self._passes = 0
+        capacities = {"host": host_pages, "disk": disk_pages}
+        self.pages = Hierarchy(
+            HostSlots(host_pages),
+            has_disk=disk_pages > 0,
+            order=lambda index, tier, waiting: order(index, tier, waiting, capacities[tier.name]),
+        )
+        both = (self.pages.host_order, self.pages.disk_order)
+        self._baselines = [one for one in both if isinstance(one, LeafOrder)]
+        self.decision = WaitOrRecompute()
+        self.declined = 0
+        """Pages that found no room in host memory."""
+        self._chains: dict[str, Chain] = {}
+        self._awaited: dict[PageKey, list[str]] = {}
+        """Waiting requests by the first page that they lack."""
+        self.disk: SimulatedDisk | None = None
+        if disk_pages:
+            self.disk = SimulatedDisk(disk_pages, cost, clock)
+            self._fetch = Fetch(self.pages, self.disk, self.decision.fetching, clock)
+            # Others fetch when the request is first to run.
+            window = look_ahead if policy.looks_ahead else 1
+            self._ahead = LookAhead(self.pages, self._fetch, self.decision, window, page_tokens, clock)
+            self._write_behind = WriteBehind(self.pages, self.disk, min_uses=1, clock=clock)
+
+    def _now(self) -> float:
+        """The clock's time, and later than all that was noted before."""
+        self._time = max(self._clock(), self._time + TICK)
+        return self._time
+
+    # The waiting queue
+
+    def arrive(self, request: Request) -> None:
+        """`request` waits, behind all others."""
+        self._chains[request.name] = Chain(list(request.prompt_keys))
+        self.pages.waiting.append(request.name)
+        self._look_up(request.name)
+
+    def _look_up(self, name: str) -> None:
+        chain = self._chains[name]
+        restorable = self._restorable(chain)
+        if self.policy.looks_ahead and restorable:
+            self.pages.want(name, self.pages.index.find(chain.keys[restorable - 1]))
+        if self.disk is not None and restorable > (loadable := self._loadable(chain)):
+            self._ahead.ask(name, chain.keys[:restorable], loadable)
+        if restorable < len(chain.keys):
+            self._awaited.setdefault(chain.keys[restorable], []).append(name)
+
+    def _restorable(self, chain: Chain) -> int:
+        self._refresh(chain)
+        chain.restorable = reach(chain.keys, chain.restorable, self.pages.is_restorable)
+        return chain.restorable
+
+    def _loadable(self, chain: Chain) -> int:
+        self._refresh(chain)
+        chain.loadable = reach(chain.keys, chain.loadable, self.pages.is_ready)
+        return chain.loadable
+
+    def _refresh(self, chain: Chain) -> None:
+        if chain.epoch != self.pages.epoch:
+            chain.epoch, chain.restorable, chain.loadable = self.pages.epoch, 0, 0
+
+    def restorable_pages(self, request: Request) -> int:
+        """Leading pages of the prompt of `request`, which waits, that are in some tier."""
+        return self._restorable(self._chains[request.name])
+
+    def reorder(self, requests: Sequence[Request]) -> None:
+        """The waiting requests in the order in which they will run."""
+        self.pages.waiting.replace([request.name for request in requests])
+
+    def is_ready(self, request: Request) -> bool:
+        """Whether nothing is on its way from the disk for `request`, or it is quicker to compute it again."""
+        return self.disk is None or self._ahead.is_ready(request.name)
+
+    def prefill_took(self, tokens: int, seconds: float) -> None:
+        self.decision.computing.observe(tokens, seconds)
+
+    # Loading and saving
+
+    def load(self, request: Request, on_device: int = 0) -> tuple[int, int]:
+        """Note the use of what `request`, which runs now, finds in host memory beyond its `on_device` pages.
+
+        Returns the pages loaded, and how many of them came from the disk for it.
+        """
+        name, index = request.name, self.pages.index
+        chain = self._chains[name]
+        loadable = self._loadable(chain)
+        fetched = 0 if self.disk is None else self._fetched_within(name, loadable)
+        for order in self._baselines:
+            order.begin(request)
+        now = self._now()
+        for row in [index.find(key) for key in chain.keys[:loadable]]:
+            index.uses[row] += 1
+            index.last_use[row] = now
+            self.pages.soil(row)
+            for order in self._baselines:
+                if row in order.tier:
+                    order.used(row)
+        self.leave(request)
+        return max(0, loadable - on_device), fetched
+
+    def _fetched_within(self, name: str, loadable: int) -> int:
+        first, pages = self._fetch.arrived(name)
+        return max(0, min(pages, loadable - first))
+
+    def leave(self, request: Request) -> None:
+        """`request` runs: nothing is held for it any more."""
+        del self._chains[request.name]
+        self.pages.unwant(request.name)
+        if self.disk is not None:
+            self._ahead.leave(request.name)
+
+    def save(self, keys: Sequence[PageKey]) -> None:
+        """The pages `keys`, the first of a prompt first, were computed or loaded."""
+        parent: PageKey | None = None
+        now = self._now()
+        for place, key in enumerate(keys):
+            if not self.pages.is_kept(key):
+                row = self._admit(key, parent, place)
+                if row is None:
+                    self.declined += len(keys) - place
+                    return
+            self.pages.index.last_use[self.pages.index.find(key)] = now
+            parent = key
+
+    def _admit(self, key: PageKey, parent: PageKey | None, place: int) -> int | None:
+        if not all(order.admits(key) for order in self._baselines if order.tier is self.pages.in_host):
+            return None
+        rank = self._rank(key) if self.policy.looks_ahead else NOT_WAITING
+        row = self.pages.admit(key, parent, place * self._page_tokens, rank)
+        if row is None:
+            return None
+        self.pages.index.uses[row] = 1
+        self.pages.land(row, clean=False)
+        self.pages.unpin(row)
+        for name in self._awaited.pop(key, ()):
+            if name in self._chains:
+                self._look_up(name)
+        return row
+
+    def _rank(self, key: PageKey) -> int:
+        """Of the first waiting request that asks for the page; behind all where none does."""
+        waiting = self.pages.waiting
+        return min(
+            (waiting.rank(name) for name in self._awaited.get(key, ()) if name in waiting), default=len(waiting)
+        )
+
+    # Time
+
+    def poll(self) -> None:
+        """What the engine does in every scheduling pass."""
+        if self.disk is not None:
+            self.disk.advance()
+            self._fetch.poll()
+            self._ahead.advance()
+            self._write_behind.poll(reading=self._fetch.is_reading)
+        if self._ttl < math.inf:
+            self._expire(self._clock() - self._ttl)
+        if self.policy.refreshes:
+            if self._passes % REFRESH_INTERVAL == 0:
+                self._refresh_prefixes()
+            self._passes += 1
+
+    def _expire(self, limit: float) -> None:
+        self.pages.expire(EXPIRED_AT_ONCE, limit)
+        if self.disk is not None:
+            self.disk.remove(self._write_behind.evict(EXPIRED_AT_ONCE, limit))
+
+    def _refresh_prefixes(self) -> None:
+        """The last in the queue first, so that the head's prefix is the most recent."""
+        index = self.pages.index
+        for name in reversed(self.pages.waiting.requests[:REFRESHED]):
+            chain = self._chains[name]
+            for key in chain.keys[: self._loadable(chain)]:
+                index.last_use[index.find(key)] = self._now()
+
+    def next_event(self) -> float:
+        """When the disk ends something; infinity where it does nothing."""
+        return math.inf if self.disk is None else self.disk.next_event()
+
+    def check_invariants(self) -> None:
+        """Walks everything."""
+        self.pages.check_invariants()
