@@ -39,8 +39,8 @@ class Cost:
     def prefill(self, tokens: int, loaded_pages: int) -> float:
         """Until the first token: what is computed of the prompt, and loaded of it from host memory.
 
-        With overlap, layer l waits for its own pages and for layer l - 1: the slower of the two sets the pace, and
-        one layer of the quicker comes on top.
+        With overlap, layer l waits for its own pages and for layer l - 1: the slower of the two sets the pace,
+        and one layer of the quicker comes on top.
         """
         load, compute = self.load(loaded_pages), self.compute(tokens)
         if not self.overlap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +87,8 @@ class Simulation:
 
     def run(self) -> Outcome:
         """Serve everything."""
-        self._clock.now = start = (
-            self._workload.next_arrival() if self._workload.next_arrival() < math.inf else 0.0
-        )
+        first = self._workload.next_arrival()
+        self._clock.now = start = first if first < math.inf else 0.0
         while True:
             self._take_arrivals()
             self._store.poll()
@@ -115,11 +114,11 @@ class Simulation:
                 return True
         return False
 
-    def _in_order(self) -> list[Request]:
-        waiting = list(self._waiting.values())
-        if self._machine.schedule == "lpm" and len(waiting) <= LONGEST_PREFIX_QUEUE:
-            waiting.sort(key=self._store.restorable_pages, reverse=True)
-            self._store.reorder(waiting)
+    def _in_order(self) -> Iterable[Request]:
+        if self._machine.schedule != "lpm" or len(self._waiting) > LONGEST_PREFIX_QUEUE:
+            return self._waiting.values()
+        waiting = sorted(self._waiting.values(), key=self._store.restorable_pages, reverse=True)
+        self._store.reorder(waiting)
         return waiting
 
     def _prefill(self, request: Request) -> None:

@@ -199,9 +199,8 @@ class SimulatedStore:
     def _rank(self, key: PageKey) -> int:
         """Of the first waiting request that asks for the page; behind all where none does."""
         waiting = self.pages.waiting
-        return min(
-            (waiting.rank(name) for name in self._awaited.get(key, ()) if name in waiting), default=len(waiting)
-        )
+        ranks = (waiting.rank(name) for name in self._awaited.get(key, ()) if name in waiting)
+        return min(ranks, default=len(waiting))
 
     # Time
 

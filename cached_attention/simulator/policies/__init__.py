@@ -7,6 +7,7 @@ from cached_attention.simulator.policies.base import LeafOrder, MakeOrder, Polic
 from cached_attention.simulator.policies.belady import Belady
 from cached_attention.simulator.policies.fifo import ConversationsFirstInFirstOut, FirstInFirstOut
 from cached_attention.simulator.policies.frequency import LeastFrequentlyUsed
+from cached_attention.simulator.policies.nothing import KeepNothing
 from cached_attention.simulator.policies.recency import LeastRecentlyUsed
 from cached_attention.simulator.policies.s3fifo import S3Fifo
 from cached_attention.simulator.policies.segmented import SegmentedLru
@@ -15,10 +16,8 @@ from cached_attention.simulator.policies.tail import TailOptimisedLru
 __all__ = ["POLICIES", "LeafOrder", "MakeOrder", "Policy"]
 
 
-def _online(
-    name: str, label: str, order: MakeOrder, *, looks_ahead: bool = False, refreshes: bool = False
-) -> Policy:
-    return Policy(name, label, lambda _requests: order, looks_ahead, refreshes)
+def _online(name: str, label: str, order: MakeOrder, **traits: bool) -> Policy:
+    return Policy(name, label, lambda _requests: order, **traits)
 
 
 POLICIES = {
@@ -33,6 +32,7 @@ POLICIES = {
         _online("slru", "SLRU", SegmentedLru),
         _online("s3-fifo", "S3-FIFO", S3Fifo),
         _online("t-lru", "T-LRU", TailOptimisedLru),
+        _online("none", "recompute", KeepNothing),
         Policy("optimum", "optimum", Belady.of, offline=True),
     )
 }

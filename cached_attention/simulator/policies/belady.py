@@ -37,8 +37,8 @@ class Future:
 class Belady(LeafOrder):
     """The page that is asked for last goes first, and a new one stays out if it is asked for later still.
 
-    Belady, IBM Systems Journal 5 (2), 1966. A page is asked for no later than what follows it, so keeping to leaves
-    costs the optimum nothing.
+    Belady, IBM Systems Journal 5 (2), 1966. A page is asked for no later than what follows it, so keeping to
+    leaves costs the optimum nothing.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class FirstInFirstOut(LeafOrder):
 
 
 class ConversationsFirstInFirstOut(FirstInFirstOut):
-    """By the time at which the first page of the chain came into the tier: whole conversations, as in the paper."""
+    """By the time at which the first page of the chain came: whole conversations go, as in the paper."""
 
     def value(self, row: int) -> int:
         while (parent := self.index.parent[row]) != NOWHERE:
