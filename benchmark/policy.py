@@ -150,7 +150,7 @@ def _cost(args: argparse.Namespace) -> Cost:
 def _result(cell: Cell, outcome: Outcome, cost: Cost, seconds: float) -> Result:
     served = outcome.served
     pages = sum(one.request.prompt_pages for one in served)
-    tiers = np.array([(one.hits.device, one.hits.host, one.hits.disk) for one in served]).sum(axis=0) / pages
+    tiers = np.array([(one.hits.device, one.hits.host, one.hits.ahead + one.hits.disk) for one in served]).sum(axis=0) / pages
     times = np.array([one.ttft for one in served])
     return Result(
         load=cell.load,

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from cached_attention.index import PageKey
@@ -14,7 +15,7 @@ from cached_attention.simulator.clock import Clock
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.device import DeviceCache
 from cached_attention.simulator.policies import Policy
-from cached_attention.simulator.request import Hits, Outcome, Request, Served
+from cached_attention.simulator.request import Outcome, Request, Served
 from cached_attention.simulator.store import SimulatedStore
 from cached_attention.simulator.workload import Workload
 
@@ -108,7 +109,7 @@ class Simulation:
         """Run the first waiting request that is ready; False where none can run."""
         if len(self._running) >= self._cost.batch:
             return False
-        for request in self._in_order():
+        for request in islice(self._in_order(), self._cost.batch):
             if self._store.is_ready(request):
                 self._prefill(request)
                 return True
@@ -125,14 +126,12 @@ class Simulation:
         queue, wanted = len(self._waiting), len(self._wanted)
         self._stop_waiting(request)
         on_device = self._device.match(request.prompt_keys)
-        loaded, fetched = self._store.load(request, on_device)
-        fetched = min(fetched, loaded)
-        computed = max(1, request.prompt - (on_device + loaded) * self._machine.page_tokens)
+        hits = self._store.load(request, on_device)
+        computed = max(1, request.prompt - hits.pages * self._machine.page_tokens)
         started = self._clock.now
-        self._work(self._cost.prefill(computed, loaded))
+        self._work(self._cost.prefill(computed, hits.pages - hits.device))
         self._store.prefill_took(computed, self._cost.compute(computed))
         self._store.save(request.prompt_keys)
-        hits = Hits(on_device, loaded - fetched, fetched)
         served = Served(request, hits, computed, started, self._clock.now, queue, wanted)
         self._served.append(served)
         self._on_served(served)

@@ -8,7 +8,7 @@ from typing import Any
 from cached_attention.simulator.clock import Clock
 from cached_attention.simulator.engine import LOOK_AGAIN, Machine
 from cached_attention.simulator.policies import Policy
-from cached_attention.simulator.request import Hits, Outcome, Request, Served
+from cached_attention.simulator.request import Outcome, Request, Served
 
 
 class Replay:
@@ -51,10 +51,10 @@ class Replay:
             clock.now = min(store.next_event(), clock.now + LOOK_AGAIN)
             store.poll()
         started = clock.now
-        loaded, fetched = store.load(request)
-        computed = max(1, request.prompt - loaded * self._machine.page_tokens)
+        hits = store.load(request)
+        computed = max(1, request.prompt - hits.pages * self._machine.page_tokens)
         store.save(request.keys)
-        first_token = started + self._machine.cost.prefill(computed, loaded)
+        first_token = started + self._machine.cost.prefill(computed, hits.pages)
         return Served(
-            request, Hits(0, loaded - fetched, fetched), computed, started, first_token, 1, request.prompt_pages
+            request, hits, computed, started, first_token, 1, request.prompt_pages
         )

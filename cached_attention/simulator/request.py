@@ -35,12 +35,15 @@ class Hits:
 
     device: int = 0
     host: int = 0
+    """In host memory since they were saved, or fetched for another."""
+    ahead: int = 0
+    """Brought from the disk while it waited, and there when it was first to run."""
     disk: int = 0
-    """Brought to host memory while it waited, or when it was first to run."""
+    """Brought from the disk, and still on their way when it was first to run."""
 
     @property
     def pages(self) -> int:
-        return self.device + self.host + self.disk
+        return self.device + self.host + self.ahead + self.disk
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,18 +11,19 @@ from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.look_ahead import LookAhead
-from cached_attention.policy.eviction import NOT_WAITING
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.disk import SimulatedDisk
 from cached_attention.simulator.policies import LeafOrder, MakeOrder, Policy
-from cached_attention.simulator.request import Request
+from cached_attention.simulator.request import Hits, Request
 from cached_attention.tiers.host_slots import HostSlots
 from cached_attention.write_behind import WriteBehind
 
 TICK = 1e-6
 """Seconds of virtual time between two uses: no two pages are equally cold."""
 EXPIRED_AT_ONCE = 64
+UNPROTECTED_WINDOW = 16
+"""Waiting requests that are fetched for where what the others want may leave the disk."""
 REFRESHED = 128
 """Waiting requests whose prefixes SGLang keeps recent."""
 REFRESH_INTERVAL = 32
@@ -70,6 +71,10 @@ class SimulatedStore:
         self.declined = 0
         """Pages that found no room in host memory."""
         self._chains: dict[str, Chain] = {}
+        self._asked: dict[str, int] = {}
+        """Pages of the prompt that could be had when the disk was last asked."""
+        self._in_time: dict[str, int] = {}
+        """Pages that were in host memory when the request was first to run."""
         self._awaited: dict[PageKey, list[str]] = {}
         """Waiting requests by the first page that they lack."""
         self.disk: SimulatedDisk | None = None
@@ -77,7 +82,7 @@ class SimulatedStore:
             self.disk = SimulatedDisk(disk_pages, cost, clock)
             self._fetch = Fetch(self.pages, self.disk, self.decision.fetching, clock)
             # Others fetch when the request is first to run.
-            window = look_ahead if policy.looks_ahead else 1
+            window = look_ahead if policy.looks_ahead else UNPROTECTED_WINDOW if policy.fetches_ahead else 1
             self._ahead = LookAhead(self.pages, self._fetch, self.decision, window, page_tokens, clock)
             self._write_behind = WriteBehind(self.pages, self.disk, min_uses=1, clock=clock)
 
@@ -92,17 +97,30 @@ class SimulatedStore:
         """`request` waits, behind all others."""
         self._chains[request.name] = Chain(list(request.prompt_keys))
         self.pages.waiting.append(request.name)
-        self._look_up(request.name)
+        if self.policy.looks_ahead:
+            self._want(request.name)
+        if self.policy.fetches_ahead:
+            self._ask(request.name)
 
-    def _look_up(self, name: str) -> None:
+    def _want(self, name: str) -> None:
+        """Keep what `name` will ask for, and more of it as soon as there is more."""
         chain = self._chains[name]
-        restorable = self._restorable(chain)
-        if self.policy.looks_ahead and restorable:
+        if restorable := self._restorable(chain):
             self.pages.want(name, self.pages.index.find(chain.keys[restorable - 1]))
-        if self.disk is not None and restorable > (loadable := self._loadable(chain)):
-            self._ahead.ask(name, chain.keys[:restorable], loadable)
         if restorable < len(chain.keys):
             self._awaited.setdefault(chain.keys[restorable], []).append(name)
+
+    def _ask(self, name: str) -> None:
+        """Ask the disk for what host memory lacks."""
+        chain = self._chains[name]
+        restorable = self._restorable(chain)
+        if self.disk is None or self._asked.get(name) == restorable:
+            return
+        if self._asked.get(name, 0) > restorable:
+            self._ahead.leave(name)  # Some of it has left the disk.
+        self._asked[name] = restorable
+        if restorable > (loadable := self._loadable(chain)):
+            self._ahead.ask(name, chain.keys[:restorable], loadable)
 
     def _restorable(self, chain: Chain) -> int:
         self._refresh(chain)
@@ -128,22 +146,25 @@ class SimulatedStore:
 
     def is_ready(self, request: Request) -> bool:
         """Whether nothing is on its way from the disk for `request`, or it is quicker to compute it again."""
-        return self.disk is None or self._ahead.is_ready(request.name)
+        if self.disk is None:
+            return True
+        if request.name not in self._in_time:
+            self._in_time[request.name] = self._loadable(self._chains[request.name])
+            self._ask(request.name)
+            self._ahead.advance()
+        return self._ahead.is_ready(request.name)
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         self.decision.computing.observe(tokens, seconds)
 
     # Loading and saving
 
-    def load(self, request: Request, on_device: int = 0) -> tuple[int, int]:
-        """Note the use of what `request`, which runs now, finds in host memory beyond its `on_device` pages.
-
-        Returns the pages loaded, and how many of them came from the disk for it.
-        """
-        name, index = request.name, self.pages.index
-        chain = self._chains[name]
+    def load(self, request: Request, on_device: int = 0) -> Hits:
+        """Note the use of what `request`, which runs now, finds; `on_device` pages need no load."""
+        index = self.pages.index
+        chain = self._chains[request.name]
         loadable = self._loadable(chain)
-        fetched = 0 if self.disk is None else self._fetched_within(name, loadable)
+        hits = self._hits(request.name, on_device, loadable)
         for order in self._baselines:
             order.begin(request)
         now = self._now()
@@ -155,15 +176,22 @@ class SimulatedStore:
                 if row in order.tier:
                     order.used(row)
         self.leave(request)
-        return max(0, loadable - on_device), fetched
+        return hits
 
-    def _fetched_within(self, name: str, loadable: int) -> int:
-        first, pages = self._fetch.arrived(name)
-        return max(0, min(pages, loadable - first))
+    def _hits(self, name: str, on_device: int, loadable: int) -> Hits:
+        if self.disk is None:
+            return Hits(on_device, max(0, loadable - on_device))
+        first, fetched = self._fetch.arrived(name)
+        in_time = max(on_device, min(loadable, self._in_time.get(name, loadable)))
+        late = max(0, loadable - in_time)
+        ahead = max(0, min(in_time, first + fetched) - max(first, on_device)) if fetched else 0
+        return Hits(on_device, max(0, loadable - on_device) - late - ahead, ahead, late)
 
     def leave(self, request: Request) -> None:
         """`request` runs: nothing is held for it any more."""
         del self._chains[request.name]
+        self._asked.pop(request.name, None)
+        self._in_time.pop(request.name, None)
         self.pages.unwant(request.name)
         if self.disk is not None:
             self._ahead.leave(request.name)
@@ -184,8 +212,7 @@ class SimulatedStore:
     def _admit(self, key: PageKey, parent: PageKey | None, place: int) -> int | None:
         if not all(order.admits(key) for order in self._baselines if order.tier is self.pages.in_host):
             return None
-        rank = self._rank(key) if self.policy.looks_ahead else NOT_WAITING
-        row = self.pages.admit(key, parent, place * self._page_tokens, rank)
+        row = self.pages.admit(key, parent, place * self._page_tokens)
         if row is None:
             return None
         self.pages.index.uses[row] = 1
@@ -193,14 +220,10 @@ class SimulatedStore:
         self.pages.unpin(row)
         for name in self._awaited.pop(key, ()):
             if name in self._chains:
-                self._look_up(name)
+                self._want(name)
+                if self.policy.fetches_ahead:
+                    self._ask(name)
         return row
-
-    def _rank(self, key: PageKey) -> int:
-        """Of the first waiting request that asks for the page; behind all where none does."""
-        waiting = self.pages.waiting
-        ranks = (waiting.rank(name) for name in self._awaited.get(key, ()) if name in waiting)
-        return min(ranks, default=len(waiting))
 
     # Time
 
@@ -209,8 +232,11 @@ class SimulatedStore:
         if self.disk is not None:
             self.disk.advance()
             self._fetch.poll()
+            if self.policy.fetches_ahead and not self.policy.looks_ahead:
+                for name in self.pages.waiting.requests[:UNPROTECTED_WINDOW]:
+                    self._ask(name)
             self._ahead.advance()
-            self._write_behind.poll(reading=self._fetch.is_reading)
+            self._write_behind.poll(reading=self._fetch.is_reading and not __import__('os').environ.get('NOSLACK'))
         if self._ttl < math.inf:
             self._expire(self._clock() - self._ttl)
         if self.policy.refreshes:

@@ -23,7 +23,7 @@ def _online(name: str, label: str, order: MakeOrder, **traits: bool) -> Policy:
 POLICIES = {
     policy.name: policy
     for policy in (
-        _online("ours", "look-ahead", lambda i, t, w, _capacity: EvictionOrder(i, t, w), looks_ahead=True),
+        _online("ours", "look-ahead", lambda i, t, w, _capacity: EvictionOrder(i, t, w), looks_ahead=True, fetches_ahead=True),
         _online("lru", "LRU", LeastRecentlyUsed),
         _online("sglang", "SGLang's LRU", LeastRecentlyUsed, refreshes=True),
         _online("fifo", "FIFO", FirstInFirstOut),
@@ -32,6 +32,8 @@ POLICIES = {
         _online("slru", "SLRU", SegmentedLru),
         _online("s3-fifo", "S3-FIFO", S3Fifo),
         _online("t-lru", "T-LRU", TailOptimisedLru),
+        _online("fetching-lru", "LRU, fetched ahead", LeastRecentlyUsed, fetches_ahead=True),
+        _online("fetching-fifo", "FIFO, fetched ahead", ConversationsFirstInFirstOut, fetches_ahead=True),
         _online("none", "recompute", KeepNothing),
         Policy("optimum", "optimum", Belady.of, offline=True),
     )

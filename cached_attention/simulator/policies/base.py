@@ -88,6 +88,8 @@ class Policy:
     """Called with all requests in the order in which they will run, which only the offline optimum looks at."""
     looks_ahead: bool = False
     """Whether it is told what the waiting requests will ask for."""
+    fetches_ahead: bool = False
+    """Whether the disk is asked in the order of the queue, before a request is first to run."""
     refreshes: bool = False
     """Whether waiting requests keep their prefixes recent, as in SGLang's device cache."""
     offline: bool = False
