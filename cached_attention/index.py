@@ -50,6 +50,8 @@ class PageIndex:
         """Of the record's bytes and key; means something once the page is ready in a tier."""
         self.uses = array("I")
         """How often a request came back to the page, its making included."""
+        self.kind = bytearray()
+        """Class of the page, see `NextUse`; told by who uses it."""
         self.pins = array("i")
         self._followers = array("i")
         self._rows: dict[PageKey, int] = {}
@@ -88,12 +90,13 @@ class PageIndex:
     def _new_row(self, key: PageKey) -> int:
         if self._free:
             row = self._free.pop()
-            self.keys[row], self.last_use[row], self.uses[row] = key, 0.0, 0
+            self.keys[row], self.last_use[row], self.uses[row], self.kind[row] = key, 0.0, 0, 0
         else:
             row = len(self.keys)
             self.keys.append(key)
             self.last_use.append(0.0)
             self.checksum.append(0)
+            self.kind.append(0)
             for column in (self.parent, self.position, *(tier.slot for tier in self.tiers)):
                 column.append(NOWHERE)
             for column in (self.pins, self.uses, self._followers, *(tier.children for tier in self.tiers)):

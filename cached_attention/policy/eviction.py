@@ -1,4 +1,6 @@
-"""The order in which pages leave a tier: unwanted and coldest first, the tail of a chain before its head."""
+"""The order in which pages leave a tier: unwanted and least likely to be used first, the tail of a chain
+before its head.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +9,50 @@ import math
 
 from cached_attention.index import PageIndex, Residency
 from cached_attention.policy.demand import Demand, WaitingOrder
+from cached_attention.policy.next_use import BINS, BOUNDS, KINDS, NextUse, bin_of
 
 NOT_WAITING = -1
 """Rank of what goes before all that waits: it may push out any page that a waiting request wants."""
 
 
 class EvictionOrder:
-    """Unpinned leaves of one tier: first what no waiting request wants, the coldest of them before others,
+    """Unpinned leaves of one tier: first what no waiting request wants, that of least worth before others,
     then what is wanted, from the request that is furthest from running.
 
     Only a page that no page of the tier follows may go, so a chain shrinks from its tail and what
     stays is always a usable prefix. Touching, pinning or wanting a page changes columns of the index and
     the demand, not this order: an entry that is out of date is put right when it reaches the front. Each
     page is queued at most once, so the order never outgrows the tier.
+
+    Pages of one class and age bin are alike (see `NextUse`), so there is one queue for each of these, the
+    coldest page first, and a page moves on to the queue of the next bin as it ages. Of queues of equal
+    worth the one with the coldest page goes first, so the order is that of last use while nothing is known.
+
+    Args:
+        next_use: shared by the orders of all tiers; where it is never told of a use, the order is LRU.
     """
 
-    def __init__(self, index: PageIndex, tier: Residency, waiting: WaitingOrder | None = None) -> None:
+    def __init__(
+        self,
+        index: PageIndex,
+        tier: Residency,
+        waiting: WaitingOrder | None = None,
+        next_use: NextUse | None = None,
+    ) -> None:
         self._index = index
         self.tier = tier
-        self._heap: list[tuple[float, int]] = []
+        self._next_use = NextUse() if next_use is None else next_use
+        self._queues: list[list[tuple[float, int]]] = [[] for _ in range(KINDS * BINS)]
+        """Of (last use, row), by class and bin."""
+        self._fronts: list[tuple[float, float, int]] = []
+        """Of (worth, last use of the first page, queue): an entry for the front of each queue, among others."""
         self._queued = bytearray()
+        self._seen = (-1, 0.0)
         self.demand = Demand(WaitingOrder() if waiting is None else waiting, index, tier, freed=self.offer)
+
+    def __len__(self) -> int:
+        """Pages queued."""
+        return sum(map(len, self._queues))
 
     def offer(self, row: int) -> None:
         """Say that `row` may have become evictable: placed, unpinned, unwanted, or left by the page after it."""
@@ -37,33 +62,77 @@ class EvictionOrder:
             self.demand.offer(row)
         elif not self._queued[row] and self._evictable(row):
             self._queued[row] = True
-            heapq.heappush(self._heap, (self._index.last_use[row], row))
+            last_use = self._index.last_use[row]
+            number = self._index.kind[row] * BINS + bin_of(self._next_use.now - last_use)
+            queue = self._queues[number]
+            heapq.heappush(queue, (last_use, row))
+            if queue[0][1] == row:
+                self._announce(number)
+
+    def _announce(self, number: int) -> None:
+        """The queue has another front."""
+        if queue := self._queues[number]:
+            worth = self._next_use.worth[number // BINS][number % BINS]
+            heapq.heappush(self._fronts, (worth, queue[0][0], number))
 
     def take(self, used_before: float = math.inf, for_rank: int = NOT_WAITING) -> int | None:
         """The page to evict next, or None when nothing evictable was last used before `used_before`.
 
-        The caller displaces it. `for_rank`: who takes waits at this rank, and gets no page that is
-        wanted at that rank or before it.
+        The caller displaces it. With `used_before` the coldest page goes first, whatever its worth.
+        `for_rank`: who takes waits at this rank, and gets no page that is wanted at that rank or before it.
         """
-        row = self._coldest_unwanted(used_before)
-        if row is None and used_before == math.inf:
-            row = self._wanted_behind(for_rank)
-        return row
+        if used_before < math.inf:
+            return self._coldest(used_before)
+        row = self._least_worth()
+        return self._wanted_behind(for_rank) if row is None else row
 
-    def _coldest_unwanted(self, used_before: float) -> int | None:
-        while self._heap:
-            last_use, row = heapq.heappop(self._heap)
-            self._queued[row] = False
-            if not self._evictable(row) or self.demand.is_wanted(row):
-                continue  # It is offered again when that ends.
-            if self._index.last_use[row] > last_use:
-                self.offer(row)
-                continue
-            if self._index.last_use[row] >= used_before:
-                self.offer(row)
-                return None
-            return row
+    def _least_worth(self) -> int | None:
+        if self._seen != (self._next_use.version, self._next_use.now):
+            self._catch_up()
+        while self._fronts:
+            _, last_use, number = heapq.heappop(self._fronts)
+            queue = self._queues[number]
+            if queue and queue[0][0] == last_use:
+                row = self._pop(number)
+                self._announce(number)
+                if row is not None:
+                    return row
         return None
+
+    def _catch_up(self) -> None:
+        """Time went on, or the estimates changed: move on what has aged, and order the queues anew."""
+        self._seen = self._next_use.version, self._next_use.now
+        for number, queue in enumerate(self._queues):
+            limit = self._next_use.now - BOUNDS[number % BINS + 1]
+            while queue and queue[0][0] <= limit:
+                row = heapq.heappop(queue)[1]
+                self._queued[row] = False
+                self.offer(row)
+        self._fronts = []
+        for number in range(len(self._queues)):
+            self._announce(number)
+
+    def _coldest(self, used_before: float) -> int | None:
+        while True:
+            fronts = [(queue[0][0], number) for number, queue in enumerate(self._queues) if queue]
+            last_use, number = min(fronts, default=(math.inf, -1))
+            if last_use >= used_before:
+                return None
+            row = self._pop(number)
+            self._announce(number)
+            if row is not None:
+                return row
+
+    def _pop(self, number: int) -> int | None:
+        """The first page of a queue; None where its entry was out of date."""
+        last_use, row = heapq.heappop(self._queues[number])
+        self._queued[row] = False
+        if not self._evictable(row) or self.demand.is_wanted(row):
+            return None  # It is offered again when that ends.
+        if self._index.last_use[row] > last_use or self._index.kind[row] != number // BINS:
+            self.offer(row)
+            return None
+        return row
 
     def _wanted_behind(self, rank: int) -> int | None:
         for row in self.demand.furthest():

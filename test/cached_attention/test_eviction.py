@@ -99,7 +99,7 @@ class TreeOfPages(RuleBasedStateMachine):
         self.index.check_invariants()
         assert self.tier.pages == len(self.index) == len(self.resident)
         assert {self.index.keys[row] for row in self.index.rows()} == {w.encode() for w in self.resident}
-        assert len(self.order._heap) <= len(self.index.keys)
+        assert len(self.order) <= len(self.index.keys)
 
 
 TestTreeOfPages = TreeOfPages.TestCase

@@ -1,0 +1,186 @@
+"""How soon will a page be used again? Learnt from the gaps seen: the order of eviction where no request waits."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+SHORTEST, BINS = 1 / 16, 28
+"""The first age bin ends at so many seconds; each further one is as long as all before it."""
+BOUNDS = [0.0, *(SHORTEST * 2**k for k in range(BINS - 1)), math.inf]
+"""Seconds at which the bins begin, and at which the last ends."""
+USES = (1, 2, 3, 5, 8)
+"""Upper ends of the classes of uses; the last class is open."""
+KIND = bytes(bisect_left(USES, uses) for uses in range(257))
+"""Class of a page by its uses."""
+ENDS = len(USES) + 1
+"""Added to the class of the last page of a prompt."""
+KINDS = 2 * ENDS
+PRIOR_USES = 400.0
+"""Weight of what is assumed of a class, in page uses: a few conversations, as the pages of one return together."""
+PRIOR_RETURN = 0.1
+"""Assumed chance of a use in each bin: then the worth of a page falls as one over its age, which is LRU."""
+WATCHED = 1 << 15
+"""Pages that are watched at most."""
+CELLS = 1 << 22
+"""Counters of uses, a byte each; pages whose keys fall on one cell share it."""
+FORGETTING = 1 << 20
+"""Uses after which what was counted weighs half."""
+HALF = bytes(count // 2 for count in range(256))
+
+
+def bin_of(age: float) -> int:
+    """Bin of an age in seconds."""
+    return 0 if age < SHORTEST else min(BINS - 1, 1 + int(math.log2(age / SHORTEST)))
+
+
+@dataclass(slots=True, eq=False)
+class _Watch:
+    """A sampled page since its last use, wherever its bytes are by now."""
+
+    key: bytes
+    used: float
+    kind: int
+    bin: int = 0
+    is_over: bool = False
+
+
+class NextUse:
+    """The expected uses of a page per second that it is kept, by its class and its age.
+
+    Pages are classed by what is cheap to know: how often they were used, and whether they end a prompt (an
+    end that is not a whole block, or that the next turn replaces, does not come back). Per class, the hazard
+    of a use in each age bin is the part of the pages reaching the bin that are used in it. It is learnt
+    from a sample of pages that are watched from use to use, in a tier or out of it, so that pages that were
+    evicted count as those that were kept, and pages that never return count from the first bin on. Uses are
+    counted for all pages, evicted ones too, in cells by hash (TinyLFU, Einziger et al., ACM ToS 2017).
+    The sample is of keys below a threshold that falls as the record fills (SHARDS, Waldspurger et al., FAST
+    2015, section 3.2), so memory is bounded and each page stands for the same number of others.
+
+    The worth of a page is the Gittins index of its class and age (Gittins, J. R. Stat. Soc. B 41, 1979): the
+    highest ratio, over all times to give up at, of the chance of a use to the seconds kept until it or until
+    giving up. In contrast to the hazard at hand it sees that a user takes a while to type; in contrast to
+    hit density (LHD, Beckmann et al., NSDI 2018, section 4) it does not depend on what was evicted so far.
+
+    A class of which little is known is taken for the mean of all classes, and that for `PRIOR_RETURN`, where
+    worth falls with age: a cold start is LRU.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        """Of the last use, in seconds."""
+        self._reached = [[0.0] * BINS for _ in range(KINDS)]
+        self._used = [[0.0] * BINS for _ in range(KINDS)]
+        self._watched: dict[bytes, _Watch] = {}
+        self._by_bin: list[deque[_Watch]] = [deque() for _ in range(BINS)]
+        self._threshold = 1 << 32
+        self._counts = bytearray(CELLS)
+        self._uses, self._refresh_at, self._halve_at = 0, 64, FORGETTING
+        self.version = 0
+        """Counts the changes of `worth`."""
+        self._learn()
+
+    def used(self, keys: Sequence[bytes], now: float) -> list[int]:
+        """A request with the prompt `keys` came; returns the class of each page from now on.
+
+        To be called once per request, with all pages of its prompt, whether they are in a tier or not.
+        """
+        self.now = max(self.now, now)
+        self._age()
+        self._uses += len(keys)
+        counts, threshold = self._counts, self._threshold
+        kinds, last = [], len(keys) - 1
+        for page, key in enumerate(keys):
+            hashed = crc32(key)
+            cell = hashed % CELLS
+            if (uses := counts[cell] + 1) < 256:
+                counts[cell] = uses
+            kind = KIND[uses] + (ENDS if page == last else 0)
+            kinds.append(kind)
+            if hashed < threshold:
+                self._watch(key, kind)
+        return kinds
+
+    def _watch(self, key: bytes, kind: int) -> None:
+        if (known := self._watched.pop(key, None)) is not None:
+            self._used[known.kind][known.bin] += 1
+            known.is_over = True
+        watch = self._watched[key] = _Watch(key, self.now, kind)
+        self._by_bin[0].append(watch)
+        self._reached[kind][0] += 1
+
+    def kinds(self, keys: Iterable[bytes]) -> list[int]:
+        """Classes of pages that are made now; those of a prompt were told of when it came."""
+        return [KIND[self._counts[crc32(key) % CELLS]] for key in keys]
+
+    def _age(self) -> None:
+        for bin, queue in enumerate(self._by_bin[:-1]):
+            limit = self.now - BOUNDS[bin + 1]
+            while queue and (queue[0].is_over or queue[0].used <= limit):
+                watch = queue.popleft()
+                if not watch.is_over:
+                    watch.bin += 1
+                    self._reached[watch.kind][watch.bin] += 1
+                    self._by_bin[watch.bin].append(watch)
+        if len(self._watched) > WATCHED:
+            self._thin_out()
+        if self._uses >= self._halve_at:
+            self._forget_half()
+        if self._uses >= self._refresh_at:
+            self._refresh_at = self._uses + max(64, min(1 << 13, self._uses // 8))
+            self._learn()
+
+    def _thin_out(self) -> None:
+        """Watch half as many; walks what is watched, once in `WATCHED` / 2 new pages."""
+        self._threshold //= 2
+        self._weigh_half()
+        for key in [key for key in self._watched if crc32(key) >= self._threshold]:
+            self._watched.pop(key).is_over = True
+        for bin, queue in enumerate(self._by_bin):
+            self._by_bin[bin] = deque(watch for watch in queue if not watch.is_over)
+
+    def _weigh_half(self) -> None:
+        for counts in (*self._reached, *self._used):
+            counts[:] = [count / 2 for count in counts]
+
+    def _forget_half(self) -> None:
+        self._halve_at = self._uses + FORGETTING
+        self._weigh_half()
+        self._counts = self._counts.translate(HALF)
+
+    def _learn(self) -> None:
+        reached = [sum(column) for column in zip(*self._reached, strict=True)]
+        used = [sum(column) for column in zip(*self._used, strict=True)]
+        weight = PRIOR_USES * self._threshold / (1 << 32)
+        mean = _hazard(used, reached, [PRIOR_RETURN] * BINS, weight)
+        self.worth = [
+            _gittins(_hazard(*counts, mean, weight)) for counts in zip(self._used, self._reached, strict=True)
+        ]
+        """Per class and age bin: expected uses per second kept, from the start of the bin on."""
+        self.version += 1
+
+
+def _hazard(
+    used: list[float], reached: list[float], prior: list[float], weight: float
+) -> list[float]:
+    return [
+        min(1.0, (u + weight * p) / (r + weight)) for u, r, p in zip(used, reached, prior, strict=True)
+    ]
+
+
+def _gittins(hazard: list[float]) -> list[float]:
+    """Per bin the highest ratio of expected uses to expected seconds, over all bins to give up after."""
+    worth = []
+    for first in range(BINS - 1):
+        left, uses, seconds, best = 1.0, 0.0, 0.0, 0.0
+        for bin in range(first, BINS - 1):
+            uses += left * hazard[bin]
+            seconds += left * (1 - hazard[bin] / 2) * (BOUNDS[bin + 1] - BOUNDS[bin])
+            left *= 1 - hazard[bin]
+            best = max(best, uses / seconds)
+        worth.append(best)
+    return [*worth, worth[-1] / 2]
