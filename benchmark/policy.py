@@ -12,14 +12,14 @@ On time, on a machine that takes 1.2 times as long for everything:
 
     python -m benchmark.policy --trace conversation.jsonl --capacity 1000 --slower 1.2
 
-The trace is JSONL in Mooncake's format, with an id per block of 512 tokens. The hit rate counts every block of every
-prompt, first-time blocks included. The gap is that between LRU and the optimum (Belady's, for the same order of
-execution): a policy at LRU's hit rate closes 0% of it.
+The trace is JSONL in Mooncake's format, with an id per block of 512 tokens. The hit rate counts every block of
+every prompt, first-time blocks included. The gap is that between LRU and the optimum (Belady's, for the same
+order of execution): a policy at LRU's hit rate closes 0% of it.
 
-A queue covers a capacity where the pages that would fill it are known: where, on average, as many pages as the tier
-holds are wanted by a request that waited already when they were last used. Only of those can looking ahead know at
-that moment that they should stay. `wanted` are the distinct pages of all prompts in the queue, most of them never
-seen before; `known` are the former.
+A queue covers a capacity where the pages that would fill it are known: where, on average, as many pages as the
+tier holds are wanted by a request that waited already when they were last used. Only of those can looking ahead
+know at that moment that they should stay. `known` counts them. `wanted` counts the distinct pages of all prompts
+in the queue; most of these were never computed before, and need no room until they are.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from cached_attention.simulator.request import Outcome, Request
 from cached_attention.simulator.trace import BLOCK, TraceError, read_trace
 from cached_attention.simulator.workload import OnTime, Saturated
 
-SHOWN = ("ours", "lru", "sglang", "fifo", "lfu", "slru", "s3-fifo", "t-lru", "optimum")
+SHOWN = ("ours", "ours-lru", "lru", "sglang", "fifo", "lfu", "slru", "s3-fifo", "t-lru", "optimum")
 ON_ARRIVAL, ON_TIME = "on arrival", "on time"
 
 
@@ -150,7 +150,10 @@ def _cost(args: argparse.Namespace) -> Cost:
 def _result(cell: Cell, outcome: Outcome, cost: Cost, seconds: float) -> Result:
     served = outcome.served
     pages = sum(one.request.prompt_pages for one in served)
-    tiers = np.array([(one.hits.device, one.hits.host, one.hits.ahead + one.hits.disk) for one in served]).sum(axis=0) / pages
+    tiers = (
+        np.array([(one.hits.device, one.hits.host, one.hits.ahead + one.hits.disk) for one in served]).sum(axis=0)
+        / pages
+    )
     times = np.array([one.ttft for one in served])
     return Result(
         load=cell.load,
@@ -286,7 +289,8 @@ def _title(load: str, result: Result, known: dict[str, float]) -> str:
 def _table(results: Sequence[Result], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     tiers = [name for name in ("device", "host", "disk") if any(getattr(one, name) for one in results)]
-    for name in ("pages", "policy", "hit rate", "of gap", *tiers, "TTFT mean", "P99", "written"):
+    tiers = tiers if len(tiers) > 1 else []
+    for name in ("pages", "policy", "hit rate", "of gap", *tiers, "TTFT", "P99", "written"):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for place, one in enumerate(results):
         if place and results[place - 1].capacity != one.capacity:

@@ -164,12 +164,8 @@ class NextUse:
         self.version += 1
 
 
-def _hazard(
-    used: list[float], reached: list[float], prior: list[float], weight: float
-) -> list[float]:
-    return [
-        min(1.0, (u + weight * p) / (r + weight)) for u, r, p in zip(used, reached, prior, strict=True)
-    ]
+def _hazard(used: list[float], reached: list[float], prior: list[float], weight: float) -> list[float]:
+    return [min(1.0, (u + weight * p) / (r + weight)) for u, r, p in zip(used, reached, prior, strict=True)]
 
 
 def _gittins(hazard: list[float]) -> list[float]:

@@ -76,7 +76,7 @@ class Simulation:
         self._workload = workload
         self._on_served = served
         self._clock = Clock()
-        self._store = machine.store(policy, requests, self._clock)
+        self.store = machine.store(policy, requests, self._clock)
         self._device = DeviceCache(machine.device_pages)
         self._waiting: dict[str, Request] = {}
         self._wanted: Counter[PageKey] = Counter()
@@ -92,25 +92,25 @@ class Simulation:
         self._clock.now = start = first if first < math.inf else 0.0
         while True:
             self._take_arrivals()
-            self._store.poll()
+            self.store.poll()
             if not (self._prefill_next() or self._decode() or self._idle()):
                 break
-        disk = self._store.disk
+        disk = self.store.disk
         written = 0 if disk is None else disk.written_pages
-        return Outcome(self._served, self._clock.now - start, self._busy, written, self._store.declined)
+        return Outcome(self._served, self._clock.now - start, self._busy, written, self.store.declined)
 
     def _take_arrivals(self) -> None:
         while (request := self._workload.due(self._clock.now, len(self._waiting))) is not None:
             self._waiting[request.name] = request
             self._wanted.update(request.prompt_keys)
-            self._store.arrive(request)
+            self.store.arrive(request)
 
     def _prefill_next(self) -> bool:
         """Run the first waiting request that is ready; False where none can run."""
         if len(self._running) >= self._cost.batch:
             return False
         for request in islice(self._in_order(), self._cost.batch):
-            if self._store.is_ready(request):
+            if self.store.is_ready(request):
                 self._prefill(request)
                 return True
         return False
@@ -118,20 +118,20 @@ class Simulation:
     def _in_order(self) -> Iterable[Request]:
         if self._machine.schedule != "lpm" or len(self._waiting) > LONGEST_PREFIX_QUEUE:
             return self._waiting.values()
-        waiting = sorted(self._waiting.values(), key=self._store.restorable_pages, reverse=True)
-        self._store.reorder(waiting)
+        waiting = sorted(self._waiting.values(), key=self.store.restorable_pages, reverse=True)
+        self.store.reorder(waiting)
         return waiting
 
     def _prefill(self, request: Request) -> None:
         queue, wanted = len(self._waiting), len(self._wanted)
         self._stop_waiting(request)
         on_device = self._device.match(request.prompt_keys)
-        hits = self._store.load(request, on_device)
+        hits = self.store.load(request, on_device)
         computed = max(1, request.prompt - hits.pages * self._machine.page_tokens)
         started = self._clock.now
         self._work(self._cost.prefill(computed, hits.pages - hits.device))
-        self._store.prefill_took(computed, self._cost.compute(computed))
-        self._store.save(request.prompt_keys)
+        self.store.prefill_took(computed, self._cost.compute(computed))
+        self.store.save(request.prompt_keys)
         served = Served(request, hits, computed, started, self._clock.now, queue, wanted)
         self._served.append(served)
         self._on_served(served)
@@ -162,7 +162,7 @@ class Simulation:
     def _finish_ended(self) -> None:
         while self._running and self._running[0][0] <= self._steps:
             _, _, request = heapq.heappop(self._running)
-            self._store.save(request.keys)
+            self.store.save(request.keys)
             self._device.insert(request.keys)
             self._workload.answered(request, self._clock.now)
 
@@ -175,7 +175,7 @@ class Simulation:
         arrival = self._workload.next_arrival()
         if not self._waiting:
             return arrival
-        return min(arrival, self._store.next_event(), self._clock.now + LOOK_AGAIN)
+        return min(arrival, self.store.next_event(), self._clock.now + LOOK_AGAIN)
 
     def _idle(self) -> bool:
         """Wait for what happens next; False where nothing will."""

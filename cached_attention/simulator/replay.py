@@ -29,7 +29,7 @@ class Replay:
         self._requests = requests
         self._on_served = served
         self._clock = Clock()
-        self._store = machine.store(policy, requests, self._clock)
+        self.store = machine.store(policy, requests, self._clock)
 
     def run(self) -> Outcome:
         """Serve everything."""
@@ -39,11 +39,11 @@ class Replay:
             self._on_served(served[-1])
         seconds = self._clock.now - self._requests[0].arrival if self._requests else 0.0
         busy = sum(one.prefill for one in served)
-        written = 0 if self._store.disk is None else self._store.disk.written_pages
-        return Outcome(served, seconds, busy, written, self._store.declined)
+        written = 0 if self.store.disk is None else self.store.disk.written_pages
+        return Outcome(served, seconds, busy, written, self.store.declined)
 
     def _serve(self, request: Request) -> Served:
-        clock, store = self._clock, self._store
+        clock, store = self._clock, self.store
         clock.now = max(clock.now, request.arrival)
         store.arrive(request)
         store.poll()
@@ -55,6 +55,4 @@ class Replay:
         computed = max(1, request.prompt - hits.pages * self._machine.page_tokens)
         store.save(request.keys)
         first_token = started + self._machine.cost.prefill(computed, hits.pages)
-        return Served(
-            request, hits, computed, started, first_token, 1, request.prompt_pages
-        )
+        return Served(request, hits, computed, started, first_token, 1, request.prompt_pages)

@@ -11,6 +11,8 @@ from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.look_ahead import LookAhead
+from cached_attention.policy.eviction import EvictionOrder
+from cached_attention.policy.next_use import NextUse
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.disk import SimulatedDisk
@@ -59,11 +61,18 @@ class SimulatedStore:
         self._ttl = ttl
         self._time = 0.0
         self._passes = 0
+        self._next_use = NextUse()
+        self._kinds: dict[PageKey, int] = {}
+        """Classes of the pages of the prompts that ran last."""
         capacities = {"host": host_pages, "disk": disk_pages}
         self.pages = Hierarchy(
             HostSlots(host_pages),
             has_disk=disk_pages > 0,
-            order=lambda index, tier, waiting: order(index, tier, waiting, capacities[tier.name]),
+            order=lambda index, tier, waiting: (
+                EvictionOrder(index, tier, waiting, self._next_use)
+                if policy.learns
+                else order(index, tier, waiting, capacities[tier.name])
+            ),
         )
         both = (self.pages.host_order, self.pages.disk_order)
         self._baselines = [one for one in both if isinstance(one, LeafOrder)]
@@ -168,6 +177,8 @@ class SimulatedStore:
         for order in self._baselines:
             order.begin(request)
         now = self._now()
+        if self.policy.learns:
+            self._kinds = dict(zip(chain.keys, self._next_use.used(chain.keys, now), strict=True))
         for row in [index.find(key) for key in chain.keys[:loadable]]:
             index.uses[row] += 1
             index.last_use[row] = now
@@ -201,12 +212,13 @@ class SimulatedStore:
         parent: PageKey | None = None
         now = self._now()
         for place, key in enumerate(keys):
-            if not self.pages.is_kept(key):
-                row = self._admit(key, parent, place)
-                if row is None:
-                    self.declined += len(keys) - place
-                    return
-            self.pages.index.last_use[self.pages.index.find(key)] = now
+            if not self.pages.is_kept(key) and self._admit(key, parent, place) is None:
+                self.declined += len(keys) - place
+                return
+            row = self.pages.index.find(key)
+            self.pages.index.last_use[row] = now
+            if key in self._kinds:
+                self.pages.index.kind[row] = self._kinds[key]
             parent = key
 
     def _admit(self, key: PageKey, parent: PageKey | None, place: int) -> int | None:
@@ -216,6 +228,8 @@ class SimulatedStore:
         if row is None:
             return None
         self.pages.index.uses[row] = 1
+        self.pages.index.last_use[row] = self._time
+        self.pages.index.kind[row] = self._kinds.get(key, 0)
         self.pages.land(row, clean=False)
         self.pages.unpin(row)
         for name in self._awaited.pop(key, ()):
@@ -236,7 +250,7 @@ class SimulatedStore:
                 for name in self.pages.waiting.requests[:UNPROTECTED_WINDOW]:
                     self._ask(name)
             self._ahead.advance()
-            self._write_behind.poll(reading=self._fetch.is_reading and not __import__('os').environ.get('NOSLACK'))
+            self._write_behind.poll(self._fetch.is_reading, self._fetch.held)
         if self._ttl < math.inf:
             self._expire(self._clock() - self._ttl)
         if self.policy.refreshes:

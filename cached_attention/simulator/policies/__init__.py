@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cached_attention.index import PageIndex, Residency
+from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import EvictionOrder
 from cached_attention.simulator.policies.base import LeafOrder, MakeOrder, Policy
 from cached_attention.simulator.policies.belady import Belady
@@ -20,10 +22,16 @@ def _online(name: str, label: str, order: MakeOrder, **traits: bool) -> Policy:
     return Policy(name, label, lambda _requests: order, **traits)
 
 
+def _engine_order(index: PageIndex, tier: Residency, waiting: WaitingOrder, _capacity: int) -> EvictionOrder:
+    """With nothing learnt: LRU where no request waits."""
+    return EvictionOrder(index, tier, waiting)
+
+
 POLICIES = {
     policy.name: policy
     for policy in (
-        _online("ours", "look-ahead", lambda i, t, w, _capacity: EvictionOrder(i, t, w), looks_ahead=True, fetches_ahead=True),
+        _online("ours", "look-ahead, learnt", _engine_order, looks_ahead=True, fetches_ahead=True, learns=True),
+        _online("ours-lru", "look-ahead, LRU", _engine_order, looks_ahead=True, fetches_ahead=True),
         _online("lru", "LRU", LeastRecentlyUsed),
         _online("sglang", "SGLang's LRU", LeastRecentlyUsed, refreshes=True),
         _online("fifo", "FIFO", FirstInFirstOut),

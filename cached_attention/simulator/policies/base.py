@@ -88,6 +88,8 @@ class Policy:
     """Called with all requests in the order in which they will run, which only the offline optimum looks at."""
     looks_ahead: bool = False
     """Whether it is told what the waiting requests will ask for."""
+    learns: bool = False
+    """Whether what no waiting request wants goes by its learnt next use, else by its last use."""
     fetches_ahead: bool = False
     """Whether the disk is asked in the order of the queue, before a request is first to run."""
     refreshes: bool = False
