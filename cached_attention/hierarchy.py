@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
+from cached_attention.policy.next_use import NextUse
 from cached_attention.tiers.disk_index import DiskRecord
 from cached_attention.tiers.host_slots import HostSlots
 
@@ -27,15 +28,16 @@ class Hierarchy:
         host: HostSlots,
         *,
         has_disk: bool,
-        order: Callable[[PageIndex, Residency, WaitingOrder], EvictionOrder] = EvictionOrder,
+        order: Callable[[PageIndex, Residency, WaitingOrder, NextUse], EvictionOrder] = EvictionOrder,
     ) -> None:
         self.host = host
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
         self.waiting = WaitingOrder()
-        self.host_order = order(self.index, self.in_host, self.waiting)
-        self.disk_order = order(self.index, self.on_disk, self.waiting)
-        self.dirty_order = EvictionOrder(self.index, self.dirty)
+        self.next_use = NextUse()
+        self.host_order = order(self.index, self.in_host, self.waiting, self.next_use)
+        self.disk_order = order(self.index, self.on_disk, self.waiting, self.next_use)
+        self.dirty_order = EvictionOrder(self.index, self.dirty, next_use=self.next_use)
         self.has_disk = has_disk
         self.epoch = 0
         """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
@@ -75,6 +77,13 @@ class Hierarchy:
         wanted = any(order.demand.is_wanted(row) for order in (self.host_order, self.disk_order))
         return unfollowed and not wanted and not self.index.pins[row]
 
+    def note_prompt(self, keys: Sequence[PageKey], now: float) -> None:
+        """A request with the prompt `keys` came; to be called once for each."""
+        find, kind = self.index.find, self.index.kind
+        for key, known in zip(keys, self.next_use.used(keys, now), strict=True):
+            if (row := find(key)) != NOWHERE:
+                kind[row] = known
+
     def want(self, request: str, row: int) -> None:
         """`request`, which waits, will ask for the pages up to `row`."""
         for order in (self.host_order, self.disk_order):
@@ -97,6 +106,7 @@ class Hierarchy:
         if slot is None:
             return None
         row = self.index.add(key, parent, position)
+        (self.index.kind[row],) = self.next_use.kinds([key])
         self.index.place(row, self.in_host, slot)
         self.index.pin(row)
         return row

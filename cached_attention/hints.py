@@ -11,6 +11,7 @@ GRACE = 60.0
 """Seconds beyond its time that an expected turn is waited for."""
 MOST_HINTS = 1024
 """Of which the last to be due give way to new ones."""
+_PREFIX = "hint "
 
 
 class Hint(NamedTuple):
@@ -33,7 +34,12 @@ class Hints:
     @staticmethod
     def name(last: PageKey) -> str:
         """Of the hint for the chain that ends with `last`; no request is called so."""
-        return f"hint {last.hex()}"
+        return f"{_PREFIX}{last.hex()}"
+
+    @staticmethod
+    def is_name(request: str) -> bool:
+        """Whether `request` stands for a hint."""
+        return request.startswith(_PREFIX)
 
     def order(self) -> Sequence[str]:
         """Names, the first to be due first."""

@@ -53,6 +53,8 @@ class PageIndex:
         self.kind = bytearray()
         """Class of the page, see `NextUse`; told by who uses it."""
         self.pins = array("i")
+        self._places = bytearray()
+        """Tiers that the page is in."""
         self._followers = array("i")
         self._rows: dict[PageKey, int] = {}
         self._free: list[int] = []
@@ -97,6 +99,7 @@ class PageIndex:
             self.last_use.append(0.0)
             self.checksum.append(0)
             self.kind.append(0)
+            self._places.append(0)
             for column in (self.parent, self.position, *(tier.slot for tier in self.tiers)):
                 column.append(NOWHERE)
             for column in (self.pins, self.uses, self._followers, *(tier.children for tier in self.tiers)):
@@ -118,6 +121,7 @@ class PageIndex:
     def place(self, row: int, tier: Residency, slot: int) -> None:
         tier.slot[row], tier.ready[row] = slot, False
         tier.pages += 1
+        self._places[row] += 1
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] += 1
 
@@ -125,6 +129,7 @@ class PageIndex:
         """Take the page out of `tier`; returns the slot it leaves. The row may be gone afterwards."""
         slot, tier.slot[row], tier.ready[row] = tier.slot[row], NOWHERE, False
         tier.pages -= 1
+        self._places[row] -= 1
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] -= 1
             self.last_use[parent] = max(self.last_use[parent], self.last_use[row])
@@ -134,9 +139,7 @@ class PageIndex:
 
     def forget_unused(self, row: int) -> None:
         """Drop the row, and those before it, that nothing refers to any more."""
-        while row != NOWHERE and not (
-            self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)
-        ):
+        while row != NOWHERE and not (self._places[row] or self.pins[row] or self._followers[row]):
             parent = self.parent[row]
             del self._rows[self.key(row)]
             self.keys[row], self.parent[row] = None, NOWHERE
@@ -168,6 +171,7 @@ class PageIndex:
                 followers[parent] = followers.get(parent, 0) + 1
         for row in self._rows.values():
             assert self._followers[row] == followers.get(row, 0)
+            assert self._places[row] == sum(row in tier for tier in self.tiers)
             assert self.pins[row] or self._followers[row] or any(row in tier for tier in self.tiers)
         for tier in self.tiers:
             resident = [row for row in self._rows.values() if row in tier]

@@ -175,6 +175,8 @@ class CachedAttentionStore:
         when it was said before and nothing changed.
         """
         pages = self.restorable_pages(chain)
+        if request not in self._pages.waiting and not Hints.is_name(request):
+            self._pages.note_prompt(chain.keys, self._clock())
         self._pages.waiting.append(request)
         if pages:
             self._pages.want(request, self._index.find(chain.keys[pages - 1]))

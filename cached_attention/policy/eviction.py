@@ -103,8 +103,8 @@ class EvictionOrder:
         """Time went on, or the estimates changed: move on what has aged, and order the queues anew."""
         self._seen = self._next_use.version, self._next_use.now
         for number, queue in enumerate(self._queues):
-            limit = self._next_use.now - BOUNDS[number % BINS + 1]
-            while queue and queue[0][0] <= limit:
+            end = BOUNDS[number % BINS + 1]
+            while queue and self._next_use.now - queue[0][0] >= end:
                 row = heapq.heappop(queue)[1]
                 self._queued[row] = False
                 self.offer(row)

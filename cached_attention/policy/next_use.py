@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
-SHORTEST, BINS = 1 / 16, 28
-"""The first age bin ends at so many seconds; each further one is as long as all before it."""
-BOUNDS = [0.0, *(SHORTEST * 2**k for k in range(BINS - 1)), math.inf]
+SHORTEST, RATIO, BINS = 2.0, math.sqrt(2), 34
+"""The first age bin ends at so many seconds; the next ones grow in this ratio, to two days; the last is open."""
+BOUNDS = [0.0, *(SHORTEST * RATIO**k for k in range(BINS - 1)), math.inf]
 """Seconds at which the bins begin, and at which the last ends."""
 USES = (1, 2, 3, 5, 8)
 """Upper ends of the classes of uses; the last class is open."""
@@ -21,8 +21,8 @@ ENDS = len(USES) + 1
 """Added to the class of the last page of a prompt."""
 KINDS = 2 * ENDS
 PRIOR_USES = 400.0
-"""Weight of what is assumed of a class, in page uses: a few conversations, as the pages of one return together."""
-PRIOR_RETURN = 0.1
+"""Weight of what is assumed of a class, in page uses: a few conversations, whose pages return together."""
+PRIOR = [0.3] + [0.1] * (BINS - 1)
 """Assumed chance of a use in each bin: then the worth of a page falls as one over its age, which is LRU."""
 WATCHED = 1 << 15
 """Pages that are watched at most."""
@@ -35,7 +35,7 @@ HALF = bytes(count // 2 for count in range(256))
 
 def bin_of(age: float) -> int:
     """Bin of an age in seconds."""
-    return 0 if age < SHORTEST else min(BINS - 1, 1 + int(math.log2(age / SHORTEST)))
+    return max(0, bisect_right(BOUNDS, age) - 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +66,7 @@ class NextUse:
     giving up. In contrast to the hazard at hand it sees that a user takes a while to type; in contrast to
     hit density (LHD, Beckmann et al., NSDI 2018, section 4) it does not depend on what was evicted so far.
 
-    A class of which little is known is taken for the mean of all classes, and that for `PRIOR_RETURN`, where
+    A class of which little is known is taken for the mean of all classes, and that for `PRIOR`, where
     worth falls with age: a cold start is LRU.
     """
 
@@ -80,9 +80,12 @@ class NextUse:
         self._threshold = 1 << 32
         self._counts = bytearray(CELLS)
         self._uses, self._refresh_at, self._halve_at = 0, 64, FORGETTING
+        self._next_kind = 0
         self.version = 0
         """Counts the changes of `worth`."""
-        self._learn()
+        cold = _gittins(PRIOR)
+        self.worth = [cold] * KINDS
+        """Per class and age bin: expected uses per second kept, from the start of the bin on."""
 
     def used(self, keys: Sequence[bytes], now: float) -> list[int]:
         """A request with the prompt `keys` came; returns the class of each page from now on.
@@ -131,7 +134,7 @@ class NextUse:
         if self._uses >= self._halve_at:
             self._forget_half()
         if self._uses >= self._refresh_at:
-            self._refresh_at = self._uses + max(64, min(1 << 13, self._uses // 8))
+            self._refresh_at = self._uses + max(64, min(1 << 13, self._uses // 8)) // KINDS
             self._learn()
 
     def _thin_out(self) -> None:
@@ -153,14 +156,13 @@ class NextUse:
         self._counts = self._counts.translate(HALF)
 
     def _learn(self) -> None:
+        """Estimate the worth of one class anew, each in its turn, so that no pass bears the cost of all."""
+        kind, self._next_kind = self._next_kind, (self._next_kind + 1) % KINDS
+        weight = PRIOR_USES * self._threshold / (1 << 32)
         reached = [sum(column) for column in zip(*self._reached, strict=True)]
         used = [sum(column) for column in zip(*self._used, strict=True)]
-        weight = PRIOR_USES * self._threshold / (1 << 32)
-        mean = _hazard(used, reached, [PRIOR_RETURN] * BINS, weight)
-        self.worth = [
-            _gittins(_hazard(*counts, mean, weight)) for counts in zip(self._used, self._reached, strict=True)
-        ]
-        """Per class and age bin: expected uses per second kept, from the start of the bin on."""
+        mean = _hazard(used, reached, PRIOR, weight)
+        self.worth[kind] = _gittins(_hazard(self._used[kind], self._reached[kind], mean, weight))
         self.version += 1
 
 

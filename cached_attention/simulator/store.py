@@ -12,7 +12,6 @@ from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.look_ahead import LookAhead
 from cached_attention.policy.eviction import EvictionOrder
-from cached_attention.policy.next_use import NextUse
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.disk import SimulatedDisk
@@ -61,15 +60,12 @@ class SimulatedStore:
         self._ttl = ttl
         self._time = 0.0
         self._passes = 0
-        self._next_use = NextUse()
-        self._kinds: dict[PageKey, int] = {}
-        """Classes of the pages of the prompts that ran last."""
         capacities = {"host": host_pages, "disk": disk_pages}
         self.pages = Hierarchy(
             HostSlots(host_pages),
             has_disk=disk_pages > 0,
-            order=lambda index, tier, waiting: (
-                EvictionOrder(index, tier, waiting, self._next_use)
+            order=lambda index, tier, waiting, next_use: (
+                EvictionOrder(index, tier, waiting, next_use)
                 if policy.learns
                 else order(index, tier, waiting, capacities[tier.name])
             ),
@@ -105,6 +101,8 @@ class SimulatedStore:
     def arrive(self, request: Request) -> None:
         """`request` waits, behind all others."""
         self._chains[request.name] = Chain(list(request.prompt_keys))
+        if self.policy.learns:
+            self.pages.note_prompt(request.prompt_keys, self._now())
         self.pages.waiting.append(request.name)
         if self.policy.looks_ahead:
             self._want(request.name)
@@ -177,8 +175,6 @@ class SimulatedStore:
         for order in self._baselines:
             order.begin(request)
         now = self._now()
-        if self.policy.learns:
-            self._kinds = dict(zip(chain.keys, self._next_use.used(chain.keys, now), strict=True))
         for row in [index.find(key) for key in chain.keys[:loadable]]:
             index.uses[row] += 1
             index.last_use[row] = now
@@ -217,8 +213,6 @@ class SimulatedStore:
                 return
             row = self.pages.index.find(key)
             self.pages.index.last_use[row] = now
-            if key in self._kinds:
-                self.pages.index.kind[row] = self._kinds[key]
             parent = key
 
     def _admit(self, key: PageKey, parent: PageKey | None, place: int) -> int | None:
@@ -229,7 +223,6 @@ class SimulatedStore:
             return None
         self.pages.index.uses[row] = 1
         self.pages.index.last_use[row] = self._time
-        self.pages.index.kind[row] = self._kinds.get(key, 0)
         self.pages.land(row, clean=False)
         self.pages.unpin(row)
         for name in self._awaited.pop(key, ()):
