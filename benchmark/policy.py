@@ -34,7 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -308,7 +308,7 @@ def _table(results: Sequence[Result], title: str) -> Table:
     return table
 
 
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "optimum": {"color": "#333333", "linestyle": "--"},
     "ours": {"color": "#0072b2", "linewidth": 2.5},
     "ours-lru": {"color": "#56b4e9", "linewidth": 2},
