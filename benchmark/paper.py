@@ -222,7 +222,7 @@ def _report(args: argparse.Namespace, results: Sequence[Result]) -> None:
     if "none" in args.policies and "ours" in args.policies:
         console.print(_models_table(results))
     content = {
-        "parameters": vars(args),
+        "parameters": vars(args) | {"output": args.output.name},
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m benchmark.paper " + _arguments(args),
         "machine": machine(),

@@ -253,7 +253,7 @@ def _report(args: argparse.Namespace, results: Sequence[Result], requests: Seque
         chosen = [result for result in results if result.load == load]
         console.print(_table(chosen, _title(load, chosen[0], known)))
     content = {
-        "parameters": vars(args) | {"trace": args.trace.name},
+        "parameters": vars(args) | {"trace": args.trace.name, "output": args.output.name},
         "date": time.strftime("%Y-%m-%d"),
         "command": _command(args),
         "machine": machine(),
