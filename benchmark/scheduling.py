@@ -150,8 +150,8 @@ class Queue:
         """Until no host slot is free and nothing waits."""
         self.store.reorder([])
         self.store.end_pass()
-        while self.store.host.free_slots:
-            self._place([self._words.randbytes(32) for _ in range(min(self._args.chain, self.store.host.free_slots))])
+        while free := self.store.host.free_slots:
+            self._place([self._words.randbytes(32) for _ in range(min(self._args.chain, free))])
 
 
 def _timed(work: Callable[[], object]) -> float:

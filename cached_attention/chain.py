@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from cached_attention.index import PageKey
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass

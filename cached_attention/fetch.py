@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.policy.waiting import Pace
-from cached_attention.tiers.disk import DiskTier, PageRead, ReadOutcome
+from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
+from cached_attention.tiers.page_disk import PageDisk
 
 
 @dataclass(eq=False)
@@ -45,7 +46,7 @@ class Fetch:
     """
 
     def __init__(
-        self, pages: Hierarchy, disk: DiskTier, pace: Pace, clock: Callable[[], float] = time.monotonic
+        self, pages: Hierarchy, disk: PageDisk, pace: Pace, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._pages = pages
         self._disk = disk

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from cached_attention.chain import reach
-from cached_attention.index import NOWHERE, PageIndex, PageKey
+from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
 from cached_attention.tiers.disk_index import RecordColumns
-from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.host_slots import HostSlots
 
 
 class Hierarchy:
@@ -20,16 +20,25 @@ class Hierarchy:
     not there. The host tier is closed under prefixes: a page enters it after the page before it and
     leaves after all that follow it. Rows that share their bytes, see `PageIndex`, share a slot in each tier
     that they are in, and at most one of them is dirty.
+
+    Args:
+        order: makes the order in which pages leave host memory, and that in which they leave the disk.
     """
 
-    def __init__(self, host: HostTier, *, has_disk: bool) -> None:
+    def __init__(
+        self,
+        host: HostSlots,
+        *,
+        has_disk: bool,
+        order: Callable[[PageIndex, Residency, WaitingOrder, NextUse], EvictionOrder] = EvictionOrder,
+    ) -> None:
         self.host = host
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
         self.waiting = WaitingOrder()
         self.next_use = NextUse()
-        self.host_order = EvictionOrder(self.index, self.in_host, self.waiting, self.next_use)
-        self.disk_order = EvictionOrder(self.index, self.on_disk, self.waiting, self.next_use)
+        self.host_order = order(self.index, self.in_host, self.waiting, self.next_use)
+        self.disk_order = order(self.index, self.on_disk, self.waiting, self.next_use)
         self.dirty_order = EvictionOrder(self.index, self.dirty, next_use=self.next_use)
         self.has_disk = has_disk
         self.epoch = 0
@@ -63,9 +72,10 @@ class Hierarchy:
 
     def offer(self, row: int) -> None:
         """Something may have made `row` evictable."""
-        if row != NOWHERE:
+        if row != NOWHERE and not self.index.pins[row]:
             for order in (self.host_order, self.disk_order, self.dirty_order):
-                order.offer(row)
+                if order.tier.slot[row] != NOWHERE:
+                    order.offer(row)
 
     def is_idle(self, row: int) -> bool:
         """Whether the page could be evicted from every tier that it is in, were it its turn."""

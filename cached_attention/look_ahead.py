@@ -107,7 +107,7 @@ class LookAhead:
             if request not in self._open:
                 continue
             ask = self._asks[request]
-            end = min(len(ask.keys), ask.next + min(budget, self._room(rank)))
+            end = self._forget_lost(ask, ask.next + min(budget, self._room(rank)))
             until = self._fetch.start(request, ask.keys, ask.next, end, rank)
             budget -= until - ask.next
             ask.next = until
@@ -116,6 +116,14 @@ class LookAhead:
             self._open.discard(request)
             if not budget:
                 return
+
+    def _forget_lost(self, ask: _Ask, end: int) -> int:
+        """What was lost since it was asked for, and all after it, is not waited for; `end`, or less."""
+        for page in range(ask.next, min(end, len(ask.keys))):
+            if not self._pages.is_kept(ask.keys[page]):
+                ask.keys = ask.keys[:page]
+                break
+        return min(end, len(ask.keys))
 
     def _room(self, rank: int) -> int:
         """Pages that may be held for the request at `rank`, once those behind it let go of theirs."""

@@ -59,7 +59,7 @@ class Migration:
         """Take note of what has ended, and start more; never waits."""
         self.fetch.poll()
         self.ahead.advance()
-        self.write_behind.poll(reading=self.fetch.is_reading)
+        self.write_behind.poll(self.fetch.is_reading, self.fetch.held)
 
     def expire(self, count: int, limit: float) -> int:
         """Remove from the disk up to `count` pages that were last used before `limit`; returns how many."""

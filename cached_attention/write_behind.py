@@ -10,7 +10,8 @@ from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE
-from cached_attention.tiers.disk import DiskTier, PageWrite
+from cached_attention.tiers.disk_pages import PageWrite
+from cached_attention.tiers.page_disk import PageDisk
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class WriteBehind:
         min_uses: a page is written once it was used this often; saves the disk what is never asked for.
     """
 
-    def __init__(self, pages: Hierarchy, disk: DiskTier, min_uses: int, clock: Callable[[], float]) -> None:
+    def __init__(self, pages: Hierarchy, disk: PageDisk, min_uses: int, clock: Callable[[], float]) -> None:
         self._pages = pages
         self._disk = disk
         self._min_uses = min_uses
@@ -49,16 +50,19 @@ class WriteBehind:
     def rows_in_flight(self) -> int:
         return sum(len(rows) for rows, _ in self._writes)
 
-    @property
-    def reserve_is_short(self) -> bool:
-        """Whether fewer host slots than the reserve are free or clean."""
-        return self._pages.dirty.pages + self.rows_in_flight > (1 - RESERVE) * self._pages.host.capacity
+    def reserve_is_short(self, held: int = 0) -> bool:
+        """Whether fewer host slots than the reserve are free or clean, those of `held` pages left out."""
+        taken = self._pages.dirty.pages + self.rows_in_flight + held
+        return taken > (1 - RESERVE) * self._pages.host.capacity
 
-    def poll(self, reading: bool = False) -> None:
-        """Take note of what was written, and write more; `reading`: the disk is wanted for reads."""
+    def poll(self, reading: bool = False, held: int = 0) -> None:
+        """Take note of what was written, and write more.
+
+        `reading`: the disk is wanted for reads. `held`: pages that waiting requests keep in host memory.
+        """
         while self._writes and self._writes[0][1].done():
             self._settle(*self._writes.popleft())
-        urgent = self.reserve_is_short
+        urgent = self.reserve_is_short(held)
         batches = URGENT_BATCHES if urgent else 0 if reading else BATCHES_IN_FLIGHT
         while len(self._writes) < batches and self._disk.healthy:
             if not (rows := self._choose()):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from cached_attention.layout import ALIGNMENT, PageLayout
+from cached_attention.tiers.host_slots import HostSlots
 
 
-class HostTier:
-    """An arena of `capacity` page records and the list of its free slots.
+class HostTier(HostSlots):
+    """An arena of `capacity` page records.
 
     Raises:
         ValueError: `size` (bytes) does not hold one page.
@@ -16,32 +17,15 @@ class HostTier:
 
     def __init__(self, layout: PageLayout, size: int, pin_memory: bool = False) -> None:
         self.layout = layout
-        self.capacity = size // layout.stride
-        if self.capacity < 1:
+        capacity = size // layout.stride
+        if capacity < 1:
             raise ValueError(f"{size} bytes of host memory hold no page of {layout.stride} bytes: give more.")
+        super().__init__(capacity)
         arena = torch.empty(self.capacity * layout.stride + ALIGNMENT, dtype=torch.uint8, pin_memory=pin_memory)
         start = -arena.data_ptr() % ALIGNMENT
         self.arena = arena[start : start + self.capacity * layout.stride].view(self.capacity, layout.stride)
         """`[capacity, stride]`, uint8, aligned."""
         self._bytes = self.arena.numpy()
-        self.clear()
-
-    @property
-    def free_slots(self) -> int:
-        return len(self._free)
-
-    def clear(self) -> None:
-        """Take every slot back."""
-        self._free = list(range(self.capacity - 1, -1, -1))
-
-    def take_slot(self) -> int | None:
-        return self._free.pop() if self._free else None
-
-    def give_back(self, slot: int) -> None:
-        self._free.append(slot)
-
-    def give_back_all(self, slots: list[int]) -> None:
-        self._free += slots
 
     def component(self, layer: int, component: int) -> torch.Tensor:
         """`[capacity, bytes]` view of one component of every slot."""
@@ -55,10 +39,3 @@ class HostTier:
     def record(self, slot: int) -> memoryview:
         """The bytes of a page, without padding."""
         return self.slot_bytes(slot)[: self.layout.page_bytes]
-
-    def check_invariants(self, used: set[int]) -> None:
-        """Raises AssertionError unless every slot is either free or in `used`, once."""
-        free = set(self._free)
-        assert len(free) == len(self._free), "a slot is free twice"
-        assert not free & used, "a slot is free and in use"
-        assert len(free) + len(used) == self.capacity, "slots leaked"

@@ -1,0 +1,39 @@
+"""Which page slots of host memory are free."""
+
+from __future__ import annotations
+
+
+class HostSlots:
+    """`capacity` slots, each of which holds one page record or nothing."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.clear()
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    def clear(self) -> None:
+        """Take every slot back."""
+        self._free = list(range(self.capacity - 1, -1, -1))
+
+    def take_slot(self) -> int | None:
+        return self._free.pop() if self._free else None
+
+    def give_back(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def give_back_all(self, slots: list[int]) -> None:
+        self._free += slots
+
+    def slot_bytes(self, slot: int) -> memoryview:
+        """The record of a page; empty here, where slots are only counted."""
+        return memoryview(b"")
+
+    def check_invariants(self, used: set[int]) -> None:
+        """Raises AssertionError unless every slot is either free or in `used`, once."""
+        free = set(self._free)
+        assert len(free) == len(self._free), "a slot is free twice"
+        assert not free & used, "a slot is free and in use"
+        assert len(free) + len(used) == self.capacity, "slots leaked"
