@@ -99,7 +99,7 @@ def _validate(original: Callable[..., None], manager: Any, obj: Any, input_ids: 
     validate(original, manager, obj, input_ids)
 
 
-def _tell_truncated(responses: Any, _manager: Any, obj: Any, *_args: Any) -> Any:
+def _tell_truncated(responses: Any, _manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> Any:
     from .truncation import tell
 
     return tell(responses, obj)
