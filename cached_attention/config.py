@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from typing import Any
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -71,6 +72,15 @@ def format_size(size: float) -> str:
     return f"{size:.4g} TB"
 
 
+class Wait(StrEnum):
+    """How long a request is held for pages that are on their way from the disk, a few seconds at most."""
+
+    MEASURED = "measured"
+    """While that is expected to be quicker than to compute them again: the lowest TTFT."""
+    COMPLETE = "complete"
+    """Until they are there: the least work for the device."""
+
+
 @dataclass(frozen=True)
 class CachedAttentionConfig:
     """Settings of one server, plain values only, so that they travel to every process as JSON."""
@@ -85,6 +95,8 @@ class CachedAttentionConfig:
     """A page is written to disk once it was used this often."""
     look_ahead: int = DEFAULT_LOOK_AHEAD
     """Waiting requests whose pages are brought to host memory before they run."""
+    wait: Wait = Wait.MEASURED
+    """How long a request waits for pages from the disk."""
     ttl: float = 3600.0
     """Seconds after its last use that a page is dropped; 0: never."""
 
@@ -98,7 +110,7 @@ class CachedAttentionConfig:
         names = {field.name for field in fields(cls)}
         if settings.keys() != names:
             raise ConfigError(f"settings are {sorted(settings)}; they must be {sorted(names)}.")
-        return cls(**settings)
+        return cls(**{**settings, "wait": Wait(settings["wait"])})
 
     def to_settings(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from cached_attention.chain import Chain, PageRun, reach
-from cached_attention.config import DEFAULT_LOOK_AHEAD
+from cached_attention.config import DEFAULT_LOOK_AHEAD, Wait
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
@@ -70,6 +70,7 @@ class CachedAttentionStore:
         min_uses: a page goes to disk once it was used this often.
         ttl: seconds after its last use that a page is dropped; None: never.
         look_ahead: waiting requests whose pages are brought up before they run; at least 1.
+        wait: how long a request is held for pages that come from the disk.
         clock: seconds since the epoch.
     """
 
@@ -82,6 +83,7 @@ class CachedAttentionStore:
         min_uses: int = 1,
         ttl: float | None = None,
         look_ahead: int = DEFAULT_LOOK_AHEAD,
+        wait: Wait = Wait.MEASURED,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.layout = device.layout
@@ -92,7 +94,7 @@ class CachedAttentionStore:
         self._ttl = ttl
         self._look_ahead = look_ahead
         self._clock = clock
-        self._decision = WaitOrRecompute()
+        self._decision = WaitOrRecompute(always=wait is Wait.COMPLETE)
         copier = page_copier(device, self.host)
         self._transfers = Transfers(copier, self.host, self.layout.page_size, sealed=disk is not None)
         self._start_empty(epoch=0)

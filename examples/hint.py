@@ -1,4 +1,4 @@
-"""An agent that calls a tool tells the server when it will be back, so that its conversation is in host memory by then.
+"""An agent that calls a tool says when it will be back, so that its conversation is in host memory by then.
 
 python examples/hint.py --base-url http://127.0.0.1:30000
 

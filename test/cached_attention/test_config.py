@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from cached_attention.config import CachedAttentionConfig, ConfigError, format_size, parse_duration, parse_size
+from cached_attention.config import (
+    CachedAttentionConfig,
+    ConfigError,
+    Wait,
+    format_size,
+    parse_duration,
+    parse_size,
+)
 
 FREE = 10**12
 
@@ -56,7 +63,7 @@ def test_words_for_sizes() -> None:
 
 
 def test_settings_travel() -> None:
-    config = CachedAttentionConfig(host_size=5)
+    config = CachedAttentionConfig(host_size=5, wait=Wait.COMPLETE)
     assert CachedAttentionConfig.from_settings(config.to_settings()) == config
     with pytest.raises(ConfigError, match="they must be"):
         CachedAttentionConfig.from_settings({"hostsize": 5})

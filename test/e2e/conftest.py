@@ -16,6 +16,8 @@ from benchmark.model import make_model
 from benchmark.server import Server
 
 WORDS = range(5, 1000)
+HISTORY = 400
+"""Tokens of the shortest conversation of a town."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +51,7 @@ class Conversation:
 class Town:
     """Conversations that are held with one server, some of them at once."""
 
-    def __init__(self, conversations: int, history: int, seed: int = 0) -> None:
+    def __init__(self, conversations: int, history: int = HISTORY, seed: int = 0) -> None:
         self.conversations = [Conversation(seed * 10_000 + i, history + 37 * i) for i in range(conversations)]
 
     def hold(self, server: Server, turns: int, concurrency: tuple[int, ...] = (1,)) -> None:
@@ -122,3 +124,48 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
                 assert [state["damage"] for state in store_states(running)] == [""]
 
     return start
+
+
+@pytest.fixture(scope="session")
+def disk_tier() -> Callable[..., tuple[str, ...]]:
+    """Flags of a disk tier. Its pages are waited for, however quick the tiny model is on this machine."""
+
+    def disk_tier(directory: Path, size: str) -> tuple[str, ...]:
+        place = ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+        return (*place, "--cached-attention-wait", "complete")
+
+    return disk_tier
+
+
+Answers = list[list[list[int]]]
+
+
+@pytest.fixture(scope="session")
+def answers(models: Any, start: Any) -> Callable[..., Answers]:
+    """Per conversation of a town and per turn: what a server says that keeps everything on the device.
+
+    Each kind of server is asked once per session.
+    """
+    known: dict[Any, Answers] = {}
+
+    def answers(*args: str, conversations: int, turns: int, **model: Any) -> Answers:
+        kind = (args, conversations, turns, *model.items())
+        if kind not in known:
+            talk = Town(conversations, HISTORY)
+            with start(models(**model), "--max-total-tokens", "60000", *args) as reference:
+                talk.hold(reference, turns, (1, 4, 2, 3))
+            known[kind] = talk.answers
+        return known[kind]
+
+    return answers
+
+
+@pytest.fixture(scope="session")
+def matches() -> Callable[[Town, Answers], bool]:
+    """Whether every turn held so far was answered as expected."""
+
+    def matches(talk: Town, expected: Answers) -> bool:
+        held = zip(talk.answers, expected[: len(talk.answers)], strict=True)
+        return all(said == wanted[: len(said)] and len(said) <= len(wanted) for said, wanted in held)
+
+    return matches

@@ -16,35 +16,26 @@ import pytest
 from benchmark.server import ServerError
 
 HISTORY, CONVERSATIONS = 400, 20
-ROOMY = ("--max-total-tokens", "60000")
 TIGHT = ("--max-total-tokens", "2048")
 HOST = "80MB"
 PAGE = 64
 
 
-def disk(directory: Path, size: str = "2GB") -> tuple[str, ...]:
-    return ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+@pytest.fixture
+def disk(disk_tier: Any) -> Any:
+    return lambda directory: disk_tier(directory, "2GB")
 
 
 @pytest.fixture(scope="module")
-def expected(models: Any, start: Any, town: Any) -> list[list[list[int]]]:
+def expected(answers: Any) -> Any:
     """Per conversation, per turn: the answers of a server that keeps everything on the device."""
-    talk = town(CONVERSATIONS, HISTORY)
-    with start(models(), *ROOMY) as reference:
-        talk.hold(reference, 4)
-    answers: list[list[list[int]]] = talk.answers
-    return answers
+    return answers(conversations=30, turns=6)
 
 
 def verify(directory: Path) -> None:
     command = [str(Path(sys.executable).parent / "cached-attention"), "verify", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def matches(talk: Any, expected: list[list[list[int]]]) -> bool:
-    """Whether each turn held so far was answered as expected."""
-    return all(said == wanted[: len(said)] for said, wanted in zip(talk.answers, expected, strict=False))
 
 
 def histories(talk: Any) -> list[int]:
@@ -54,7 +45,15 @@ def histories(talk: Any) -> list[int]:
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_restart_goes_on_where_it_was(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, end: str, expected: Any
+    models: Any,
+    start: Any,
+    town: Any,
+    store_states: Any,
+    tmp_path: Path,
+    disk: Any,
+    end: str,
+    expected: Any,
+    matches: Any,
 ) -> None:
     actual = town(CONVERSATIONS, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST, doomed=end == "kill") as server:
@@ -74,7 +73,7 @@ def test_a_restart_goes_on_where_it_was(
 
 
 def test_a_crash_at_any_moment_never_answers_wrong(
-    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     actual = town(8, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST, doomed=True) as server:
@@ -90,7 +89,7 @@ def test_a_crash_at_any_moment_never_answers_wrong(
 
 
 def test_a_directory_belongs_to_one_server_and_one_model(
-    models: Any, start: Any, town: Any, tmp_path: Path
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any
 ) -> None:
     with start(models(), *disk(tmp_path), host_size=HOST) as server:
         town(2, HISTORY).hold(server, 1)
@@ -104,16 +103,16 @@ def test_a_directory_belongs_to_one_server_and_one_model(
     verify(tmp_path)
 
 
-def test_two_ranks_go_on_after_a_restart(models: Any, start: Any, town: Any, tmp_path: Path) -> None:
+def test_two_ranks_go_on_after_a_restart(
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any, answers: Any, matches: Any
+) -> None:
     args = (*TIGHT, *disk(tmp_path), "--tp-size", "2")
-    actual, reference = town(4, HISTORY), town(4, HISTORY)
-    with start(models(), *ROOMY, "--tp-size", "2") as server:
-        reference.hold(server, 3)
+    actual = town(4, HISTORY)
     with start(models(), *args, host_size=HOST) as server:
         actual.hold(server, 2)
     with start(models(), *args, host_size=HOST) as server:
         actual.hold(server, 1)
-    assert actual.answers == reference.answers
+    assert matches(actual, answers("--tp-size", "2", conversations=12, turns=6))
     last = [conversation.cached[-1] for conversation in actual.conversations]
     assert [turn["storage"] for turn in last] == histories(actual)
 
@@ -124,7 +123,7 @@ def update_weights(server: Any, model: Path, flush: bool) -> None:
 
 
 def test_new_weights_never_meet_old_pages(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     first, second, again = town(4, HISTORY), town(4, HISTORY), town(4, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:

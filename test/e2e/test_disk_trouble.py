@@ -14,30 +14,21 @@ from typing import Any
 import pytest
 
 HISTORY, CONVERSATIONS = 400, 6
-ROOMY = ("--max-total-tokens", "60000")
 PAGE_BYTES = 256 << 10
 TIGHT = ("--max-total-tokens", "2048")
 HOST = "6MB"
 SLOW_READS = Path(__file__).parents[2] / "benchmark" / "slow_reads"
 
 
-def disk(directory: Path, size: str = "40MB") -> tuple[str, ...]:
-    return ("--cached-attention-disk-path", str(directory), "--cached-attention-disk-size", size)
+@pytest.fixture
+def disk(disk_tier: Any) -> Any:
+    return lambda directory, size="40MB": disk_tier(directory, size)
 
 
 @pytest.fixture(scope="module")
-def expected(models: Any, start: Any, town: Any) -> list[list[list[int]]]:
+def expected(answers: Any) -> Any:
     """Per conversation, per turn: the answers of a server that keeps everything on the device."""
-    talk = town(CONVERSATIONS, HISTORY)
-    with start(models(), *ROOMY) as reference:
-        talk.hold(reference, 30)
-    answers: list[list[list[int]]] = talk.answers
-    return answers
-
-
-def matches(talk: Any, expected: list[list[list[int]]]) -> bool:
-    """Whether each turn held so far was answered as expected."""
-    return all(said == wanted[: len(said)] for said, wanted in zip(talk.answers, expected, strict=True))
+    return answers(conversations=CONVERSATIONS, turns=30)
 
 
 def mount(*arguments: str | Path) -> None:
@@ -58,7 +49,7 @@ def small_file_system(place: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_and_then_has_room(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     with small_file_system(tmp_path / "small") as place:
@@ -77,7 +68,9 @@ def test_a_disk_that_is_full_and_then_has_room(
     assert matches(talk, expected)
 
 
-def test_a_read_only_directory_is_refused_in_one_sentence(models: Any, start: Any, tmp_path: Path) -> None:
+def test_a_read_only_directory_is_refused_in_one_sentence(
+    models: Any, start: Any, tmp_path: Path, disk: Any
+) -> None:
     with small_file_system(tmp_path / "small") as place:
         mount("-o", "remount,ro", place)
         with pytest.raises(Exception, match="Read-only file system"):
@@ -85,7 +78,7 @@ def test_a_read_only_directory_is_refused_in_one_sentence(models: Any, start: An
 
 
 def test_a_directory_that_vanishes_is_a_miss(
-    models: Any, start: Any, town: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     kept = tmp_path / "kv"
@@ -97,12 +90,13 @@ def test_a_directory_that_vanishes_is_a_miss(
 
 
 def test_a_slow_disk_is_not_waited_for(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, expected: Any
+    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:
     talk = town(CONVERSATIONS, HISTORY)
     pace = tmp_path / "seconds"
     env = {"PYTHONPATH": str(SLOW_READS), "SLOW_READS": str(pace)}
-    with start(models(), *TIGHT, *disk(tmp_path / "kv", "500MB"), host_size=HOST, env=env) as server:
+    measured = (*disk(tmp_path / "kv", "500MB"), "--cached-attention-wait", "measured")
+    with start(models(), *TIGHT, *measured, host_size=HOST, env=env) as server:
         talk.hold(server, 2)
         assert talk.cached("storage") > 0
         pace.write_text(json.dumps(2.0))

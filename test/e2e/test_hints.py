@@ -23,10 +23,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "hint.py"
 
 
 @pytest.fixture(scope="module")
-def server(models: Any, start: Any, tmp_path_factory: Any) -> Iterator[Server]:
-    disk = ("--cached-attention-disk-path", str(tmp_path_factory.mktemp("kv")), "--cached-attention-disk-size")
+def server(models: Any, start: Any, disk_tier: Any, tmp_path_factory: Any) -> Iterator[Server]:
+    disk = disk_tier(tmp_path_factory.mktemp("kv"), "1GB")
     tight = ("--max-total-tokens", "2048", "--admin-api-key", KEY)
-    with start(models(), *tight, *disk, "1GB", host_size="12MB") as server:
+    with start(models(), *tight, *disk, host_size="12MB") as server:
         yield server
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,3 +96,12 @@ def test_nobody_waits_longer_than_the_ceiling() -> None:
     decision = learnt(fetch_s=100.0, compute_s=1000.0)
     assert decision.is_worth_waiting(outstanding(waited=CEILING - 0.1))
     assert not decision.is_worth_waiting(outstanding(waited=CEILING))
+
+
+def test_whoever_always_waits_waits_up_to_the_ceiling() -> None:
+    decision = WaitOrRecompute(always=True)
+    for _ in range(20):
+        decision.fetching.observe(100 * MB, 60.0)
+    late = Outstanding(CEILING - 0.01, total_bytes=100 * MB, ahead_bytes=0, missing_tokens=64)
+    assert decision.is_worth_waiting(late)
+    assert not decision.is_worth_waiting(replace(late, waited=CEILING))

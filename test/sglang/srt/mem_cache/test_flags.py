@@ -54,6 +54,7 @@ def test_the_disk_tier(tmp_path: Path) -> None:
     assert config["disk_size"] == 50 * 10**6
     assert config["disk_min_uses"] == 1
     assert config["ttl"] == 3600
+    assert config["wait"] == "measured"
 
 
 def test_a_given_page_size_stays() -> None:
@@ -101,6 +102,7 @@ def test_engine_arguments() -> None:
         ([*DISK, "0"], "--cached-attention-disk-size is '0': it must be above zero"),
         ([*DISK, "1GB", "--cached-attention-disk-min-uses", "0"], "give a whole number from 1"),
         ([*DISK, "1GB", "--cached-attention-ttl", "soon"], "give a duration such as 1h"),
+        (["--cached-attention-wait", "forever"], "is 'forever': give measured or complete"),
         ([*DISK[:1], __file__, *DISK[2:], "1GB"], "is not a directory: give another path"),
         (["--speculative-algorithm", "NGRAM"], "cannot be used with --speculative-algorithm"),
     ],

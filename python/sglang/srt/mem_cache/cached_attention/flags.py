@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from cached_attention.config import (
     DEFAULT_PAGE_SIZE,
     CachedAttentionConfig,
     ConfigError,
+    Wait,
     parse_duration,
     parse_size,
 )
@@ -67,12 +68,18 @@ LOOK_AHEAD = Flag(
     "Waiting requests whose conversations are brought from disk to host memory before they run; 1 fetches for "
     f"the next one only (default: {DEFAULT_LOOK_AHEAD}).",
 )
+WAIT = Flag(
+    "cached_attention_wait",
+    Wait.MEASURED.value,
+    "How long a request waits for pages on their way from disk: measured, while that is expected to be quicker "
+    "than to compute them again, or complete, until they are there, 5 seconds at most (default: measured).",
+)
 TTL = Flag(
     "cached_attention_ttl",
     "1h",
     "Drop what was not used for this long: 1h, 30m, 90s; 0 keeps it as long as there is room (default: 1h).",
 )
-FLAGS = (ENABLE, HOST_SIZE, DISK_PATH, DISK_SIZE, DISK_MIN_USES, LOOK_AHEAD, TTL)
+FLAGS = (ENABLE, HOST_SIZE, DISK_PATH, DISK_SIZE, DISK_MIN_USES, LOOK_AHEAD, WAIT, TTL)
 
 _EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
@@ -130,6 +137,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
+        wait=Wait(_choice(WAIT, settings[WAIT], [choice.value for choice in Wait])),
         ttl=parse_duration(TTL.option, settings[TTL]),
     )
 
@@ -149,6 +157,12 @@ def _whole_number(flag: Flag, text: str | int) -> int:
     if not str(text).isdecimal() or int(text) < 1:
         raise ConfigError(f"{flag.option} is {text!r}: give a whole number from 1.")
     return int(text)
+
+
+def _choice(flag: Flag, text: str, choices: Sequence[str]) -> str:
+    if text not in choices:
+        raise ConfigError(f"{flag.option} is {text!r}: give {' or '.join(choices)}.")
+    return text
 
 
 def _refuse_lonely(given: MutableMapping[Flag, Any]) -> None:

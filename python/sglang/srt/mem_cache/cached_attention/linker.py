@@ -91,6 +91,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             min_uses=config.disk_min_uses,
             ttl=config.ttl or None,
             look_ahead=config.look_ahead,
+            wait=config.wait,
         )
         self._announce()
 
