@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 BEGIN = "<begin>"
 SUFFIXES = (".py", ".rst", ".md", ".txt")
 # Installed packages differ between machines, and tables of character codes are not text.
-SKIPPED = {"site-packages", "dist-packages", "__pycache__", "encodings", "config"}
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "encodings"}
 SHORTEST = 2_000
 LONGEST = 400_000
 # Share of letters in the first characters of a file.
@@ -111,10 +112,9 @@ def cut_conversations(
 
 
 def _files(root: Path) -> Iterable[Path]:
-    for path in root.rglob("*"):
-        skipped = any(part in SKIPPED or part.startswith("config-") for part in path.relative_to(root).parts)
-        if path.suffix in SUFFIXES and not skipped and path.is_file():
-            yield path
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED and not name.startswith("config-")]
+        yield from (Path(folder, name) for name in names if name.endswith(SUFFIXES))
 
 
 def _text(path: Path) -> str:
