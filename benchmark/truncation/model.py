@@ -1,0 +1,150 @@
+"""A small language model of the Llama family: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, in elements; `window` is the longest context it is trained on, in tokens."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    theta: float = 10_000.0
+
+    @property
+    def inverse_frequencies(self) -> Tensor:
+        """`[head_dim / 2]`, float64, radians per token."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        return 1.0 / self.theta**exponents
+
+
+class Cache(NamedTuple):
+    """Keys, rotated, and values of some tokens, both `[layers, batch, kv_heads, tokens, head_dim]`."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[3]
+
+    def followed_by(self, other: Cache) -> Cache:
+        return Cache(torch.cat((self.keys, other.keys), 3), torch.cat((self.values, other.values), 3))
+
+    def without(self, start: int, end: int) -> Cache:
+        """All tokens but `start` to `end`, as they are."""
+        return Cache(*(torch.cat((one[..., :start, :], one[..., end:, :]), 3) for one in self))
+
+
+class LanguageModel(nn.Module):
+    """Next-token logits, and the keys and values of what was read; float32."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
+        self._initialise()
+
+    def forward(self, ids: Tensor, positions: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Logits `[batch, tokens, vocabulary]` and the cache of the new tokens alone.
+
+        `ids`: `[batch, tokens]`, int64. `positions`: `[tokens]`, where the new tokens stand. They see all of
+        `past`, wherever its keys stand, and one another as far as they came before.
+        """
+        turn = self.turn(positions)
+        hidden = self.embedding(ids)
+        keys, values = [], []
+        for layer, block in enumerate(self.blocks):
+            before = None if past is None else (past.keys[layer], past.values[layer])
+            hidden, key, value = block(hidden, turn, before)
+            keys.append(key)
+            values.append(value)
+        return self.norm(hidden) @ self.embedding.weight.T, Cache(torch.stack(keys), torch.stack(values))
+
+    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, `[tokens, head_dim / 2]` in float32, computed in float64."""
+        frequencies = self.shape.inverse_frequencies.to(positions.device)
+        angles = positions.to(torch.float64)[:, None] * frequencies
+        return angles.cos().float(), angles.sin().float()
+
+    def _initialise(self) -> None:
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                ends_a_branch = name.endswith(("output.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / ((2 * self.shape.layers) ** 0.5 if ends_a_branch else 1.0))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.hidden, eps=1e-5)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.RMSNorm(shape.hidden, eps=1e-5)
+        self.gate = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.up = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.down = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+
+    def forward(
+        self, hidden: Tensor, turn: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attended, key, value = self.attention(self.attention_norm(hidden), turn, past)
+        hidden = hidden + attended
+        inner = self.mlp_norm(hidden)
+        return hidden + self.down(F.silu(self.gate(inner)) * self.up(inner)), key, value
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.query = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=False)
+        self.key = nn.Linear(shape.hidden, shape.kv_heads * shape.head_dim, bias=False)
+        self.value = nn.Linear(shape.hidden, shape.kv_heads * shape.head_dim, bias=False)
+        self.output = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
+
+    def forward(
+        self, hidden: Tensor, turn: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, tokens, _ = hidden.shape
+        query, key, value = (
+            one(hidden).view(batch, tokens, -1, self.shape.head_dim).transpose(1, 2)
+            for one in (self.query, self.key, self.value)
+        )
+        query, key = apply_rotary(query, turn), apply_rotary(key, turn)
+        keys, values = (
+            (key, value) if past is None else (torch.cat((past[0], key), 2), torch.cat((past[1], value), 2))
+        )
+        attended = self._attend(query, keys, values)
+        return self.output(attended.transpose(1, 2).reshape(batch, tokens, -1)), key, value
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        group = self.shape.heads // self.shape.kv_heads
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        new, total = query.shape[2], keys.shape[2]
+        if new == total:
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        seen = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+
+
+def apply_rotary(states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """`states`, `[..., tokens, head_dim]`, turned to the positions of `turn`; halves are pairs (neox)."""
+    cos, sin = turn
+    first, second = states.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return turned.to(states.dtype)

@@ -1,0 +1,108 @@
+"""Tables for the terminal and the JSON file of the truncation benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmark.report import machine
+from benchmark.truncation.experiment import Findings
+from benchmark.truncation.method import METHODS, REFERENCE
+from benchmark.truncation.recall import PLACES
+from benchmark.truncation.score import Interval
+
+BOUND = 0.02
+"""How much higher than that of TT the perplexity of CA may be."""
+LOSSES_KEPT = 200
+
+
+def method_table(findings: Findings) -> Table:
+    """One row per method: what is predicted and remembered after one truncation or more."""
+    quality = findings.quality(REFERENCE)
+    title = f"After truncation: {quality.predictions:,} tokens of {findings.conversations} conversations"
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "perplexity", f"against {REFERENCE}", "next token right", f"same as {REFERENCE}"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in METHODS:
+        one = findings.quality(name)
+        table.add_row(
+            name, _number(one.perplexity), _ratio(one.ratio), _percent(one.accuracy), _percent(one.agreement)
+        )
+    return table
+
+
+def recall_table(findings: Findings) -> Table:
+    """One row per method: facts remembered after one truncation or more, by where they were stated."""
+    table = Table(title="Facts remembered, by where they were stated", title_justify="left")
+    table.add_column("")
+    for place in PLACES:
+        table.add_column(f"{place} ({findings.recall(REFERENCE, place).questions})", justify="right")
+    for name in METHODS:
+        table.add_row(name, *(_percent(findings.recall(name, place).accuracy) for place in PLACES))
+    return table
+
+
+def truncation_table(findings: Findings) -> Table:
+    """One column per number of truncations: the perplexity of TT, and those of the others as ratios to it."""
+    counts = [
+        one.truncations for one in findings.qualities if one.method == REFERENCE and one.truncations is not None
+    ]
+    table = Table(title="Perplexity by truncations so far", title_justify="left")
+    table.add_column("")
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    table.add_row(REFERENCE, *(f"{findings.quality(REFERENCE, count).perplexity.value:.2f}" for count in counts))
+    for name in METHODS:
+        if name != REFERENCE:
+            table.add_row(
+                f"{name} / {REFERENCE}", *(f"{findings.quality(name, count).ratio.value:.3f}" for count in counts)
+            )
+    return table
+
+
+def context_table(findings: Findings) -> Table:
+    """Does the model use its context? Perplexity of the same tokens with more and more of it."""
+    table = Table(title="Perplexity by context", title_justify="left")
+    table.add_column("tokens of context")
+    table.add_column("perplexity", justify="right")
+    for one in findings.context_uses:
+        table.add_row(f"{one.window // 2} to {one.window}", _number(one.perplexity))
+    return table
+
+
+def verdict(findings: Findings) -> str:
+    """Whether CA keeps to the bound, in a sentence."""
+    ratio = findings.quality("CA").ratio
+    kept = "within" if ratio.high <= 1 + BOUND else "not shown to be within"
+    return f"CA's perplexity is {_ratio(ratio)} of {REFERENCE}'s: {kept} the bound of {1 + BOUND}"
+
+
+def write_json(
+    path: Path, parameters: Mapping[str, Any], training: Mapping[str, Any], findings: Findings
+) -> None:
+    """Everything that was asked, trained and found, with versions and machine."""
+    content = {
+        "parameters": dict(parameters),
+        "machine": machine(),
+        "training": dict(training),
+        "findings": asdict(findings),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _number(one: Interval) -> str:
+    return f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
+
+
+def _ratio(one: Interval) -> str:
+    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+
+
+def _percent(one: Interval) -> str:
+    return f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]"
