@@ -4,6 +4,7 @@ PYTHON ?= python3
 MODEL ?= out/model
 HOST_SIZE ?= 4GB
 PORT ?= 30000
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.sglang-cached-attention
 CHECKED := cached_attention benchmark examples python
@@ -15,7 +16,7 @@ DEMO := --conversations 6 --turns 3 --history 2048 --new 100 --out 16 --rounds 2
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-9s %s\n", $$1, $$2}'
-	@echo "  variables: VENV=$(VENV) PYTHON=$(PYTHON) MODEL=$(MODEL) HOST_SIZE=$(HOST_SIZE) PORT=$(PORT)"
+	@echo "  variables: VENV=$(VENV) PYTHON=$(PYTHON) MODEL=$(MODEL) HOST_SIZE=$(HOST_SIZE) PORT=$(PORT) JOBS=$(JOBS)"
 
 install: $(INSTALLED)  ## SGLang and this package, editable, into VENV
 
@@ -38,8 +39,8 @@ serve: $(INSTALLED) | $(filter out/model,$(MODEL))  ## a server with CachedAtten
 		--enable-cached-attention --cached-attention-host-size $(HOST_SIZE) \
 		$(if $(filter out/model,$(MODEL)),--dtype float32) $(ARGS)
 
-test: $(INSTALLED)  ## all tests; ARGS goes to pytest, e.g. ARGS="-m 'not e2e'"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## all tests, in JOBS processes; ARGS goes to pytest, e.g. ARGS="-m 'not e2e'"
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 kernels: $(INSTALLED)  ## CUDA code for sm_80, sm_90a and sm_100 into the package, for a wheel; needs no GPU
 	$(BIN)/python -m cached_attention.kernels
