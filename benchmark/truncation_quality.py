@@ -28,6 +28,7 @@ from benchmark.truncation.plan import Plan
 from benchmark.truncation.report import (
     LOSSES_KEPT,
     context_table,
+    controls,
     method_table,
     recall_table,
     truncation_table,
@@ -98,6 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         help="directory with text; default: Python's standard library and /usr/share/doc",
     )
+    parser.add_argument("--per-document", type=int, help="conversations from a held-out document, at most")
     parser.add_argument("--page-size", type=int, default=16, help="tokens")
     parser.add_argument("--sink-pages", type=int, default=1, help="pages that stay at the start")
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
@@ -111,6 +113,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 1, got {args.steps}")
     if args.sink_pages < 1:
         parser.error(f"--sink-pages must be at least 1, got {args.sink_pages}: every method but two keeps a sink")
+    if args.per_document is not None and args.per_document < 1:
+        parser.error(f"--per-document must be at least 1, got {args.per_document}")
     args.model = args.model or args.output / "model.pt"
     return args
 
@@ -134,7 +138,8 @@ def compare(args: argparse.Namespace) -> None:
     plan = truncation_plan(recipe.shape, args.page_size, args.sink_pages)
     documents = read_documents(args.text or default_roots())[:: setting.document_share]
     trained = trained_model(args.model, recipe, documents, args.device)
-    text = cut_conversations(trained.tokenizer, documents, setting.length, setting.each)
+    each = args.per_document or setting.each
+    text = cut_conversations(trained.tokenizer, documents, setting.length, each)
     if not len(text.tokens):
         raise ValueError(f"no held-out document has {setting.length} tokens; give more text with --text")
     findings = run(trained.model.to(args.device), Facts.of(trained.tokenizer), text, plan, args.seed)
@@ -142,6 +147,8 @@ def compare(args: argparse.Namespace) -> None:
     for table in (method_table, truncation_table, recall_table, context_table):
         console.print(table(findings))
     console.print(verdict(findings), highlight=False)
+    for warning in controls(findings):
+        console.print(f"But: {warning}", highlight=False)
     save_truncation(args.output / "truncation.png", findings)
     write_json(
         args.output / "truncation.json", {**vars(args), **asdict(plan)}, training(trained, documents), findings

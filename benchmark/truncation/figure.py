@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from benchmark.truncation.experiment import Findings, Quality
 from benchmark.truncation.method import METHODS, REFERENCE
@@ -74,7 +74,7 @@ def _recall(axes: Axes, findings: Findings) -> None:
         range(len(PLACES)), [f"in the {place} part" if place != "sink" else "in the sink" for place in PLACES]
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(title="Facts remembered after truncation, by where they were stated", ylim=(0, 1))
+    axes.set(title="Facts remembered, by where they were stated", ylim=(0, 1))
     _finish(axes)
     axes.legend(frameon=False, fontsize="small", ncols=2)
 
@@ -109,7 +109,7 @@ def _errors(found: list[Interval]) -> np.ndarray:
 
 def _plain_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
 
 
 def _finish(axes: Axes) -> None:

@@ -18,6 +18,12 @@ from benchmark.truncation.score import Interval
 
 BOUND = 0.02
 """How much higher than that of TT the perplexity of CA may be."""
+USED = 1.1
+"""How much higher the perplexity with the shortest context must be than with the longest."""
+KNOWN = 0.5
+"""Share of the facts that must be known where nothing was dropped, for recall to mean anything."""
+BROKEN = 1.2
+"""Ratio to the perplexity of TT that NKVT must reach, or the experiment would not notice a wrong position."""
 LOSSES_KEPT = 200
 
 
@@ -80,6 +86,24 @@ def verdict(findings: Findings) -> str:
     ratio = findings.quality("CA").ratio
     kept = "within" if ratio.high <= 1 + BOUND else "not shown to be within"
     return f"CA's perplexity is {_ratio(ratio)} of {REFERENCE}'s: {kept} the bound of {1 + BOUND}"
+
+
+def controls(findings: Findings) -> list[str]:
+    """What the model or the experiment is too weak to show, in sentences; empty if nothing."""
+    found = []
+    short, long = findings.context_uses[0], findings.context_uses[-1]
+    half = next(one for one in findings.context_uses if 2 * one.window == long.window)
+    if short.perplexity.value < USED * long.perplexity.value or half.perplexity.value <= long.perplexity.value:
+        found.append(
+            "the model hardly uses the far part of its context, so that losing it costs little; train longer"
+        )
+    if findings.recall("full context", "kept").accuracy.low < KNOWN:
+        found.append("the model has not learnt to look facts up, so that recall says nothing; train longer")
+    if findings.quality("NKVT").ratio.low < BROKEN:
+        found.append(
+            f"NKVT's perplexity is not clearly above {BROKEN} of {REFERENCE}'s: positions hardly matter here"
+        )
+    return found
 
 
 def write_json(

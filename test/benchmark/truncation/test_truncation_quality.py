@@ -72,6 +72,8 @@ def test_a_trained_model_is_used_again_and_says_the_same(
     assert json.loads((tmp_path / "truncation.json").read_text())["findings"] == content["findings"]
     printed = capsys.readouterr()
     assert "bound of 1.02" in printed.out
+    # Hardly trained: the benchmark must say that its numbers show nothing.
+    assert "has not learnt to look facts up" in printed.out
     assert "training" not in printed.err
 
 
