@@ -3,9 +3,10 @@
     python -m benchmark.scheduling      # 1,000 waiting requests of 160 pages each, a million pages in the index
 
 A pass is all that a scheduling pass of SGLang asks of the store: the queue in its order, what has arrived from
-disk, more of it asked for, whether each waiting request may run, a hold on the pages of those that are admitted,
-and requests that leave and arrive. A quarter of the requests has its pages on disk only, and they are fetched
-meanwhile. Then host memory is full, and pages leave it so that others find room.
+disk, more of it asked for, whether each waiting request may run, and a hold on the pages of those that are
+admitted. As many arrive as are admitted; what an arrival costs is a row of its own. A quarter of the requests has
+its pages on disk only, and they are fetched meanwhile. Then host memory is full, and pages leave it so that
+others find room.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from cached_attention.tiers.disk import DiskTier
 
 PAGE_BYTES = 4096
 ADMITTED = 4
-"""Requests that a pass admits, and that arrive in it."""
+"""Requests that a pass admits, and that arrive after it."""
 SHUFFLED = 10
 """Every so many passes the order of the queue is another one."""
 ON_DISK = 0.25
 """Part of the waiting requests."""
 BOUND_MEDIAN, BOUND_P99, BOUND_EVICT = 1e-3, 5e-3, 2e-3
-"""Seconds: of a pass, and for a thousand pages that leave."""
+"""Seconds: of a pass or an arrival, and for a thousand pages that leave."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Queue:
         self._later = deque(in_host[args.waiting - len(on_disk) :])
         self._arrived = 0
         self.waiting: list[tuple[str, Chain]] = []
+        self.arrivals: list[float] = []
+        """Seconds that the store took of each."""
         for keys in first:
             self._arrive(keys)
 
@@ -104,20 +107,21 @@ class Queue:
 
     def _place(self, keys: Sequence[bytes]) -> None:
         """As if they had been saved long ago, and are on disk as well."""
-        pages, parent = self.store._pages, None
+        pages = self.store._pages
+        rows: list[int] = []
         for place, key in enumerate(keys):
-            row = pages.admit(key, parent, place)
+            row = pages.admit(key, keys[place - 1] if place else None, place)
             if row is None:
-                return
+                break
+            rows.append(row)
+        for row in rows:
             pages.land(row, clean=True)
-            pages.launder(row)
             pages.unpin(row)
-            parent = key
 
     def _arrive(self, keys: list[bytes]) -> None:
         name, chain = f"request-{self._arrived}", Chain(keys)
         self._arrived += 1
-        self.store.arrive(name, chain)
+        self.arrivals.append(_timed(lambda: self.store.arrive(name, chain)))
         self.waiting.append((name, chain))
 
     def run_pass(self, number: int) -> float:
@@ -135,10 +139,11 @@ class Queue:
         for i in admitted:
             store.reserve(*self.waiting[i])
             store.leave(names[i])
+        seconds = time.perf_counter() - started
         for i in reversed(admitted):
             self._later.append(self.waiting.pop(i)[1].keys)
             self._arrive(self._later.popleft())
-        return time.perf_counter() - started
+        return seconds
 
     def evict(self, pages: int) -> float:
         """Seconds until `pages` pages have left host memory; as many new ones take their slots afterwards."""
@@ -163,6 +168,7 @@ def _timed(work: Callable[[], object]) -> float:
 def measure(queue: Queue, args: argparse.Namespace) -> Iterator[Cost]:
     passes = [queue.run_pass(i) for i in tqdm(range(args.passes), desc="scheduling passes", leave=False)]
     yield Cost("scheduling pass", passes, {"P50": BOUND_MEDIAN, "P99": BOUND_P99})
+    yield Cost("arrival", queue.arrivals, {"P50": BOUND_MEDIAN, "P99": BOUND_P99})
     queue.fill_up()
     evictions = [queue.evict(1000) for _ in tqdm(range(args.evictions), desc="evictions", leave=False)]
     yield Cost("1,000 pages evicted", evictions, {"P50": BOUND_EVICT})
@@ -211,7 +217,7 @@ def _report(args: argparse.Namespace, costs: Sequence[Cost]) -> None:
 
 
 def _save_figure(path: Path, costs: Sequence[Cost]) -> None:
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs)), costs, strict=True):
         times = np.sort(cost.seconds) * 1e3
         axes.step([0, *times], np.linspace(0, 1, len(times) + 1), where="post", color="#0072b2")
