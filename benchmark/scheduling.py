@@ -12,6 +12,7 @@ others find room.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -190,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     with tempfile.TemporaryDirectory() as directory:
         queue = Queue(Path(directory), args)
+        gc.freeze()  # As the server does once its store is open.
         costs = list(measure(queue, args))
         queue.store.close()
     _report(args, costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sqlite3
 from collections.abc import Sequence
@@ -107,6 +108,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             look_ahead=config.look_ahead,
             wait=config.wait,
         )
+        # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
+        gc.freeze()
         self._announce()
 
     def _open_disk(self) -> DiskTier | None:
