@@ -294,7 +294,12 @@ def test_the_log_says_why_sglang_truncates(
 
 
 def opened(args: list[str], page_size: int) -> Truncation | None:
-    scheduler = SimpleNamespace(server_args=server_args(*args), max_req_len=WINDOW - 1, max_req_input_len=LIMIT)
+    scheduler = SimpleNamespace(
+        server_args=server_args(*args),
+        max_req_len=WINDOW - 1,
+        max_req_input_len=LIMIT,
+        world_group=SimpleNamespace(world_size=1),
+    )
     linker = SimpleNamespace(
         truncation_rule=lambda window, limit: TruncationRule(window, limit, page_size, 0.5, 1)
     )
