@@ -121,8 +121,9 @@ class Fetch:
 
     def _page_read(self, row: int) -> PageRead:
         index = self._pages.index
+        origin = index.origin(row)
         buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
-        return PageRead(index.key(index.origin(row)), self._pages.on_disk.slot[row], index.checksum[row], buffer)
+        return PageRead(index.key(origin), self._pages.on_disk.slot[row], index.checksum[origin], buffer)
 
     def is_landing(self, request: str) -> bool:
         """Whether anything that was asked for `request` is still on its way."""

@@ -62,7 +62,7 @@ class PageIndex:
         """Base position: that of the page's first token when its keys were rotated."""
         self.last_use = array("d")
         self.checksum = array("Q")
-        """Of the record's bytes and key; means something once the page is ready in a tier."""
+        """Of the record's bytes and key; means something once the page is ready in a tier, and for no alias."""
         self.uses = array("I")
         """How often a request came back to the page, its making included."""
         self.kind = bytearray()
@@ -162,7 +162,6 @@ class PageIndex:
         self._deltas[row] = place - self.position[origin]
         self._aliases.setdefault(origin, []).append(row)
         self._references[origin] += 1
-        self.checksum[row] = self.checksum[origin]
         return row
 
     def separate(self, row: int) -> None:

@@ -7,7 +7,6 @@ One thread, the engine's scheduler, calls the store; none of its calls waits for
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -24,10 +23,12 @@ from cached_attention.layout import DevicePool
 from cached_attention.migration import Migration
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.position.rotation import Rotation
+from cached_attention.saving import Saves
+from cached_attention.stats import StoreStats
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
-from cached_attention.transfer.jobs import Event, LoadProgress, PageLoad, PageSave, Transfers
+from cached_attention.transfer.jobs import Event, LoadProgress, PageLoad, Transfers
 
 EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
@@ -35,20 +36,6 @@ KEPT = 3600.0
 """Seconds that a conversation is kept on request where there is no time to live."""
 USE_NOTED = 60.0
 """Seconds that a page's last use may lag behind that of a page after it, in memory and on disk."""
-
-
-@dataclass
-class StoreStats:
-    """Counts since the store was made, in pages."""
-
-    loaded: int = 0
-    saved: int = 0
-    declined: int = 0
-    """Not saved: host memory was full of pages in use, or the page before was not in the store."""
-    failed: int = 0
-    """Saves whose copy failed."""
-    expired: int = 0
-    """Not used for longer than the time to live."""
 
 
 @dataclass
@@ -117,8 +104,8 @@ class CachedAttentionStore:
         self._migration = None if self.disk is None else self._migrate(self.disk)
         self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
         self._hints = Hints()
-        self._saves: deque[PageSave] = deque()
-        self._finished_saves: deque[bool] = deque()
+        page_size = self.layout.page_size
+        self._saves = Saves(self._pages, self._transfers, self._aliases, self.stats, page_size, self._clock)
         self._reserved: dict[str, int] = {}
         self._queued: dict[str, _QueuedLoad] = {}
         self._loading: dict[int, tuple[Future[None], list[_QueuedLoad]]] = {}
@@ -160,7 +147,7 @@ class CachedAttentionStore:
     @property
     def saving(self) -> int:
         """Saves that have not ended."""
-        return len(self._saves)
+        return self._saves.in_flight
 
     # Looking up
 
@@ -397,56 +384,24 @@ class CachedAttentionStore:
 
     def lacks_parent(self, run: PageRun) -> bool:
         """Whether the page before `run` is not in the store: then `run` must start earlier to be saved."""
-        return run.parent is not None and not self._pages.is_kept(run.parent)
+        return self._saves.lacks_parent(run)
 
     def save(self, run: PageRun, after: Sequence[Event] = ()) -> None:
         """Start saving the pages of `run` that are not in the store; the outcome comes through `poll`.
 
-        Takes slots at once, evicting what is coldest, and never waits: what finds no slot is
+        Takes slots at once, evicting what goes next, and never waits: what finds no slot is
         declined. The copies wait for the events in `after`. The device pages must stay as they are
         until the save is reported.
         """
-        admitted, whole = self._admit(run)
-        rows = [self._index.find(run.keys[page]) for page in admitted]
-        slots = [self._in_host.slot[row] for row in rows]
-        landed = self._transfers.save(run.select(admitted, self.layout.page_size), slots, after)
-        self._saves.append(PageSave(rows, whole, landed))
+        self._saves.start(run, after)
 
-    def _admit(self, run: PageRun) -> tuple[list[int], bool]:
-        """Give a pinned slot to each page of `run` that lacks one, in order, until none is left.
-
-        Returns the pages admitted and whether all of `run` is in the store now.
-        """
-        admitted: list[int] = []
-        if self.lacks_parent(run):
-            self.stats.declined += len(run.keys)
-            return admitted, False
-        now = self._clock()
-        parent = run.parent
-        known = [key for key in run.keys if self._pages.is_kept(key)]
-        self._pages.make_room(len(run.keys) - len(known), known[-1] if known else parent)
-        for page, key in enumerate(run.keys):
-            row = self._index.find(key)
-            if not (self._pages.is_kept(key) or (row != NOWHERE and self._pages.join(row))):
-                if self._aliases.is_rotated(key):
-                    self.stats.declined += len(run.keys) - page
-                    return admitted, False
-                place = (run.first_page + page) * self.layout.page_size
-                new = self._pages.admit(key, parent, place)
-                if new is None:
-                    self.stats.declined += len(run.keys) - page
-                    return admitted, False
-                row = new
-                self._index.uses[row] = 1
-                admitted.append(page)
-            self._index.last_use[row] = now
-            parent = key
-        return admitted, True
+    def pop_save(self) -> bool:
+        """The outcome of the oldest save that `poll` counted: whether all its pages are in the store."""
+        return self._saves.pop()
 
     def poll(self) -> int:
-        """Take note of the saves that have ended; returns how many wait for `pop_save`."""
-        while self._saves and self._saves[0].landed.done():
-            self._finish_save(self._saves.popleft())
+        """Take note of all that has ended; returns how many saves wait for `pop_save`."""
+        finished = self._saves.poll()
         if self._ttl is not None:
             self._expire(self._clock() - self._ttl)
         if self._hints:
@@ -454,7 +409,7 @@ class CachedAttentionStore:
                 self.leave(name)
         if self._migration is not None:
             self._migration.poll()
-        return len(self._finished_saves)
+        return finished
 
     def _expire(self, limit: float) -> None:
         """Drop pages that were last used before `limit`, a few at a time."""
@@ -462,35 +417,11 @@ class CachedAttentionStore:
         if self._migration is not None:
             self.stats.expired += self._migration.expire(EXPIRED_AT_ONCE, limit)
 
-    def _finish_save(self, save: PageSave) -> None:
-        if save.landed.exception() is None:
-            for row, checksum in zip(save.rows, save.landed.result(), strict=True):
-                self._index.checksum[row] = checksum
-                self._pages.land(row, clean=False)
-                self._pages.unpin(row)
-            self.stats.saved += len(save.rows)
-            self._finished_saves.append(save.whole)
-        else:
-            self._drop(save.rows)
-            self._finished_saves.append(False)
-
-    def _drop(self, rows: Sequence[int]) -> None:
-        """Give up pages whose bytes never landed; pages saved after them may now follow a gap."""
-        for row in reversed(rows):
-            self._pages.give_up(row)
-            self._pages.unpin(row)
-        self.stats.failed += len(rows)
-
-    def pop_save(self) -> bool:
-        """The outcome of the oldest save that `poll` counted: whether all its pages are in the store."""
-        return self._finished_saves.popleft()
-
     # Life and death
 
     def flush(self, timeout: float) -> int:
         """Write to disk what is not there, for at most `timeout` seconds; returns the pages left out."""
-        for save in self._saves:
-            save.landed.exception()
+        self._saves.wait()
         self.poll()
         return 0 if self._migration is None else self._migration.write_behind.flush(timeout)
 
@@ -536,8 +467,7 @@ class CachedAttentionStore:
             self.disk.close()
 
     def _wait(self) -> None:
-        for save in self._saves:
-            save.landed.exception()
+        self._saves.wait()
         for future, _ in self._loading.values():
             future.exception()
         if self._migration is not None:
@@ -552,7 +482,7 @@ class CachedAttentionStore:
         self._pages.check_invariants()
         holders = len(self._reserved) + len(self._queued)
         holders += sum(len(loads) for _, loads in self._loading.values())
-        holders += sum(len(save.rows) for save in self._saves)
+        holders += self._saves.pins
         if self._migration is not None:
             holders += self._migration.pins
         assert self.pins == holders, f"{self.pins} pins for {holders} holders"

@@ -111,7 +111,7 @@ class WriteBehind:
             key=index.key(origin),
             parent=None if parent == NOWHERE else index.key(parent),
             base_position=index.position[row],
-            checksum=index.checksum[row],
+            checksum=index.checksum[origin],
             last_use=index.last_use[row],
             uses=index.uses[row],
             buffer=self._pages.host.slot_bytes(self._pages.in_host.slot[row]),

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
 
@@ -126,7 +125,7 @@ class Conversations:
             self.originals[keys[place]] = place
             self._write(place, keys[place], 0)
         self.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)))
-        wait([save.landed for save in self.store._saves])
+        self.store._saves.wait()
         self.store.poll()
         self.store.pop_save()
         return loaded
@@ -197,6 +196,24 @@ def test_after_an_overflow_everything_kept_is_loaded(talk: Conversations) -> Non
     assert before == 9, "kept pages are not copied"
     assert talk.turn("a", 10) == 6
     assert talk.turn("a", 12) == 4, "the sink, and pages 7 to 9"
+
+
+def test_a_page_that_got_another_name_while_it_was_saved_comes_back_from_disk(talk: Conversations) -> None:
+    keys = keys_of("a", 8, 0)
+    for place, key in enumerate(keys):
+        talk.originals[key] = place
+        talk._write(place, key, 0)
+    talk.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)))
+    talk.store.alias(Chain(keys_of("a", 9, 3)), sources("a", 9, 3))  # The bytes have not landed yet.
+    talk.store._saves.wait()
+    talk.settle()
+    for name in "bc":  # Host memory holds neither of them and "a".
+        talk.turn(name, 8)
+        talk.settle()
+    fetched = talk.store.counters()["fetched"]
+    assert talk.turn("a", 9) == 5
+    assert talk.store.counters()["fetched"] > fetched
+    assert talk.store.counters()["lost"] == 0
 
 
 def test_fifty_truncations_in_a_row(talk: Conversations) -> None:

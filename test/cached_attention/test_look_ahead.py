@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
 
@@ -69,7 +68,7 @@ class Talk:
     def save(self, name: str) -> None:
         self.now += 1
         self.store.save(PageRun(None, 0, keys_of(name), torch.arange(LONG * PAGE)))
-        wait([save.landed for save in self.store._saves])
+        self.store._saves.wait()
         while self.store.poll():
             self.store.pop_save()
 
@@ -255,7 +254,7 @@ def test_a_dropped_conversation_is_gone_but_for_what_others_share(talk: Talk) ->
     talk.save("a")
     other = [*keys_of("a")[:2], *keys_of("other", 2)]
     talk.store.save(PageRun(None, 0, other, torch.arange(LONG * PAGE)))
-    wait([save.landed for save in talk.store._saves])
+    talk.store._saves.wait()
     talk.poll_until(lambda: not talk.store.saving)
     assert not talk.store.flush(20)
     assert talk.store.drop(Chain(keys_of("a"))) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import wait
 from hashlib import sha256
 
 import pytest
@@ -57,7 +56,7 @@ class Engine:
 
     def save(self, keys: list[bytes], device: list[int], first: int = 0) -> bool:
         self.store.save(self.run(keys, first, device))
-        wait([save.landed for save in self.store._saves])
+        self.store._saves.wait()
         assert self.store.poll() == 1
         return self.store.pop_save()
 
@@ -119,7 +118,7 @@ def test_nothing_is_reported_before_its_bytes_have_landed(engine: Engine) -> Non
     assert not engine.store.queue_load("r", keys, torch.arange(2 * PAGE))
     engine.store.check_invariants()
     released.set()
-    wait([save.landed for save in engine.store._saves])
+    engine.store._saves.wait()
     assert engine.store.poll() == 1
     assert engine.store.pop_save()
     assert engine.restorable(keys) == 2
@@ -206,7 +205,7 @@ def test_a_failed_save_leaves_nothing_behind(engine: Engine) -> None:
     keys = engine.keys("abc", 3)
     engine.store.save(engine.run(keys, 0, [0, 1]), [Broken()])
     engine.store.save(engine.run(keys, 2, [2]))
-    wait([save.landed for save in engine.store._saves])
+    engine.store._saves.wait()
     assert engine.store.poll() == 2
     assert [engine.store.pop_save(), engine.store.pop_save()] == [False, True]
     assert engine.restorable(keys) == 0

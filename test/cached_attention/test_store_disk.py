@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
 
@@ -80,7 +79,7 @@ class Conversations:
                 for buffer in layer:
                     buffer[page * PAGE : (page + 1) * PAGE] = content(key)
         self.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)))
-        wait([save.landed for save in self.store._saves])
+        self.store._saves.wait()
         assert self.store.poll() == 1
         return self.store.pop_save()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import wait
 from hashlib import sha256
 
 import torch
@@ -75,7 +74,7 @@ class Histories(RuleBasedStateMachine):
         lacking = self.store.lacks_parent(run)
         before = self.store.counters()["evicted"]
         self.store.save(run)
-        wait([save.landed for save in self.store._saves])
+        self.store._saves.wait()
         assert self.store.poll() == 1
         if self.store.pop_save():
             assert not lacking

@@ -1,0 +1,124 @@
+"""Pages on their way from the device to host memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+
+from cached_attention.aliases import Aliases
+from cached_attention.chain import PageRun
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import NOWHERE
+from cached_attention.stats import StoreStats
+from cached_attention.transfer.jobs import Event, PageSave, Transfers
+
+
+class Saves:
+    """Admits pages to host memory, has them copied, and tells in order what became of it.
+
+    Args:
+        stats: what is saved, declined and failed is counted there.
+        page_size: tokens.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        pages: Hierarchy,
+        transfers: Transfers,
+        aliases: Aliases,
+        stats: StoreStats,
+        page_size: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._pages = pages
+        self._transfers = transfers
+        self._aliases = aliases
+        self._stats = stats
+        self._page_size = page_size
+        self._clock = clock
+        self._running: deque[PageSave] = deque()
+        self._finished: deque[bool] = deque()
+
+    @property
+    def in_flight(self) -> int:
+        """Saves that have not ended."""
+        return len(self._running)
+
+    @property
+    def pins(self) -> int:
+        """Pages that are kept for saves that have not ended."""
+        return sum(len(save.rows) for save in self._running)
+
+    def lacks_parent(self, run: PageRun) -> bool:
+        """Whether the page before `run` is in no tier."""
+        return run.parent is not None and not self._pages.is_kept(run.parent)
+
+    def start(self, run: PageRun, after: Sequence[Event]) -> None:
+        """See `CachedAttentionStore.save`."""
+        admitted, whole = self._admit(run)
+        rows = [self._pages.index.find(run.keys[page]) for page in admitted]
+        slots = [self._pages.in_host.slot[row] for row in rows]
+        landed = self._transfers.save(run.select(admitted, self._page_size), slots, after)
+        self._running.append(PageSave(rows, whole, landed))
+
+    def _admit(self, run: PageRun) -> tuple[list[int], bool]:
+        """Give a pinned slot to each page of `run` that lacks one, in order, until none is left.
+
+        Returns the pages admitted and whether all of `run` is in the store now.
+        """
+        admitted: list[int] = []
+        if self.lacks_parent(run):
+            self._stats.declined += len(run.keys)
+            return admitted, False
+        now, parent = self._clock(), run.parent
+        known = [key for key in run.keys if self._pages.is_kept(key)]
+        self._pages.make_room(len(run.keys) - len(known), known[-1] if known else parent)
+        for page, key in enumerate(run.keys):
+            row = self._pages.index.find(key)
+            if not (self._pages.is_kept(key) or (row != NOWHERE and self._pages.join(row))):
+                place = (run.first_page + page) * self._page_size
+                new = None if self._aliases.is_rotated(key) else self._pages.admit(key, parent, place)
+                if new is None:
+                    self._stats.declined += len(run.keys) - page
+                    return admitted, False
+                row = new
+                self._pages.index.uses[row] = 1
+                admitted.append(page)
+            self._pages.index.last_use[row] = now
+            parent = key
+        return admitted, True
+
+    def poll(self) -> int:
+        """Take note of the saves that have ended; returns how many wait for `pop`."""
+        while self._running and self._running[0].landed.done():
+            self._finish(self._running.popleft())
+        return len(self._finished)
+
+    def pop(self) -> bool:
+        """The outcome of the oldest save that `poll` counted."""
+        return self._finished.popleft()
+
+    def wait(self) -> None:
+        """Until no copy runs; the outcomes come through `poll`."""
+        wait([save.landed for save in self._running])
+
+    def _finish(self, save: PageSave) -> None:
+        if save.landed.exception() is None:
+            for row, checksum in zip(save.rows, save.landed.result(), strict=True):
+                self._pages.index.checksum[row] = checksum
+                self._pages.land(row, clean=False)
+                self._pages.unpin(row)
+            self._stats.saved += len(save.rows)
+            self._finished.append(save.whole)
+        else:
+            self._give_up(save.rows)
+            self._finished.append(False)
+
+    def _give_up(self, rows: Sequence[int]) -> None:
+        """These pages will never land; pages saved after them may now follow a gap."""
+        for row in reversed(rows):
+            self._pages.give_up(row)
+            self._pages.unpin(row)
+        self._stats.failed += len(rows)
