@@ -99,6 +99,15 @@ def parse_share(flag: str, text: str | float) -> float:
     return share
 
 
+class Eviction(StrEnum):
+    """Which pages that no waiting request wants leave a tier first."""
+
+    LEARNT = "learnt"
+    """Those expected to be used again latest, by the gaps between the turns seen so far."""
+    LRU = "lru"
+    """Those used longest ago."""
+
+
 @dataclass(frozen=True)
 class CachedAttentionConfig:
     """Settings of one server, plain values only, so that they travel to every process as JSON."""
@@ -115,6 +124,8 @@ class CachedAttentionConfig:
     """Waiting requests whose pages are brought to host memory before they run."""
     wait: Wait = Wait.MEASURED
     """How long a request waits for pages from the disk."""
+    eviction: Eviction = Eviction.LEARNT
+    """Which pages leave a tier first where the queue does not decide."""
     ttl: float = 3600.0
     """Seconds after its last use that a page is dropped; 0: never."""
     truncation_ratio: float = DEFAULT_TRUNCATION_RATIO
@@ -132,7 +143,7 @@ class CachedAttentionConfig:
         names = {field.name for field in fields(cls)}
         if settings.keys() != names:
             raise ConfigError(f"settings are {sorted(settings)}; they must be {sorted(names)}.")
-        return cls(**{**settings, "wait": Wait(settings["wait"])})
+        return cls(**{**settings, "wait": Wait(settings["wait"]), "eviction": Eviction(settings["eviction"])})
 
     def to_settings(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,7 +15,7 @@ import torch
 
 from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
-from cached_attention.config import DEFAULT_LOOK_AHEAD, Wait
+from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
@@ -62,6 +62,7 @@ class CachedAttentionStore:
         ttl: seconds after its last use that a page is dropped; None: never.
         look_ahead: waiting requests whose pages are brought up before they run; at least 1.
         wait: how long a request is held for pages that come from the disk.
+        eviction: which pages leave a tier first where the queue does not decide.
         clock: seconds since the epoch.
 
     Raises:
@@ -79,6 +80,7 @@ class CachedAttentionStore:
         ttl: float | None = None,
         look_ahead: int = DEFAULT_LOOK_AHEAD,
         wait: Wait = Wait.MEASURED,
+        eviction: Eviction = Eviction.LEARNT,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.layout = device.layout
@@ -90,6 +92,7 @@ class CachedAttentionStore:
         self._look_ahead = look_ahead
         self._clock = clock
         self._decision = WaitOrRecompute(always=wait is Wait.COMPLETE)
+        self._learns = eviction is Eviction.LEARNT
         self._can_rotate = rotations is not None
         self._device_pages = device.num_pages
         copier = page_copier(device, self.host, rotations)
@@ -194,7 +197,7 @@ class CachedAttentionStore:
         """
         loadable = self.loadable_pages(chain)
         pages = self.restorable_pages(chain)
-        if request not in self._pages.waiting and not Hints.is_name(request):
+        if self._learns and request not in self._pages.waiting and not Hints.is_name(request):
             self._pages.note_prompt(chain.keys, self._clock())
         self._pages.waiting.append(request)
         if pages:

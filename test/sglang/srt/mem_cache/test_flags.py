@@ -56,6 +56,7 @@ def test_the_disk_tier(tmp_path: Path) -> None:
     assert config["disk_min_uses"] == 1
     assert config["ttl"] == 3600
     assert config["wait"] == "measured"
+    assert config["eviction"] == "learnt"
 
 
 def test_truncation() -> None:
@@ -116,6 +117,7 @@ def test_engine_arguments() -> None:
         ([*DISK, "0"], "--cached-attention-disk-size is '0': it must be above zero"),
         ([*DISK, "1GB", "--cached-attention-disk-min-uses", "0"], "give a whole number from 1"),
         ([*DISK, "1GB", "--cached-attention-ttl", "soon"], "give a duration such as 1h"),
+        (["--cached-attention-eviction", "fifo"], "is 'fifo': give learnt or lru"),
         (["--cached-attention-wait", "forever"], "is 'forever': give measured or complete"),
         ([*DISK[:1], __file__, *DISK[2:], "1GB"], "is not a directory: give another path"),
         (

@@ -16,6 +16,7 @@ from cached_attention.config import (
     DEFAULT_TRUNCATION_RATIO,
     CachedAttentionConfig,
     ConfigError,
+    Eviction,
     Wait,
     parse_duration,
     parse_share,
@@ -77,6 +78,12 @@ WAIT = Flag(
     "How long a request waits for pages on their way from disk: measured, while that is expected to be quicker "
     "than to compute them again, or complete, until they are there, 5 seconds at most (default: measured).",
 )
+EVICTION = Flag(
+    "cached_attention_eviction",
+    Eviction.LEARNT.value,
+    "Which pages leave a tier first where the queue does not decide: learnt, those expected to be used again "
+    "latest by the gaps between the turns seen so far, or lru, those used longest ago (default: learnt).",
+)
 TTL = Flag(
     "cached_attention_ttl",
     "1h",
@@ -102,6 +109,7 @@ FLAGS = (
     DISK_MIN_USES,
     LOOK_AHEAD,
     WAIT,
+    EVICTION,
     TTL,
     TRUNCATION_RATIO,
     SINK_PAGES,
@@ -169,6 +177,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
         wait=Wait(_choice(WAIT, settings[WAIT], [choice.value for choice in Wait])),
+        eviction=Eviction(_choice(EVICTION, settings[EVICTION], [choice.value for choice in Eviction])),
         ttl=parse_duration(TTL.option, settings[TTL]),
         truncation_ratio=parse_share(TRUNCATION_RATIO.option, settings[TRUNCATION_RATIO]),
         sink_pages=_whole_number(SINK_PAGES, settings[SINK_PAGES], least=0),

@@ -107,6 +107,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             ttl=config.ttl or None,
             look_ahead=config.look_ahead,
             wait=config.wait,
+            eviction=config.eviction,
         )
         # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
         gc.freeze()
