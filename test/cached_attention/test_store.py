@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cached_attention.chain import Chain, PageRun
+from cached_attention.config import Eviction
 from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
 
@@ -36,9 +37,9 @@ class Engine:
     def __init__(self, host_pages: int, device_pages: int = 32) -> None:
         shape = (device_pages * PAGE, 2, 8)
         self.buffers = [[torch.randn(shape, dtype=torch.bfloat16) for _ in "kv"] for _ in range(LAYERS)]
-        pool = DevicePool(self.buffers, PAGE)
+        self.pool = DevicePool(self.buffers, PAGE)
         self.now = 0.0
-        self.store = CachedAttentionStore(pool, host_pages * pool.layout.stride, clock=self.tick)
+        self.store = CachedAttentionStore(self.pool, host_pages * self.pool.layout.stride, clock=self.tick)
         self.batches = 0
 
     def tick(self) -> float:
@@ -257,3 +258,18 @@ def test_a_tier_too_small_for_a_page_is_refused() -> None:
 def test_a_strided_pool_is_refused() -> None:
     with pytest.raises(ValueError, match="not contiguous"):
         DevicePool([[torch.zeros(8, 2, 8).transpose(0, 1)]], PAGE)
+
+
+@pytest.mark.parametrize("eviction", list(Eviction))
+def test_whether_uses_are_learnt_is_a_choice(eviction: Eviction) -> None:
+    engine = Engine(host_pages=8)
+    store = CachedAttentionStore(engine.pool, 8 * engine.pool.layout.stride, eviction=eviction)
+    keys = engine.keys("abcd", 4)
+    for turn in range(3):
+        store.arrive(f"request {turn}", Chain(keys))
+    store.save(engine.run(keys, 0, [3, 9, 1, 5]))
+    store._saves.wait()
+    store.poll()
+    assert any(store._index.kind) == (eviction is Eviction.LEARNT)
+    store.close()
+    engine.store.close()
