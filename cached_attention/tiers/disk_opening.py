@@ -104,13 +104,7 @@ def _open(
     states = bytearray(space.slots)
     for slot in index.slots():
         states[slot] = SAVED
-    logger.info(
-        "%s: %d pages, room for %d%s.",
-        path,
-        states.count(SAVED),
-        space.slots,
-        "" if files.direct else ", no O_DIRECT",
-    )
+    logger.info("%s: %d pages, room for %d.", path, states.count(SAVED), space.slots)
     return OpenStore(path, lock, index, files, space, states, dropped)
 
 

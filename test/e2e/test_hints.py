@@ -25,7 +25,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "hint.py"
 @pytest.fixture(scope="module")
 def server(models: Any, start: Any, disk_tier: Any, tmp_path_factory: Any) -> Iterator[Server]:
     disk = disk_tier(tmp_path_factory.mktemp("kv"), "1GB")
-    tight = ("--max-total-tokens", "2048", "--admin-api-key", KEY)
+    # What is pushed out is what was used longest ago.
+    tight = ("--max-total-tokens", "2048", "--admin-api-key", KEY, "--cached-attention-eviction", "lru")
     with start(models(), *tight, *disk, host_size="12MB") as server:
         yield server
 
