@@ -29,7 +29,7 @@ class _Ask:
     held_since: float | None = None
     """When the scheduler would first have run it."""
     given_up: bool = False
-    """It runs with what is there."""
+    """It may run with what is there."""
 
     @property
     def pages(self) -> int:
@@ -96,9 +96,11 @@ class LookAhead:
 
     def leave(self, request: str) -> None:
         """`request` runs, or was given up."""
+        ask = self._asks.pop(request, None)
+        if ask is not None and ask.given_up:
+            self.recomputed += self._missing(request, ask)
         self._fetch.release(request)
         self._open.discard(request)
-        self._asks.pop(request, None)
 
     def advance(self) -> None:
         """Ask the disk for more, at most `SLICE` pages."""
@@ -140,26 +142,27 @@ class LookAhead:
         return holder if last > rank else None
 
     def is_ready(self, request: str) -> bool:
-        """Whether `request` may run: nothing is on its way for it, or waiting for it is not worth it."""
+        """Whether `request` may run: nothing is on its way for it, or waiting for it is not worth it.
+
+        Its pages are fetched on until it really runs: there may be no room for it in the batch for a while.
+        """
         ask = self._asks.get(request)
         if ask is None or ask.given_up or (ask.is_whole and not self._fetch.is_landing(request)):
             return True
-        outstanding = self._outstanding(request, ask)
-        if self._decision.is_worth_waiting(outstanding):
-            return False
-        self.recomputed += outstanding.missing_tokens // self._page_tokens
-        self._open.discard(request)
-        ask.given_up = True
-        return True
+        ask.given_up = not self._decision.is_worth_waiting(self._outstanding(request, ask))
+        return ask.given_up
+
+    def _missing(self, request: str, ask: _Ask) -> int:
+        """Pages that are not in host memory yet."""
+        return self._fetch.landing(request) + len(ask.keys) - ask.next
 
     def _outstanding(self, request: str, ask: _Ask) -> Outstanding:
         now = self._clock()
         ask.held_since = now if ask.held_since is None else ask.held_since
         since, ahead = self._fetch.begun(request) or (ask.held_since, self._fetch.bytes_in_flight)
-        missing = self._fetch.landing(request) + len(ask.keys) - ask.next
         return Outstanding(
             waited=now - since,
             total_bytes=ask.pages * self._fetch.page_bytes,
             ahead_bytes=ahead,
-            missing_tokens=missing * self._page_tokens,
+            missing_tokens=self._missing(request, ask) * self._page_tokens,
         )
