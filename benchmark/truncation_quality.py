@@ -30,6 +30,7 @@ from benchmark.truncation.report import (
     context_table,
     controls,
     method_table,
+    quoting_table,
     recall_table,
     truncation_table,
     verdict,
@@ -54,19 +55,19 @@ class Setting:
 FULL = Setting(
     Recipe(
         Shape(
-            vocabulary=2_048,
+            vocabulary=1_024,
             hidden=128,
             intermediate=344,
-            layers=4,
-            heads=4,
+            layers=3,
+            heads=2,
             kv_heads=2,
-            head_dim=32,
-            window=512,
+            head_dim=64,
+            window=256,
         ),
         steps=1_400,
-        batch=8,
+        batch=16,
     ),
-    length=1_024,
+    length=512,
     each=4,
     document_share=1,
 )
@@ -144,7 +145,7 @@ def compare(args: argparse.Namespace) -> None:
         raise ValueError(f"no held-out document has {setting.length} tokens; give more text with --text")
     findings = run(trained.model.to(args.device), Facts.of(trained.tokenizer), text, plan, args.seed)
     console = Console()
-    for table in (method_table, truncation_table, recall_table, context_table):
+    for table in (method_table, quoting_table, truncation_table, recall_table, context_table):
         console.print(table(findings))
     console.print(verdict(findings), highlight=False)
     for warning in controls(findings):
