@@ -1,6 +1,6 @@
 """What does a conversation lose when it outgrows the context window?
 
-    python -m benchmark.truncation_quality           # trains a small model, then compares: 30 minutes on one core
+    python -m benchmark.truncation_quality           # trains a small model, then compares: 15 minutes on one core
     python -m benchmark.truncation_quality --quick   # a minute, to see that it works; its numbers mean nothing
 
 Trains a small language model with rotary positions on the text that comes with Python and the system, and

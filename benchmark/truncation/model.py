@@ -112,8 +112,8 @@ class LanguageModel(nn.Module):
 def look_up(first: Attention, second: Attention) -> None:
     """Lets `first` hand on the token before, and `second` copy what came after earlier occurrences of its token.
 
-    These are induction heads (Olsson et al. 2022): what lets a model look things up in its context. A small model
-    finds them by itself, but only after more text than is read here.
+    These are induction heads (Olsson et al. 2022): what lets a model look things up in its context. A model of
+    this size did not come upon them by itself in 1,400 steps. Both layers go on learning from there.
     """
     shape = first.shape
     group = shape.heads // shape.kv_heads
