@@ -105,7 +105,8 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(weight)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING)
         if self.shape.kv_heads * self.shape.head_dim == self.shape.hidden and self.shape.layers > 1:
-            look_up(self.blocks[0].attention, self.blocks[1].attention)
+            first, second = [one for one in self.modules() if isinstance(one, Attention)][:2]
+            look_up(first, second)
 
 
 @torch.no_grad()

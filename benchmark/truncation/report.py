@@ -20,7 +20,7 @@ BOUND = 0.02
 """How much higher than that of TT the perplexity of CA may be."""
 USED = 1.1
 """How much higher the perplexity with the shortest context must be than with the longest."""
-KNOWN = 0.5
+KNOWN = 0.8
 """Share of the facts that must be known where nothing was dropped, for recall to mean anything."""
 BROKEN = 1.2
 """Ratio to the perplexity of TT that NKVT must reach, or the experiment would not notice a wrong position."""
