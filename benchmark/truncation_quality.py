@@ -1,6 +1,6 @@
 """What does a conversation lose when it outgrows the context window?
 
-    python -m benchmark.truncation_quality           # trains a small model, then compares: 30 minutes on one core
+    python -m benchmark.truncation_quality           # trains a small model, then compares: 6 minutes on one core
     python -m benchmark.truncation_quality --quick   # a minute, to see that it works; its numbers mean nothing
 
 Trains a small language model with rotary positions on the text that comes with Python and the system, and
@@ -30,6 +30,7 @@ from benchmark.truncation.report import (
     context_table,
     controls,
     method_table,
+    quoting_table,
     recall_table,
     truncation_table,
     verdict,
@@ -54,20 +55,20 @@ class Setting:
 FULL = Setting(
     Recipe(
         Shape(
-            vocabulary=2_048,
+            vocabulary=1_024,
             hidden=128,
             intermediate=344,
-            layers=4,
-            heads=4,
+            layers=3,
+            heads=2,
             kv_heads=2,
-            head_dim=32,
-            window=512,
+            head_dim=64,
+            window=256,
         ),
-        steps=1_400,
-        batch=8,
+        steps=450,
+        batch=16,
     ),
-    length=1_024,
-    each=4,
+    length=512,
+    each=2,
     document_share=1,
 )
 QUICK = Setting(
@@ -87,7 +88,7 @@ QUICK = Setting(
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, hardly trained, and little text")
-    parser.add_argument("--steps", type=int, help="training steps; default: 1,400, quick: 30")
+    parser.add_argument("--steps", type=int, help="training steps; default: 450, quick: 30")
     parser.add_argument(
         "--model",
         type=Path,
@@ -144,7 +145,7 @@ def compare(args: argparse.Namespace) -> None:
         raise ValueError(f"no held-out document has {setting.length} tokens; give more text with --text")
     findings = run(trained.model.to(args.device), Facts.of(trained.tokenizer), text, plan, args.seed)
     console = Console()
-    for table in (method_table, truncation_table, recall_table, context_table):
+    for table in (method_table, quoting_table, truncation_table, recall_table, context_table):
         console.print(table(findings))
     console.print(verdict(findings), highlight=False)
     for warning in controls(findings):

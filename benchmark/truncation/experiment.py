@@ -14,6 +14,7 @@ from benchmark.truncation.fact import Facts
 from benchmark.truncation.method import METHODS, REFERENCE, Method, truncate_tokens
 from benchmark.truncation.model import LanguageModel
 from benchmark.truncation.plan import Plan
+from benchmark.truncation.quote import quoting
 from benchmark.truncation.recall import PLACES, make_quiz
 from benchmark.truncation.score import Interval, Predictions, Resampling, predict
 from benchmark.truncation.text import Conversations
@@ -72,6 +73,9 @@ class Findings:
     recalls: tuple[Recall, ...]
     context_uses: tuple[ContextUse, ...]
     position_uses: tuple[PositionUse, ...]
+    quoting: tuple[Quality, ...]
+    """The same text made to repeat parts of itself, so that much of it is known only from further up."""
+    quoting_context_uses: tuple[ContextUse, ...]
 
     def quality(self, method: str, truncations: int | None = None) -> Quality:
         return next(one for one in self.qualities if (one.method, one.truncations) == (method, truncations))
@@ -86,14 +90,20 @@ def run(model: LanguageModel, facts: Facts, text: Conversations, plan: Plan, see
     resampling = Resampling(text.documents, seed)
     quiz = make_quiz(text.tokens, plan, facts, np.random.default_rng(seed))
     windows = _doubling(SHORTEST_CONTEXT, model.shape.window)
-    with closing(_Reader(model, len(text.tokens) * (2 * len(METHODS) + len(windows)))) as reader:
+    quotes = np.random.default_rng(seed)
+    quoted = np.stack([quoting(conversation, quotes) for conversation in text.tokens])
+    with closing(_Reader(model, len(text.tokens) * (3 * len(METHODS) + 2 * len(windows)))) as reader:
         read = {name: reader.read(name, text.tokens, plan, method) for name, method in METHODS.items()}
         answered = {name: reader.read(name, quiz.conversations, plan, method) for name, method in METHODS.items()}
-        narrow = {
-            # The sink of one token is the beginning that every trained window has.
-            window: reader.read(f"context {window}", text.tokens, Plan(window, window // 2, 1), truncate_tokens)
-            for window in windows
-        }
+        copied = {name: reader.read(name, quoted, plan, method) for name, method in METHODS.items()}
+        narrow, copied_narrow = (
+            {
+                # The sink of one token is the beginning that every trained window has.
+                window: reader.read(f"context {window}", tokens, Plan(window, window // 2, 1), truncate_tokens)
+                for window in windows
+            }
+            for tokens in (text.tokens, quoted)
+        )
     counts = [None, *sorted(set(read[REFERENCE].truncations.ravel().tolist()))]
     return Findings(
         conversations=len(text.tokens),
@@ -108,6 +118,8 @@ def run(model: LanguageModel, facts: Facts, text: Conversations, plan: Plan, see
         ),
         context_uses=tuple(_context_uses(narrow, model.shape.window, resampling)),
         position_uses=tuple(_position_uses(narrow[model.shape.window], model.shape.window, resampling)),
+        quoting=tuple(_quality(name, copied, None, resampling) for name in METHODS),
+        quoting_context_uses=tuple(_context_uses(copied_narrow, model.shape.window, resampling)),
     )
 
 

@@ -16,10 +16,10 @@ NAMES = (
 )
 # fmt: on
 CODES = tuple(f" {1_000 + 73 * number}" for number in range(100))
-WORDS = NAMES + CODES
-"""What must be one token each, so that a fact asks for one look back and not for spelling."""
 OPENING = "\nThe code of"
 CLOSING = ".\n"
+WORDS = (OPENING, *NAMES, *CODES)
+"""What must be one token each, so that a fact asks for one look back and not for spelling."""
 
 
 @dataclass(frozen=True)

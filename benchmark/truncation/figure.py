@@ -80,11 +80,13 @@ def _recall(axes: Axes, findings: Findings) -> None:
 
 
 def _context(axes: Axes, findings: Findings) -> None:
-    found = [one.perplexity for one in findings.context_uses]
     windows = [one.window for one in findings.context_uses]
-    axes.errorbar(
-        windows, [one.value for one in found], _errors(found), marker="o", capsize=3, color=COLOURS[REFERENCE]
-    )
+    texts = {"text": findings.context_uses, "text that repeats itself": findings.quoting_context_uses}
+    for (name, uses), colour in zip(texts.items(), (COLOURS[REFERENCE], "#009e73"), strict=True):
+        found = [one.perplexity for one in uses]
+        values = [one.value for one in found]
+        axes.errorbar(windows, values, _errors(found), marker="o", capsize=3, color=colour, label=name)
+    axes.legend(frameon=False, fontsize="small")
     axes.set(title="Does the model use its context?", xlabel="context at most, tokens", ylabel="perplexity")
     axes.set_xscale("log", base=2)
     axes.set_xticks(windows, [str(window) for window in windows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmark.report import machine
-from benchmark.truncation.experiment import Findings
+from benchmark.truncation.experiment import Findings, Quality
 from benchmark.truncation.method import METHODS, REFERENCE
 from benchmark.truncation.recall import PLACES
 from benchmark.truncation.score import Interval
@@ -20,7 +20,7 @@ BOUND = 0.02
 """How much higher than that of TT the perplexity of CA may be."""
 USED = 1.1
 """How much higher the perplexity with the shortest context must be than with the longest."""
-KNOWN = 0.5
+KNOWN = 0.8
 """Share of the facts that must be known where nothing was dropped, for recall to mean anything."""
 BROKEN = 1.2
 """Ratio to the perplexity of TT that NKVT must reach, or the experiment would not notice a wrong position."""
@@ -28,16 +28,28 @@ LOSSES_KEPT = 200
 
 
 def method_table(findings: Findings) -> Table:
-    """One row per method: what is predicted and remembered after one truncation or more."""
+    """One row per method: what is predicted after one truncation or more."""
     quality = findings.quality(REFERENCE)
     title = f"After truncation: {quality.predictions:,} tokens of {findings.conversations} conversations"
+    return _quality_table(title, [findings.quality(name) for name in METHODS])
+
+
+def quoting_table(findings: Findings) -> Table:
+    """As `method_table`, of text that repeats parts of itself."""
+    return _quality_table("The same on text made to repeat parts of itself", findings.quoting)
+
+
+def _quality_table(title: str, qualities: Iterable[Quality]) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("", "perplexity", f"against {REFERENCE}", "next token right", f"same as {REFERENCE}"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name in METHODS:
-        one = findings.quality(name)
+    for one in qualities:
         table.add_row(
-            name, _number(one.perplexity), _ratio(one.ratio), _percent(one.accuracy), _percent(one.agreement)
+            one.method,
+            _number(one.perplexity),
+            _ratio(one.ratio),
+            _percent(one.accuracy),
+            _percent(one.agreement),
         )
     return table
 
@@ -75,9 +87,10 @@ def context_table(findings: Findings) -> Table:
     """Does the model use its context? Perplexity of the same tokens with more and more of it."""
     table = Table(title="Perplexity by context", title_justify="left")
     table.add_column("tokens of context")
-    table.add_column("perplexity", justify="right")
-    for one in findings.context_uses:
-        table.add_row(f"{one.window // 2} to {one.window}", _number(one.perplexity))
+    table.add_column("text", justify="right")
+    table.add_column("text that repeats itself", justify="right")
+    for one, quoting in zip(findings.context_uses, findings.quoting_context_uses, strict=True):
+        table.add_row(f"{one.window // 2} to {one.window}", _number(one.perplexity), _number(quoting.perplexity))
     return table
 
 

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from benchmark.truncation.fact import WORDS, Facts
 from benchmark.truncation.model import LanguageModel, Shape
+from benchmark.truncation.quote import quoting
 from benchmark.truncation.text import Document, begin_of, token_stream, train_tokenizer
 
-# Of every so many documents one teaches the tokenizer: more text hardly changes 2,048 tokens.
+# Of every so many documents one teaches the tokenizer: more text hardly changes 1,024 tokens.
 TOKENIZER_SHARE = 4
 
 
@@ -30,15 +31,17 @@ class Recipe:
     steps: int
     batch: int
     seed: int = 0
-    matrix_rate: float = 0.02
+    matrix_rate: float = 0.01
     """Learning rate of the matrices (Muon), in units of their own size."""
     other_rate: float = 0.004
     """Learning rate of the embedding and the norms (AdamW)."""
     warm_up: int = 30
     cool_down: float = 0.5
     """Last part of the steps, in which the rates fall to zero."""
-    with_facts: float = 0.5
+    with_facts: float = 0.3
     """Share of the windows that have facts mixed in."""
+    with_quotes: float = 0.3
+    """Share of the windows that repeat parts of themselves."""
     facts: int = 6
     asked: int = 2
 
@@ -105,8 +108,11 @@ def windows(
         place = source.integers(0, len(stream) - length)
         piece = stream[place : place + length].astype(np.int64)
         piece[0] = begin
-        if source.random() < recipe.with_facts:
+        kind = source.random()
+        if kind < recipe.with_facts:
             piece = facts.mixed_into(piece, source, recipe.facts, recipe.asked)
+        elif kind < recipe.with_facts + recipe.with_quotes:
+            piece = quoting(piece, source)
         yield piece
 
 
