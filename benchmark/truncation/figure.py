@@ -76,7 +76,7 @@ def _recall(axes: Axes, findings: Findings) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(title="Facts remembered, by where they were stated", ylim=(0, 1))
     _finish(axes)
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.legend(frameon=False, fontsize="small", loc="center right")
 
 
 def _context(axes: Axes, findings: Findings) -> None:
