@@ -186,7 +186,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--disk-path", type=Path, default=Path("out/disk"), help="where the pages go; kv/ is emptied"
     )
     parser.add_argument("--slow-read-s", type=float, default=0.2, help="seconds for a read of the slow disk")
-    parser.add_argument("--queue-read-s", type=float, default=1.0, help="seconds for a read, for the queue")
+    parser.add_argument("--queue-read-s", type=float, default=0.04, help="seconds for a read, for the queue")
     parser.add_argument(
         "--quick-read-s", type=float, default=0.02, help="of which one conversation takes 100 times"
     )
