@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> list[Overflow]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, default=Path("out/small-window"))
-    parser.add_argument("--conversations", type=int, default=6)
+    parser.add_argument("--conversations", type=int, default=3)
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--new", type=int, default=60, help="tokens of a turn")
     parser.add_argument("--answer", type=int, default=130, help="tokens of an answer")
