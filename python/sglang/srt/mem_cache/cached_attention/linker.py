@@ -64,7 +64,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     """Owns this rank's store."""
 
     rotations: list[Rotation | None] | None = None
-    """Per layer how keys are moved to other positions; None where they cannot be."""
+    """Per layer how keys are moved to other positions; None where they cannot be, or need not."""
     _immovable: UnsupportedRotationError | None = None
 
     def __init__(
@@ -93,16 +93,14 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             OSError, sqlite3.Error: the disk tier's directory cannot be used, or belongs to another server.
         """
         self._identity.describe(model, hf_config)
-        try:
-            self.rotations = key_rotations(model, self._kv_cache)
-        except UnsupportedRotationError as error:
-            self._immovable = error
+        if self._truncates:
+            self._find_rotations(model)
         config, ranks = self._config, self._identity.ranks_per_machine
         self.store = CachedAttentionStore(
             self._pool,
             config.host_size // ranks,
             self._open_disk(),
-            rotations=self.rotations if self._truncates else None,
+            rotations=self.rotations,
             min_uses=config.disk_min_uses,
             ttl=config.ttl or None,
             look_ahead=config.look_ahead,
@@ -112,6 +110,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
         gc.freeze()
         self._announce()
+
+    def _find_rotations(self, model: torch.nn.Module) -> None:
+        try:
+            self.rotations = key_rotations(model, self._kv_cache)
+        except UnsupportedRotationError as error:
+            self._immovable = error
 
     def _open_disk(self) -> DiskTier | None:
         if self._config.disk_path is None:
