@@ -7,12 +7,12 @@ PORT ?= 30000
 JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.sglang-cached-attention
-CHECKED := cached_attention benchmark examples python
+CHECKED := cached_attention benchmark docs examples python
 
 # Few and short enough for two cores: 6 conversations come back twice each, in 2 rounds over 3 servers.
 DEMO := --conversations 6 --turns 3 --history 2048 --new 100 --out 16 --rounds 2 --concurrency 1
 
-.PHONY: help install demo serve test kernels lint clean
+.PHONY: help install demo serve test kernels lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -50,5 +50,8 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CHECKED)
 
-clean:  ## models, results and logs of the demo; VENV stays
-	rm -rf out
+docs: $(INSTALLED)  ## the documentation, into site/; a dead link or a page out of nav is an error
+	$(BIN)/mkdocs build --strict
+
+clean:  ## models, results and logs of the demo, and site/; VENV stays
+	rm -rf out site

@@ -117,7 +117,7 @@ FLAGS = (
 AUTO_TRUNCATE = "allow_auto_truncate"
 """SGLang's own argument, which both flags about truncation need."""
 
-_EXCLUSIVE = {
+EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
     "disable_radix_cache": "the hierarchy lies under the radix cache",
     "enable_lmcache": "both keep KV outside the device",
@@ -127,6 +127,7 @@ _EXCLUSIVE = {
     "radix_cache_backend": "CachedAttention brings its own radix cache",
     "speculative_algorithm": "the draft model's KV is not in the hierarchy",
 }
+"""Arguments of SGLang that contradict ours, and why."""
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +147,7 @@ def fold(values: MutableMapping[str, Any]) -> None:
     if not given.pop(ENABLE):
         _refuse_lonely(given)
         return
-    for name, reason in _EXCLUSIVE.items():
+    for name, reason in EXCLUSIVE.items():
         if values.get(name):
             option = Flag(name, None, "").option
             raise ConfigError(f"{ENABLE.option} cannot be used with {option} ({reason}): leave one of them out.")

@@ -1,0 +1,100 @@
+"""Writes docs/flags.md from the definitions of the flags: `python -m docs.flags`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mem_cache.cached_attention.flags import (
+    AUTO_TRUNCATE,
+    DISK_PATH,
+    DISK_SIZE,
+    ENABLE,
+    EXCLUSIVE,
+    FLAGS,
+    Flag,
+    fold,
+)
+
+from cached_attention.config import ConfigError
+
+PAGE = Path(__file__).with_suffix(".md")
+
+INTRODUCTION = f"""# Flags
+
+<!-- Written by `python -m docs.flags` from the definitions of the flags. -->
+
+Each flag is also a keyword argument of `sgl.Engine` and a key of the YAML file that SGLang reads with `--config`.
+Without `{ENABLE.option}` SGLang behaves as if the package were not installed.
+
+Sizes are `64GB` (10^9 bytes), `64GiB` (2^30) or a share of what is free, such as `0.5`; durations are `90s`, `30m`,
+`1h` or `2d`. A wrong value stops the server before it loads the model, with one sentence that says what to change;
+below, each flag's answer to `?`.
+"""
+
+ENGINE = f"""## From Python, and from a file
+
+```python
+sgl.Engine(model_path="MODEL", {ENABLE.name}=True, cached_attention_host_size="64GB")
+```
+
+```yaml
+# python -m sglang.launch_server --config serve.yaml
+model-path: MODEL
+{ENABLE.option[2:]}: true
+cached-attention-host-size: 64GB
+```
+"""
+
+
+def render() -> str:
+    return "\n".join([INTRODUCTION, *map(_section, FLAGS), _contradictions(), ENGINE])
+
+
+def _section(flag: Flag) -> str:
+    default = {None: "none", False: "off"}.get(flag.default, flag.default)
+    lines = [
+        f"## {flag.option}\n",
+        re.sub(r" \(default: [^)]*\)", "", _code(flag.help)) + "\n",
+        f"- Default: {default}",
+        f"- In Python: `{flag.name}`",
+    ]
+    if refusal := _refusal(flag):
+        occasion = "A wrong value" if "'?'" in refusal else "On its own"
+        lines.append(f"- {occasion}: {_code(refusal)}")
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """Options set as code."""
+    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*[a-z]", r"`\g<0>`", text)
+
+
+def _refusal(flag: Flag) -> str | None:
+    """What a server says that is given `?` for `flag`; None where that is a value."""
+    if flag is ENABLE:
+        return None
+    values: dict[str, Any] = {ENABLE.name: True, AUTO_TRUNCATE: True, flag.name: "?"}
+    if flag is DISK_SIZE:
+        values[DISK_PATH.name] = "/kv"
+    try:
+        fold(values)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _contradictions() -> str:
+    rows = [f"| `{Flag(name, None, '').option}` | {reason} |" for name, reason in EXCLUSIVE.items()]
+    table = "\n".join(["| not together with | because |", "|---|---|", *rows])
+    return f"## What {ENABLE.option} excludes\n\n{table}\n"
+
+
+def main() -> None:
+    PAGE.write_text(render())
+    print(f"{PAGE}: {len(FLAGS)} flags")
+
+
+if __name__ == "__main__":
+    main()
