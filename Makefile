@@ -51,7 +51,8 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/mypy $(CHECKED)
 
 docs: $(INSTALLED)  ## the documentation, into site/; a dead link or a page out of nav is an error
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 clean:  ## models, results and logs of the demo, and site/; VENV stays
 	rm -rf out site
