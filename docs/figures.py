@@ -26,7 +26,7 @@ from cached_attention.simulator.store import SimulatedStore
 
 DIRECTORY = Path(__file__).with_name("figures")
 BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#e08a3c", "#4a9b6e", "#c9ced6"
-STYLE = {"svg.fonttype": "path", "svg.hashsalt": "docs", "font.size": 10, "axes.spines.top": False}
+STYLE: Any = {"svg.fonttype": "path", "svg.hashsalt": "docs", "font.size": 10, "axes.spines.top": False}
 
 
 # The record of one page
@@ -91,7 +91,7 @@ def eviction_order() -> dict[str, Any]:
     capacity = SHARED + len(chains) * (PAGES - SHARED)
     policy = POLICIES["ours"]
     store = SimulatedStore(policy, policy.make([]), capacity, page_tokens=64, cost=Cost(), clock=clock)
-    for name, keys in chains.items():
+    for keys in chains.values():
         clock.now += 60
         store.save(keys)
     waiting = sorted((place, name) for name, place in CONVERSATIONS.items() if place is not None)
@@ -175,11 +175,11 @@ def draw_truncation(data: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     lengths, sink = data["lengths"], data["sink"]
     seam = [sink + dropped for dropped in data["dropped"]]
-    style = {"step": "post", "linewidth": 0}
+    style: dict[str, Any] = {"step": "post", "linewidth": 0}
     axes.fill_between(lengths, seam, lengths, color=BLUE, label="kept: the most recent tokens", **style)
     axes.fill_between(lengths, sink, seam, color=GREY, label="dropped", **style)
     # One page is too thin to see: drawn as a line of its own.
-    axes.plot(lengths, [sink / 2] * len(lengths), color=ORANGE, linewidth=3, label=f"kept: the sink, {sink} tokens")
+    axes.axhline(sink / 2, color=ORANGE, linewidth=3, label=f"kept: the sink, {sink} tokens")
     for length, before, after in zip(lengths[1:], data["dropped"], data["dropped"][1:], strict=False):
         if after > before:
             axes.axvline(length, color="black", linewidth=0.6, linestyle=":")

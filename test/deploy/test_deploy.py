@@ -105,7 +105,8 @@ def test_what_the_image_installs(tmp_path: Path) -> None:
     words = [str(source) if word == "/src" else word for word in shlex.split(install)[1:]]
     run(python, *words, "--no-deps", "--quiet", "--disable-pip-version-check", cwd=tmp_path)
     module = shlex.split(kernels)[-1]
-    found = run(python, "-c", f"import importlib.util as u; print(u.find_spec('{module}.__main__').origin)", cwd=tmp_path)
+    probe = f"import importlib.util as u; print(u.find_spec('{module}.__main__').origin)"
+    found = run(python, "-c", probe, cwd=tmp_path)
     assert Path(found.strip()).is_relative_to(tmp_path / "venv")
     (library,) = (tmp_path / "venv").glob("lib/python3*/site-packages/cached_attention/kernels")
     assert any((library / "csrc").glob("*.cu"))

@@ -9,7 +9,6 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -89,7 +88,7 @@ def test_a_message_that_is_not_in_the_source_is_noticed() -> None:
 
 @pytest.mark.parametrize("block", blocks(DOCS / "sizing.md", "console"))
 def test_the_plans_are_real(block: str) -> None:
-    command, output = block.split("\n", 1)
+    command, output = block.replace("\\\n", " ").split("\n", 1)
     assert command.startswith("$ cached-attention ")
     result = CliRunner().invoke(app, shlex.split(command)[2:], env={"COLUMNS": "100"})
     assert (result.exit_code, result.output) == (0, output)
@@ -111,6 +110,12 @@ def test_versions_are_those_of_the_package() -> None:
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (pin,) = [one for one in package["dependencies"] if one.startswith("sglang==")]
     version = pin.removeprefix("sglang==")
-    pages: list[Any] = [*DOCS.glob("*.md"), *(ROOT / "deploy").iterdir()]
-    named = {(page.name, found) for page in pages for found in re.findall(r"SGLang (0\.\d+\.\d+)", page.read_text())}
-    assert {found for _, found in named} == {version}
+    pages = [*DOCS.glob("*.md"), *(ROOT / "deploy").iterdir()]
+    named = {number for page in pages for number in re.findall(r"SGLang (0\.\d+\.\d+)", page.read_text())}
+    assert named == {version}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_out_of_the_front_pages_lead_somewhere(name: str) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / name).read_text())
+    assert [target for target in targets if not (ROOT / target).exists()] == []
