@@ -28,9 +28,9 @@ INTRODUCTION = f"""# Flags
 Each flag is also a keyword argument of `sgl.Engine` and a key of the YAML file that SGLang reads with `--config`.
 Without `{ENABLE.option}` SGLang behaves as if the package were not installed.
 
-Sizes are `64GB` (10^9 bytes), `64GiB` (2^30) or a share of what is free, such as `0.5`. Durations are `90s`, `30m`,
-`1h` or `2d`. A wrong value stops the server before it loads the model, with one sentence that says what to do;
-below, each flag's answer to `?`.
+Sizes are `64GB` (10^9 bytes), `64GiB` (2^30) or a share of what is free, such as `0.5`. Durations are `90s`,
+`30m`, `1h` or `2d`. A wrong value stops the server before it loads the model, with one sentence that says what
+to do; below, each flag's answer to `?`.
 """
 
 ENGINE = f"""## From Python, and from a file
