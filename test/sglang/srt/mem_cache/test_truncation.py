@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.cached_attention import flags, truncation
+from sglang.srt.mem_cache.cached_attention import flags, openai_responses, truncation
 from sglang.srt.mem_cache.cached_attention.tree_link import RequestChain
 from sglang.srt.mem_cache.cached_attention.truncation import Truncation
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -269,9 +269,9 @@ def test_closing_the_responses_closes_those_of_sglang() -> None:
 
 def test_metadata_of_openai_responses() -> None:
     metadata: dict[str, Any] = {"weight_version": "default"}
-    truncation.add_to_metadata(metadata, {"truncated_tokens": 512})
+    openai_responses.add_to_metadata(metadata, {"truncated_tokens": 512})
     assert metadata == {"weight_version": "default", "truncated_tokens": 512}
-    truncation.add_to_metadata(metadata := {}, {})
+    openai_responses.add_to_metadata(metadata := {}, {})
     assert metadata == {}
 
 
