@@ -229,7 +229,7 @@ def told(obj: Any, **meta_info: Any) -> dict[str, Any]:
     """`meta_info` of a response to `obj`, as the client sees it."""
 
     async def responses() -> AsyncIterator[dict[str, Any]]:
-        yield {"meta_info": {"finish_reason": None, **meta_info}}
+        yield {"meta_info": {"id": "0", "finish_reason": None, **meta_info}}
 
     async def first() -> dict[str, Any]:
         answer = responses()
@@ -252,7 +252,7 @@ def test_closing_the_responses_closes_those_of_sglang() -> None:
     async def responses() -> AsyncIterator[dict[str, Any]]:
         try:
             while True:
-                yield {"meta_info": {"finish_reason": None, "prompt_tokens": 1}}
+                yield {"meta_info": {"finish_reason": None, "prompt_tokens": 1, "id": "0"}}
         finally:
             closed.append(True)
 
