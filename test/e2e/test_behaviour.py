@@ -135,3 +135,10 @@ def test_a_client_that_hangs_up_holds_nothing(server: Server, prompt: Any) -> No
     )
     with urllib.request.urlopen(request, timeout=60) as stream:
         assert stream.readline().startswith(b"data:")
+
+
+def test_a_prompt_longer_than_the_window_is_sglangs_error(server: Server, prompt: Any) -> None:
+    with pytest.raises(
+        ServerError, match=r"answered 400: .*longer than the model's context length \(4096 tokens\)"
+    ):
+        server.generate(prompt(5_000), 4)

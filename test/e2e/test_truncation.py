@@ -102,6 +102,11 @@ def stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, An
 OPENAI = {"model": "model", "temperature": 0, "ignore_eos": True}
 
 
+def told(chunk: dict[str, Any]) -> int | None:
+    """What a chunk of an OpenAI stream says of dropped tokens."""
+    return (chunk.get("metadata") or {}).get("truncated_tokens")
+
+
 def test_completions(server: Server, words: random.Random) -> None:
     tokens = prompt(words, 1700)
     expected = server.generate(tokens, 6)
@@ -112,6 +117,10 @@ def test_completions(server: Server, words: random.Random) -> None:
     assert reply["usage"]["prompt_tokens"] == 1700 - dropped(1700)
     chunks = stream(server, "/v1/completions", {**body, "stream": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected["text"]
+    assert [told(chunk) for chunk in chunks] == [None] * (len(chunks) - 1) + [dropped(1700)]
+    two = {**body, "stream": True, "prompt": [tokens, tokens[:100]]}
+    ends = [chunk for chunk in stream(server, "/v1/completions", two) if chunk["choices"][0]["finish_reason"]]
+    assert {chunk["choices"][0]["index"]: told(chunk) for chunk in ends} == {0: dropped(1700), 1: None}
 
 
 def test_chat(server: Server, words: random.Random) -> None:
@@ -135,6 +144,7 @@ def test_chat(server: Server, words: random.Random) -> None:
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
     assert text == expected["text"]
     assert usage["usage"]["prompt_tokens"] == len(kept(tokens))
+    assert told(usage) == dropped(len(tokens))
 
 
 def test_a_frontend_program(server: Server) -> None:
@@ -204,16 +214,6 @@ def test_a_hint_names_what_is_kept(server: Server, words: random.Random) -> None
     assert reply["tokens"] == len(tokens)
 
 
-def test_without_auto_truncation_it_is_sglangs_error(models: Any, start: Any, words: random.Random) -> None:
-    with (
-        start(models(context=WINDOW), *POOL, **OURS) as server,
-        pytest.raises(
-            ServerError, match=r"answered 400: .*longer than the model's context length \(1024 tokens\)"
-        ),
-    ):
-        server.generate(prompt(words, 1600), 4)
-
-
 def test_a_model_whose_keys_cannot_be_moved_is_served_as_by_sglang(
     models: Any, start: Any, words: random.Random
 ) -> None:
@@ -244,28 +244,28 @@ TURNS, NEW, ANSWER = 12, 160, 30
 
 
 def test_a_conversation_that_overflows_goes_on_at_the_price_of_its_new_tokens(
-    models: Any, start: Any, words: random.Random, store_states: Any
+    server: Server, words: random.Random, store_states: Any
 ) -> None:
     """12 turns, 3 overflows; each turn after the first finds what it keeps, and stores only what is new."""
-    with start(models(context=WINDOW), AUTO, *POOL, **OURS) as server:
-        history: list[int] = []
-        overflows = pages_before = 0
-        for turn in range(TURNS):
-            before = len(history)
-            history += prompt(words, NEW)
-            overflowed = dropped(len(history)) > dropped(before)
-            overflows += overflowed
-            reply = server.generate(history, ANSWER)
-            if turn:
-                known = before - dropped(len(history))
-                # The last token of the answer was never computed.
-                reusable = (known - 1) // PAGE * PAGE
-                assert reply["meta_info"]["cached_tokens"] >= 0.9 * reusable, f"turn {turn}"
-            history += reply["output_ids"]
-            pages = settled(server, store_states)["host_pages_used"]
-            assert pages - pages_before <= (NEW + ANSWER) // PAGE + 2, f"turn {turn}"
-            pages_before = pages
-        assert overflows == 3
+    server.flush_cache()
+    history: list[int] = []
+    overflows = pages_before = 0
+    for turn in range(TURNS):
+        before = len(history)
+        history += prompt(words, NEW)
+        overflowed = dropped(len(history)) > dropped(before)
+        overflows += overflowed
+        reply = server.generate(history, ANSWER)
+        if turn:
+            known = before - dropped(len(history))
+            # The last token of the answer was never computed.
+            reusable = (known - 1) // PAGE * PAGE
+            assert reply["meta_info"]["cached_tokens"] >= 0.9 * reusable, f"turn {turn}"
+        history += reply["output_ids"]
+        pages = settled(server, store_states)["host_pages_used"]
+        assert pages - pages_before <= (NEW + ANSWER) // PAGE + 2, f"turn {turn}"
+        pages_before = pages
+    assert overflows == 3
 
 
 def settled(server: Server, store_states: Any) -> dict[str, Any]:
