@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.utils import compute_node_event_hash_values
 from cached_attention.index import PageKey
 
 TOKENS_REMEMBERED = 65_536
-"""Pages whose tokens are told, those of the latest requests; 64 tokens take 600 bytes."""
+"""Pages whose tokens are told, those of the latest requests; 64 tokens take 700 bytes."""
 SWEPT = 2
 """Names looked at, for each new one, whether anyone still needs them."""
 
