@@ -9,6 +9,7 @@ from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
+from cached_attention.residency import ResidencyFeed
 from cached_attention.tiers.disk_index import RecordColumns
 from cached_attention.tiers.host_slots import HostSlots
 
@@ -23,6 +24,7 @@ class Hierarchy:
 
     Args:
         order: makes the order in which pages leave host memory, and that in which they leave the disk.
+        feed: is told what becomes usable in a tier and what leaves it.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Hierarchy:
         *,
         has_disk: bool,
         order: Callable[[PageIndex, Residency, WaitingOrder, NextUse], EvictionOrder] = EvictionOrder,
+        feed: ResidencyFeed | None = None,
     ) -> None:
         self.host = host
         self.index = PageIndex("host", "disk", "dirty")
@@ -44,6 +47,8 @@ class Hierarchy:
         self.epoch = 0
         """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
         self.evicted = 0
+        self.feed = feed or ResidencyFeed()
+        self.feed.follow(self)
 
     def is_kept(self, key: PageKey) -> bool:
         """Whether the page is in any tier, or on its way there."""
@@ -151,6 +156,9 @@ class Hierarchy:
             for row in run:
                 self.leave_host(row)
             return
+        if self.feed.observer is not None:
+            for row in run:
+                self.feed.leaves(row, self.in_host)
         parent = self.index.parent[run[-1]]
         self.host.give_back_all(self.index.displace_run(run, self.in_host))
         if parent != NOWHERE:
@@ -163,6 +171,7 @@ class Hierarchy:
             if other != NOWHERE:
                 self.index.place(row, tier, tier.slot[other])
                 tier.ready[row] = tier.ready[other]
+                self.feed.entered(row, tier)
         self.offer(row)
         return row in self.in_host or row in self.on_disk
 
@@ -180,6 +189,7 @@ class Hierarchy:
         """The bytes of an admitted page have arrived; `clean`: from the disk."""
         for sharer in self.index.sharers(row):
             self.in_host.ready[sharer] = sharer in self.in_host
+            self.feed.entered(sharer, self.in_host)
         if not clean:
             self.soil(row)
 
@@ -222,6 +232,7 @@ class Hierarchy:
             if sharer in self.in_host:
                 self.launder(sharer)  # It was used again while it was being written.
                 self.index.place(sharer, self.on_disk, slot)
+                self.feed.entered(sharer, self.on_disk)
         return []
 
     def leave_disk(self, row: int) -> list[int]:
@@ -258,6 +269,7 @@ class Hierarchy:
         twice: list[int] = []
         for some in records:
             twice += self.index.place_many(self.on_disk, *some)
+        self.feed.adopted = len(self.index.keys)
         for row in self.index.leaves(self.on_disk):
             self.disk_order.offer(row)
         remove(twice)
@@ -287,6 +299,7 @@ class Hierarchy:
         """`row` leaves the tier of `order`; returns its slot there."""
         parent = self.index.parent[row]
         order.demand.left(row)
+        self.feed.leaves(row, order.tier)
         slot = self.index.displace(row, order.tier)
         if parent != NOWHERE:
             order.offer(parent)

@@ -23,6 +23,7 @@ from cached_attention.layout import DevicePool
 from cached_attention.migration import Migration
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.position.rotation import Rotation
+from cached_attention.residency import ResidencyFeed
 from cached_attention.saving import Saves
 from cached_attention.stats import StoreStats
 from cached_attention.tiers.disk import DiskTier
@@ -97,11 +98,12 @@ class CachedAttentionStore:
         self._device_pages = device.num_pages
         copier = page_copier(device, self.host, rotations)
         self._transfers = Transfers(copier, self.host, self.layout.page_size, sealed=disk is not None)
+        self.residency = ResidencyFeed()
         self._start_empty(epoch=0)
         self._adopt()
 
     def _start_empty(self, epoch: int) -> None:
-        self._pages = Hierarchy(self.host, has_disk=self.disk is not None)
+        self._pages = Hierarchy(self.host, has_disk=self.disk is not None, feed=self.residency)
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
         self._migration = None if self.disk is None else self._migrate(self.disk)

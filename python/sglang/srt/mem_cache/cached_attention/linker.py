@@ -25,6 +25,7 @@ from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 from .identity import ModelIdentity
+from .kv_events import KvEvents
 from .pools import device_pool
 from .rotary import UnsupportedRotationError, key_rotations
 
@@ -66,6 +67,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     rotations: list[Rotation | None] | None = None
     """Per layer how keys are moved to other positions; None where they cannot be, or need not."""
     _immovable: UnsupportedRotationError | None = None
+    events: KvEvents | None = None
+    """With `--kv-events-config`, on the rank that publishes."""
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self._config = CachedAttentionConfig.from_settings(extra_config)
         self._pool = device_pool(params, components)
         self._truncates = server_args.allow_auto_truncate
+        self._params = params
         self._kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
         self._identity = ModelIdentity(server_args, params, self._pool)
         self.forward_stream = forward_stream
@@ -107,6 +111,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             wait=config.wait,
             eviction=config.eviction,
         )
+        if self._params.enable_kv_cache_events:
+            self.events = KvEvents(self.store.residency, self._params)
         # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
         gc.freeze()
         self._announce()

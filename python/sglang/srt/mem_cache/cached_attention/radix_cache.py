@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, InsertParams, InsertResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from .linker import CachedAttentionLinker
@@ -64,6 +64,16 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         self.linker.cache_linker.store.end_pass()
         self._queue_known()
         super().check_hicache_events()
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        # The saves that it starts are of pages of this prompt.
+        with self.linker.inserting(params.key):
+            return super().insert(params)
+
+    def take_events(self) -> list[Any]:
+        """What SGLang publishes after this pass: the tree's events of the device, then those of our tiers."""
+        events = super().take_events()
+        return events if self.linker.events is None else events + self.linker.events.take()
 
     def weights_updated(self) -> None:
         self.linker.cache_linker.weights_updated()

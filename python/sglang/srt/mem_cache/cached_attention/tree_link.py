@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+    from .kv_events import KvEvents
     from .truncation import TruncatedPrompt, Truncation
 
 
@@ -66,8 +68,22 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self._truncated: WeakKeyDictionary[Req, TruncatedPrompt] = WeakKeyDictionary()
         self._alone = cache.tp_world_size == 1
         self._ready: set[str] = set()
+        self._inserted: RadixKey | None = None
         self._ends: OrderedDict[str, PageKey] = OrderedDict()
         """Of requests that ended lately: the last page of their conversation."""
+
+    @property
+    def events(self) -> KvEvents | None:
+        return self.cache_linker.events
+
+    @contextmanager
+    def inserting(self, prompt: RadixKey) -> Iterator[None]:
+        """Meanwhile, what is saved are pages of `prompt`."""
+        self._inserted = prompt
+        try:
+            yield
+        finally:
+            self._inserted = None
 
     def truncate(self, req: Req) -> None:
         """Leave in a new request what stays of its prompt."""
@@ -81,6 +97,8 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         page_size = self.cache.page_size
         on_device, in_prompt = result.device_prefix_len // page_size, len(key) // page_size
         chain = self._chain(key, req)
+        if self.events is not None:
+            self.events.learn(chain.keys, key)
         self.cache_linker.store.left_device(chain.keys[on_device:])
         if (prompt := self._truncated.pop(req, None)) is not None:
             self.cache_linker.store.alias(chain, prompt.sources(len(chain.keys)))
@@ -154,6 +172,8 @@ class TreeLink(UnifiedCacheLinkerWrapper):
             tokens, extra_key = prompt.kept, prompt.extra_key
         known.extend(RadixKey(tokens, extra_key, cache_salt=hint.cache_salt), self.cache.page_size)
         if prompt is not None and hint.outlook != Outlook.DROPPED:
+            if self.events is not None:
+                self.events.learn(known.chain.keys, RadixKey(tokens, extra_key, cache_salt=hint.cache_salt))
             self.cache_linker.store.alias(known.chain, prompt.sources(len(known.chain.keys)))
         return known.chain
 
@@ -170,6 +190,8 @@ class TreeLink(UnifiedCacheLinkerWrapper):
     def _with_prefix(self, node_id: NodeId, transfer: PoolTransfer) -> PathTransfer:
         """The node's pages, or its whole path where the store has lost what comes before them."""
         prefix = self.cache.tree_core.get_prefix_hash_values(node_id)
+        if self.events is not None and self._inserted is not None:
+            self.events.learn(page_keys([*prefix, *(transfer.keys or [])]), self._inserted)
         path = PathTransfer(PoolName.KV, None, transfer.device_indices, transfer.keys, prefix_hashes=prefix)
         if self.cache_linker.store.lacks_parent(self.cache_linker.page_run(path)):
             indices = self.cache.path_device_indices(node_id).to(torch.int64)

@@ -1,0 +1,85 @@
+"""Which pages are usable in which tier, told as it changes to one who wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from cached_attention.index import NOWHERE, PageKey, Residency
+
+if TYPE_CHECKING:
+    from cached_attention.hierarchy import Hierarchy
+
+
+class ResidentPage(NamedTuple):
+    """A page whose bytes can be had from a tier."""
+
+    tier: str
+    key: PageKey
+    parent: PageKey | None
+    """Key of the page before it; None at the start of a prompt, or where that is not known."""
+
+
+class ResidencyObserver(Protocol):
+    """Is told on the thread that calls the store, in the middle of its work; must not call the store."""
+
+    def entered(self, page: ResidentPage) -> None:
+        """All bytes of the page have arrived in the tier. An alias is a page of its own."""
+
+    def left(self, tier: str, key: PageKey) -> None:
+        """The page that had entered the tier is there no more: evicted, expired, dropped, lost."""
+
+    def cleared(self) -> None:
+        """No page is in any tier but those adopted from a disk just opened, which `ResidencyFeed.walk` finds."""
+
+
+class ResidencyFeed:
+    """Tells `observer`, if there is one, of the pages of one hierarchy after the other."""
+
+    observer: ResidencyObserver | None = None
+    adopted = 0
+    """The pages that a disk held when it was opened are in the rows before this one."""
+
+    def follow(self, pages: Hierarchy) -> None:
+        """`pages` is the store's hierarchy from now on; what it adopts is not told, see `walk`."""
+        self._pages, self.adopted = pages, 0
+        self._tiers = [tier for tier in pages.index.tiers if tier is not pages.dirty]
+        if self.observer is not None:
+            self.observer.cleared()
+
+    def entered(self, row: int, tier: Residency) -> None:
+        if self.observer is not None and self._is_usable(row, tier):
+            self.observer.entered(self._page(row, tier))
+
+    def leaves(self, row: int, tier: Residency) -> None:
+        """To be called before the page has left."""
+        if self.observer is not None and tier in self._tiers and self._is_usable(row, tier):
+            self.observer.left(tier.name, self._pages.index.key(row))
+
+    def tiers_of(self, key: PageKey) -> list[ResidentPage]:
+        """Where the page is usable."""
+        row = self._pages.index.find(key)
+        return [self._page(row, tier) for tier in self._tiers if row != NOWHERE and self._is_usable(row, tier)]
+
+    def is_known(self, key: PageKey) -> bool:
+        """Whether the page is in a tier, or followed by one that is."""
+        return self._pages.index.find(key) != NOWHERE
+
+    def walk(self, first_row: int, rows: int) -> Iterator[ResidentPage]:
+        """The usable pages among so many rows; nothing may change meanwhile. None is left at row `end`."""
+        keys = self._pages.index.keys
+        for row in range(first_row, min(first_row + rows, len(keys))):
+            if keys[row] is not None:
+                yield from (self._page(row, tier) for tier in self._tiers if self._is_usable(row, tier))
+
+    @property
+    def end(self) -> int:
+        return len(self._pages.index.keys)
+
+    def _is_usable(self, row: int, tier: Residency) -> bool:
+        return tier.slot[row] != NOWHERE and (tier is not self._pages.in_host or bool(tier.ready[row]))
+
+    def _page(self, row: int, tier: Residency) -> ResidentPage:
+        index = self._pages.index
+        parent = index.parent[row]
+        return ResidentPage(tier.name, index.key(row), None if parent == NOWHERE else index.keys[parent])

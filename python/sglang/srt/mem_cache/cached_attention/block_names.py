@@ -1,0 +1,152 @@
+"""What SGLang's KV events call the pages of the store."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sglang.srt.disaggregation.kv_events import BlockStored
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.events import KVCacheEventRecorder
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.utils import compute_node_event_hash_values
+
+from cached_attention.index import PageKey
+
+TOKENS_REMEMBERED = 65_536
+"""Pages whose tokens are told, those of the latest requests; 64 tokens take 700 bytes."""
+SWEPT = 2
+"""Names looked at, for each new one, whether anyone still needs them."""
+
+
+class BlockName(NamedTuple):
+    """A page in SGLang's KV events."""
+
+    block_hash: int
+    """Signed, 64 bits."""
+    cache_salt: str | None = None
+    lora_name: str | None = None
+
+
+@dataclass
+class _Node:
+    """As much of a tree node as upstream's recorder reads."""
+
+    key: RadixKey | None
+    parent: _Node | None
+    hash_value: list[str] = field(default_factory=list)
+    event_hash_value: list[str] | None = None
+
+
+_ROOT = _Node(None, None)
+
+
+class BlockNames:
+    """Names pages as SGLang's own recorder names those on the device, so that a router can join both.
+
+    Without a namespace, SGLang's block hash is the first 64 bits of our key. With one (`extra_key`,
+    `cache_salt`, a LoRA adapter) the key tells nothing of it: the name is learnt from a request. A page that an
+    earlier run of the server left on disk has the first 64 bits of its key for a name until then.
+
+    Args:
+        is_known: whether the store knows a page; names of others are forgotten.
+    """
+
+    def __init__(self, params: CacheInitParams, is_known: Callable[[PageKey], bool]) -> None:
+        self._page_size = params.page_size
+        self._recorder = KVCacheEventRecorder(
+            enabled=True,
+            page_size=params.page_size,
+            dynamo_format=params.dynamo_kv_event_format,
+            lora_names=params.kv_event_lora_names,
+        )
+        self._is_known = is_known
+        self._learnt: OrderedDict[PageKey, BlockName] = OrderedDict()
+        """Of pages in a namespace; swept in turns."""
+        self._namesakes: dict[int, list[PageKey]] = {}
+        """Of block hashes that several pages may have: SGLang's leave the `extra_key` out."""
+        self._tokens: OrderedDict[PageKey, array[int]] = OrderedDict()
+
+    def name(self, key: PageKey) -> BlockName:
+        return self._learnt.get(key) or BlockName(_block_hash(key))
+
+    def tokens(self, key: PageKey) -> array[int] | None:
+        """Those of the page; None where they are not remembered."""
+        return self._tokens.get(key)
+
+    def namesakes(self, key: PageKey) -> list[PageKey]:
+        """Other pages that may have the same block hash."""
+        if not self._namesakes:
+            return []
+        return [other for other in self._namesakes.get(self.name(key).block_hash, ()) if other != key]
+
+    def learn(self, keys: Sequence[PageKey], prompt: RadixKey) -> list[PageKey]:
+        """`keys` are those of the pages of `prompt` from its start; returns the pages that are renamed by it.
+
+        Hashes nothing where nothing is new.
+        """
+        keys = keys[: len(prompt) // self._page_size]
+        self._remember_tokens(keys, prompt)
+        if prompt.extra_key is None and prompt.cache_salt is None:
+            return []
+        if not (missing := len(keys) - _first_unknown(keys, self._learnt)):
+            return []
+        self._sweep(SWEPT * missing)  # May forget some of `keys`, which are learnt again.
+        first = _first_unknown(keys, self._learnt)
+        node = self._node(prompt, first, len(keys))
+        self._recorder.record_store(node)
+        names = [name for event in self._recorder.take() for name in _names(event)]
+        digests = map(bytes.fromhex, node.event_hash_value or ())
+        named = zip(keys[first:], names, digests, strict=True)
+        return [key for key, name, digest in named if self._call(key, name, digest)]
+
+    def _remember_tokens(self, keys: Sequence[PageKey], prompt: RadixKey) -> None:
+        tokens, size = prompt.token_ids, self._page_size
+        for page in range(_first_unknown(keys, self._tokens), len(keys)):
+            self._tokens[keys[page]] = tokens[page * size : (page + 1) * size]
+        while len(self._tokens) > TOKENS_REMEMBERED:
+            self._tokens.popitem(last=False)
+
+    def _call(self, key: PageKey, name: BlockName, digest: bytes) -> bool:
+        """`digest`: of the tokens without the `extra_key`, the key of the page that has them in no namespace."""
+        is_new = self.name(key).block_hash != name.block_hash
+        self._learnt[key] = name
+        if key != digest and _block_hash(digest) == name.block_hash:
+            namesakes = self._namesakes.setdefault(name.block_hash, [digest])
+            if key not in namesakes:
+                namesakes.append(key)
+        return is_new
+
+    def _node(self, prompt: RadixKey, first: int, end: int) -> _Node:
+        """The pages `first` to `end`, after those before them."""
+        size, parent = self._page_size, _ROOT
+        if first:
+            parent = _Node(prompt[: first * size], _ROOT)
+            parent.event_hash_value = compute_node_event_hash_values(parent, size)
+        return _Node(prompt[first * size : end * size], parent)
+
+    def _sweep(self, count: int) -> None:
+        """Forget names that nobody needs, among the `count` that were looked at longest ago."""
+        for _ in range(min(count, len(self._learnt))):
+            key, name = self._learnt.popitem(last=False)
+            if self._is_known(key):
+                self._learnt[key] = name
+            elif key in (namesakes := self._namesakes.get(name.block_hash, [])):
+                namesakes.remove(key)
+                if len(namesakes) == 1:
+                    del self._namesakes[name.block_hash]
+
+
+def _first_unknown(keys: Sequence[PageKey], known: Mapping[PageKey, object]) -> int:
+    return next((page for page, key in enumerate(keys) if key not in known), len(keys))
+
+
+def _block_hash(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], signed=True)
+
+
+def _names(event: BlockStored) -> list[BlockName]:
+    return [BlockName(block, event.cache_salt, event.lora_name) for block in event.block_hashes]
