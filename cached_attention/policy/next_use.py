@@ -76,6 +76,8 @@ class NextUse:
         self._reached = [[0.0] * BINS for _ in range(KINDS)]
         self._used = [[0.0] * BINS for _ in range(KINDS)]
         self._watched: dict[bytes, _Watch] = {}
+        self._asked: dict[str, list[tuple[bytes, int]]] = {}
+        """Sampled pages, and their classes, of the requests that have not run."""
         self._by_bin: list[deque[_Watch]] = [deque() for _ in range(BINS)]
         self._threshold = 1 << 32
         self._counts = bytearray(CELLS)
@@ -87,7 +89,7 @@ class NextUse:
         self.worth = [cold] * KINDS
         """Per class and age bin: expected uses per second kept, from the start of the bin on."""
 
-    def used(self, keys: Sequence[bytes], now: float) -> list[int]:
+    def asked(self, request: str, keys: Sequence[bytes], now: float) -> list[int]:
         """A request with the prompt `keys` came; returns the class of each page from now on.
 
         To be called once per request, with all pages of its prompt, whether they are in a tier or not.
@@ -97,6 +99,7 @@ class NextUse:
         self._uses += len(keys)
         counts, threshold = self._counts, self._threshold
         kinds, last = [], len(keys) - 1
+        sampled: list[tuple[bytes, int]] = []
         for page, key in enumerate(keys):
             hashed = crc32(key)
             cell = hashed % CELLS
@@ -105,13 +108,25 @@ class NextUse:
             kind = KIND[uses] + (ENDS if page == last else 0)
             kinds.append(kind)
             if hashed < threshold:
-                self._watch(key, kind)
+                self._end(key)
+                sampled.append((key, kind))
+        if sampled:
+            self._asked[request] = sampled
         return kinds
 
-    def _watch(self, key: bytes, kind: int) -> None:
+    def ran(self, request: str, now: float) -> None:
+        """`request` runs now, or was given up: from now on its pages may go, and are watched."""
+        self.now = max(self.now, now)
+        for key, kind in self._asked.pop(request, ()):
+            self._end(key)
+            self._watch(key, kind)
+
+    def _end(self, key: bytes) -> None:
         if (known := self._watched.pop(key, None)) is not None:
             self._used[known.kind][known.bin] += 1
             known.is_over = True
+
+    def _watch(self, key: bytes, kind: int) -> None:
         watch = self._watched[key] = _Watch(key, self.now, kind)
         self._by_bin[0].append(watch)
         self._reached[kind][0] += 1
