@@ -36,7 +36,7 @@ class Hierarchy:
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
         self.waiting = WaitingOrder()
-        self.next_use = NextUse()
+        self.next_use = NextUse(host.capacity)
         self.host_order = order(self.index, self.in_host, self.waiting, self.next_use)
         self.disk_order = order(self.index, self.on_disk, self.waiting, self.next_use)
         self.host_order.spared = self.dirty
