@@ -109,10 +109,10 @@ class EvictionOrder:
         parents, last_uses, kinds, pins = index.parent, index.last_use, index.kind, index.pins
         kind, last_use = kinds[row], last_uses[row]
         oldest = self._next_use.now - BOUNDS[bin_of(self._next_use.now - last_use) + 1]
-        run = [row]
+        run, spared = [row], self._is_spared(row)
         while len(run) < most and (row := parents[row]) in self.tier:
             alike = kinds[row] == kind and oldest < last_uses[row] <= last_use
-            if not alike or children[row] > 1 or pins[row] or wanted(row) or self._is_spared(row):
+            if not alike or children[row] > 1 or pins[row] or wanted(row) or self._is_spared(row) != spared:
                 break
             run.append(row)
         return run
