@@ -39,9 +39,10 @@ class Hierarchy:
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
         self.waiting = WaitingOrder()
-        self.next_use = NextUse()
+        self.next_use = NextUse(host.capacity)
         self.host_order = order(self.index, self.in_host, self.waiting, self.next_use)
         self.disk_order = order(self.index, self.on_disk, self.waiting, self.next_use)
+        self.host_order.spared = self.dirty
         self.dirty_order = EvictionOrder(self.index, self.dirty, next_use=self.next_use)
         self.has_disk = has_disk
         self.epoch = 0
@@ -88,10 +89,10 @@ class Hierarchy:
         wanted = any(order.demand.is_wanted(row) for order in (self.host_order, self.disk_order))
         return unfollowed and not wanted and not self.index.pins[row]
 
-    def note_prompt(self, keys: Sequence[PageKey], now: float) -> None:
-        """A request with the prompt `keys` came; to be called once for each."""
+    def note_prompt(self, request: str, keys: Sequence[PageKey], now: float) -> None:
+        """`request`, with the prompt `keys`, came; to be called once for each."""
         find, kind = self.index.find, self.index.kind
-        for key, known in zip(keys, self.next_use.used(keys, now), strict=True):
+        for key, known in zip(keys, self.next_use.asked(request, keys, now), strict=True):
             if (row := find(key)) != NOWHERE:
                 kind[row] = known
 
@@ -100,8 +101,9 @@ class Hierarchy:
         for order in (self.host_order, self.disk_order):
             order.demand.want(request, row)
 
-    def unwant(self, request: str) -> None:
+    def unwant(self, request: str, now: float) -> None:
         """`request` waits no more."""
+        self.next_use.ran(request, now)
         for order in (self.host_order, self.disk_order):
             order.demand.forget(request)
         self.waiting.discard(request)
@@ -207,6 +209,8 @@ class Hierarchy:
         """The page is not, or no longer, wanted on disk."""
         if row in self.dirty:
             self._leave(row, self.dirty_order)
+            if not self.index.pins[row]:
+                self.host_order.offer(row)
 
     def leave_host(self, row: int) -> None:
         if row in self.dirty and self.on_disk.children[row]:

@@ -200,7 +200,7 @@ class CachedAttentionStore:
         loadable = self.loadable_pages(chain)
         pages = self.restorable_pages(chain)
         if self._learns and request not in self._pages.waiting and not Hints.is_name(request):
-            self._pages.note_prompt(chain.keys, self._clock())
+            self._pages.note_prompt(request, chain.keys, self._clock())
         self._pages.waiting.append(request)
         if pages:
             self._pages.want(request, self._index.find(chain.keys[pages - 1]))
@@ -215,7 +215,7 @@ class CachedAttentionStore:
 
     def leave(self, request: str) -> None:
         """`request` runs or was given up: nothing is held for it any more."""
-        self._pages.unwant(request)
+        self._pages.unwant(request, self._clock())
         if self._migration is not None:
             self._migration.ahead.leave(request)
 

@@ -51,6 +51,11 @@ class EvictionOrder:
         self._fronts: list[tuple[float, float, int]] = []
         """Of (worth, last use of the first page, queue): an entry for the front of each queue, among others."""
         self._queued = bytearray()
+        self.spared: Residency | None = None
+        """Pages that are in this tier too go after all others that no request wants: what is on no disk yet
+        would be lost. They are to be offered when they leave it."""
+        self._set_aside: dict[int, None] = {}
+        """Pages that were spared when they came to the front."""
         self._seen = (-1, 0.0)
         self.demand = Demand(WaitingOrder() if waiting is None else waiting, index, tier, freed=self.offer)
 
@@ -87,7 +92,7 @@ class EvictionOrder:
         """
         if used_before < math.inf:
             return self._coldest(used_before)
-        row = self._least_worth()
+        row = self._unwanted()
         return self._wanted_behind(for_rank) if row is None else row
 
     def take_run(self, most: int, for_rank: int = NOT_WAITING) -> list[int]:
@@ -96,7 +101,7 @@ class EvictionOrder:
         The same pages in the same order as from as many calls of `take`, in less time: once the tail of a
         chain goes, what is before it is of the same worth and goes next.
         """
-        row = self._least_worth()
+        row = self._unwanted()
         if row is None:
             row = self._wanted_behind(for_rank)
             return [] if row is None else [row]
@@ -104,13 +109,25 @@ class EvictionOrder:
         parents, last_uses, kinds, pins = index.parent, index.last_use, index.kind, index.pins
         kind, last_use = kinds[row], last_uses[row]
         oldest = self._next_use.now - BOUNDS[bin_of(self._next_use.now - last_use) + 1]
-        run = [row]
+        run, spared = [row], self._is_spared(row)
         while len(run) < most and (row := parents[row]) in self.tier:
             alike = kinds[row] == kind and oldest < last_uses[row] <= last_use
-            if not alike or children[row] > 1 or pins[row] or wanted(row):
+            if not alike or children[row] > 1 or pins[row] or wanted(row) or self._is_spared(row) != spared:
                 break
             run.append(row)
         return run
+
+    def _unwanted(self) -> int | None:
+        while (row := self._least_worth()) is not None:
+            if not self._is_spared(row):
+                return row
+            self._set_aside[row] = None
+        while self._set_aside:
+            row = next(iter(self._set_aside))
+            del self._set_aside[row]
+            if not self._queued[row] and self._evictable(row) and not self.demand.is_wanted(row):
+                return row
+        return None
 
     def _least_worth(self) -> int | None:
         if self._seen != (self._next_use.version, self._next_use.now):
@@ -169,6 +186,9 @@ class EvictionOrder:
             if self._evictable(row):
                 return row
         return None
+
+    def _is_spared(self, row: int) -> bool:
+        return self.spared is not None and row in self.spared
 
     def _evictable(self, row: int) -> bool:
         return row in self.tier and not self.tier.children[row] and not self._index.pins[row]

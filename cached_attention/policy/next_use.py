@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
+from cached_attention.policy.duel import EVERYTHING, Duel, Sampled
+
 SHORTEST, RATIO, BINS = 2.0, math.sqrt(2), 34
 """The first age bin ends at so many seconds; the next ones grow in this ratio, to two days; the last is open."""
 BOUNDS = [0.0, *(SHORTEST * RATIO**k for k in range(BINS - 1)), math.inf]
@@ -67,27 +69,34 @@ class NextUse:
     hit density (LHD, Beckmann et al., NSDI 2018, section 4) it does not depend on what was evicted so far.
 
     A class of which little is known is taken for the mean of all classes, and that for `PRIOR`, where
-    worth falls with age: a cold start is LRU.
+    worth falls with age: a cold start is LRU. What was learnt is followed while it does better, see `Duel`.
+
+    Args:
+        pages: that the tier holds; None: what was learnt is followed in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pages: int | None = None) -> None:
         self.now = 0.0
         """Of the last use, in seconds."""
         self._reached = [[0.0] * BINS for _ in range(KINDS)]
         self._used = [[0.0] * BINS for _ in range(KINDS)]
         self._watched: dict[bytes, _Watch] = {}
+        self._asked: dict[str, list[Sampled]] = {}
+        """Of the requests that have not run."""
         self._by_bin: list[deque[_Watch]] = [deque() for _ in range(BINS)]
-        self._threshold = 1 << 32
+        self._threshold = EVERYTHING
         self._counts = bytearray(CELLS)
         self._uses, self._refresh_at, self._halve_at = 0, 64, FORGETTING
         self._next_kind = 0
         self.version = 0
         """Counts the changes of `worth`."""
-        cold = _gittins(PRIOR)
-        self.worth = [cold] * KINDS
+        self._cold = [_gittins(PRIOR)] * KINDS
+        self._learnt = self._cold.copy()
+        self._duel = None if pages is None else Duel(pages, BOUNDS[:-1])
+        self.worth = self._learnt if self._duel is None else self._cold
         """Per class and age bin: expected uses per second kept, from the start of the bin on."""
 
-    def used(self, keys: Sequence[bytes], now: float) -> list[int]:
+    def asked(self, request: str, keys: Sequence[bytes], now: float) -> list[int]:
         """A request with the prompt `keys` came; returns the class of each page from now on.
 
         To be called once per request, with all pages of its prompt, whether they are in a tier or not.
@@ -97,6 +106,7 @@ class NextUse:
         self._uses += len(keys)
         counts, threshold = self._counts, self._threshold
         kinds, last = [], len(keys) - 1
+        sampled: list[Sampled] = []
         for page, key in enumerate(keys):
             hashed = crc32(key)
             cell = hashed % CELLS
@@ -105,13 +115,37 @@ class NextUse:
             kind = KIND[uses] + (ENDS if page == last else 0)
             kinds.append(kind)
             if hashed < threshold:
-                self._watch(key, kind)
+                self._end(key)
+                sampled.append(Sampled(hashed, key, kind))
+        if sampled:
+            self._asked[request] = sampled
+            self._choose(sampled)
         return kinds
 
-    def _watch(self, key: bytes, kind: int) -> None:
+    def _choose(self, sampled: list[Sampled]) -> None:
+        if self._duel is not None:
+            self._duel.asked(sampled)
+            worth = self._learnt if self._duel.prefers_learnt else self._cold
+            if worth is not self.worth:
+                self.worth = worth
+                self.version += 1
+
+    def ran(self, request: str, now: float) -> None:
+        """`request` runs now, or was given up: from now on its pages may go, and are watched."""
+        self.now = max(self.now, now)
+        sampled = self._asked.pop(request, [])
+        for page in sampled:
+            if page.hashed < self._threshold and page.key not in self._watched:
+                self._watch(page.key, page.kind)
+        if self._duel is not None:
+            self._duel.ran(sampled, self._learnt, self.now)
+
+    def _end(self, key: bytes) -> None:
         if (known := self._watched.pop(key, None)) is not None:
             self._used[known.kind][known.bin] += 1
             known.is_over = True
+
+    def _watch(self, key: bytes, kind: int) -> None:
         watch = self._watched[key] = _Watch(key, self.now, kind)
         self._by_bin[0].append(watch)
         self._reached[kind][0] += 1
@@ -145,6 +179,8 @@ class NextUse:
             self._watched.pop(key).is_over = True
         for bin, queue in enumerate(self._by_bin):
             self._by_bin[bin] = deque(watch for watch in queue if not watch.is_over)
+        if self._duel is not None:
+            self._duel.thin_out(self._threshold)
 
     def _weigh_half(self) -> None:
         for counts in (*self._reached, *self._used):
@@ -158,11 +194,11 @@ class NextUse:
     def _learn(self) -> None:
         """Estimate the worth of one class anew, each in its turn, so that no pass bears the cost of all."""
         kind, self._next_kind = self._next_kind, (self._next_kind + 1) % KINDS
-        weight = PRIOR_USES * self._threshold / (1 << 32)
+        weight = PRIOR_USES * self._threshold / EVERYTHING
         reached = [sum(column) for column in zip(*self._reached, strict=True)]
         used = [sum(column) for column in zip(*self._used, strict=True)]
         mean = _hazard(used, reached, PRIOR, weight)
-        self.worth[kind] = _gittins(_hazard(self._used[kind], self._reached[kind], mean, weight))
+        self._learnt[kind] = _gittins(_hazard(self._used[kind], self._reached[kind], mean, weight))
         self.version += 1
 
 

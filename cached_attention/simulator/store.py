@@ -102,7 +102,7 @@ class SimulatedStore:
         """`request` waits, behind all others."""
         self._chains[request.name] = Chain(list(request.prompt_keys))
         if self.policy.learns:
-            self.pages.note_prompt(request.prompt_keys, self._now())
+            self.pages.note_prompt(request.name, request.prompt_keys, self._now())
         self.pages.waiting.append(request.name)
         if self.policy.looks_ahead:
             self._want(request.name)
@@ -199,7 +199,7 @@ class SimulatedStore:
         del self._chains[request.name]
         self._asked.pop(request.name, None)
         self._in_time.pop(request.name, None)
-        self.pages.unwant(request.name)
+        self.pages.unwant(request.name, self._clock())
         if self.disk is not None:
             self._ahead.leave(request.name)
 

@@ -28,7 +28,10 @@ def hits(trace: Trace, capacity: int, estimate: NextUse | None) -> int:
     order = EvictionOrder(index, tier, next_use=estimate)
     found = 0
     for now, keys in trace:
-        kinds = [0] * len(keys) if estimate is None else estimate.used(keys, now)
+        kinds = [0] * len(keys)
+        if estimate is not None:
+            kinds = estimate.asked("request", keys, now)
+            estimate.ran("request", now)
         rows: list[int] = []
         for page, key in enumerate(keys):
             row = index.find(key)
@@ -139,6 +142,7 @@ def test_what_is_watched_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(next_use, "WATCHED", 500)
     estimate = NextUse()
     for step in range(1000):
-        estimate.used(pages(f"c{step}", 20), float(step))
+        estimate.asked("request", pages(f"c{step}", 20), float(step))
+        estimate.ran("request", float(step))
         assert len(estimate._watched) <= 500 + 20
     assert sum(map(len, estimate._by_bin)) <= 2 * 520
