@@ -87,7 +87,8 @@ class Fingerprint:
             "page": f"{self.page_size} tokens, {self.page_bytes:,} bytes, {len(layers)} layers",
             "ranks": _words(self.ranks),
             "RoPE": _words(self.rope),
-            "other": _words(self.other),
+            "encryption": "none" if self.encryption is None else f"AES-256-GCM, key {self.encryption}",
+            "other": _words({name: value for name, value in self.other.items() if name != "encryption"}),
             "format": f"version {self.format_version}",
         }
 

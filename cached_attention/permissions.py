@@ -23,11 +23,15 @@ def make_private(directory: Path) -> None:
 
 
 def check_private(directory: Path) -> None:
-    """Raises PermissionError where others than the owner can write to `directory`.
+    """Raises PermissionError where others than this user and root can write to `directory`.
 
-    It is refused, not mended: what others put there is not known, and the directory may serve them.
+    It is refused, not mended: what others put there is not known, and the directory may serve them. Root, who
+    is often alone in a container with a directory of its host, may use directories that others own.
     """
-    mode = stat.S_IMODE(os.stat(directory).st_mode)
+    status, user = os.stat(directory), os.geteuid()
+    if user != 0 and status.st_uid not in (user, 0):
+        raise PermissionError(f"{directory} belongs to another user ({status.st_uid}): give one of your own.")
+    mode = stat.S_IMODE(status.st_mode)
     if mode & _WRITABLE_BY_OTHERS:
         raise PermissionError(
             f"{directory} has mode {mode:04o}: other users can replace what lies in it; "

@@ -110,6 +110,7 @@ def make_store(directory: Path, fingerprint: Fingerprint) -> Path:
     named = path / FINGERPRINT_NAME
     with suppress(FileNotFoundError):
         if named.read_bytes() == text:
+            named.chmod(0o600)
             return path
     new = path / (FINGERPRINT_NAME + ".new")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

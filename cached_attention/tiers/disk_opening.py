@@ -81,6 +81,8 @@ def open_store(
         if before is not None:
             _remove_expired_stores(directory, fingerprint, before)
         path = make_store(directory, fingerprint)
+        if key is not None:
+            _warn_of_plain_stores(directory)
         index = DiskIndex(path / INDEX_NAME, {"fingerprint": fingerprint.digest()}, io, rows)
         try:
             return _open(directory, path, lock, index, capacity, records, io, before, may_grow)
@@ -158,6 +160,18 @@ def _drop(index: DiskIndex, files: SlotFiles, space: Space, before: float | None
     if dropped:
         logger.info("%s: %d pages dropped: expired, damaged, or beyond the capacity.", index.path, dropped)
     return dropped
+
+
+def _warn_of_plain_stores(directory: Path) -> None:
+    found = [store for store in stores(directory) if (read := read_fingerprint(store)) and not read.encryption]
+    if found:
+        logger.warning(
+            "%s: %d stores from before encryption are still readable by whoever gets the disk: %s. They go when "
+            "their pages expire; `cached-attention prune` removes what is older, or remove these directories.",
+            directory,
+            len(found),
+            ", ".join(store.name for store in found),
+        )
 
 
 def _remove_expired_stores(directory: Path, fingerprint: Fingerprint, before: float) -> None:
