@@ -42,6 +42,7 @@ def test_forms_of_one_key(key_file, form):
 @pytest.mark.parametrize(
     "data",
     [b"", b"hunter2", SECRET[:-1], SECRET + b"x", SECRET.hex().encode()[:-1], b"=" * 44, b"p" * 32, b"a" * 42],
+    ids=lambda data: str(len(data)),
 )
 def test_what_is_no_key(key_file, data):
     with pytest.raises(ConfigError, match="openssl rand") as refusal:
