@@ -235,10 +235,8 @@ def write_json(path: Path, args: argparse.Namespace, result: Result) -> None:
 
 def save_figure(path: Path, shape: ModelShape, result: Result) -> None:
     """Ratios to the raw limit by page size, with the spread of the rounds and the bounds."""
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    tiers = [
-        tier for tier in BOUNDS if tier != "encrypted" or any(one.tier == tier for one in result.comparisons)
-    ]
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    tiers = list(dict.fromkeys(one.tier for one in result.comparisons))
     for axes, tier in zip(figure.subplots(1, len(tiers), sharey=True), tiers, strict=True):
         _ratios(axes, tier, [one for one in result.comparisons if one.tier == tier])
     top = max((max(one.ratios) for one in result.comparisons), default=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from cached_attention.checksum import page_checksum
@@ -12,6 +13,8 @@ from cached_attention.tiers.disk_cipher import EPOCH_BYTES, NONCE_BYTES, TAG_BYT
 from cached_attention.tiers.disk_pages import PageRead, PageWrite
 from cached_attention.tiers.disk_space import slot_stride
 
+HUGE_PAGE = 2 << 20
+"""Bytes."""
 TRAILER_BYTES = TAG_BYTES + NONCE_BYTES + EPOCH_BYTES
 
 
@@ -98,7 +101,11 @@ class SealedRecords:
     def _buffers(self, count: int) -> list[memoryview]:
         buffers: list[memoryview] = getattr(self._memory, "buffers", [])
         if len(buffers) < count:
-            memory = memoryview(mmap.mmap(-1, count * self.stride))
-            buffers = [memory[start : start + self.stride] for start in range(0, len(memory), self.stride)]
+            memory = mmap.mmap(-1, -(-count * self.stride // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE)
+            with suppress(OSError):
+                # A direct transfer of scattered small pages is cut into many.
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            whole = memoryview(memory)
+            buffers = [whole[slot * self.stride :][: self.stride] for slot in range(count)]
             self._memory.buffers = buffers
         return buffers[:count]
