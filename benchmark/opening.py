@@ -1,6 +1,6 @@
 """How long a server waits for a disk store of many pages, and what it costs in memory.
 
-    python -m benchmark.opening DIRECTORY PAGES     # opens a store that `make_store` made, prints JSON
+    python -m benchmark.opening DIRECTORY PAGES [encrypted]    # opens what `make_store` made, prints JSON
 
 The records are of one small page each and were never written: the slot files are sparse.
 """
@@ -21,18 +21,21 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskRecord, DiskTier, FileIO
 from cached_attention.tiers.disk_directory import INDEX_NAME
 from cached_attention.tiers.disk_files import file_name
+from cached_attention.tiers.disk_format import store_format
 from cached_attention.tiers.disk_index import Changes, DiskIndex
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS, Space
 
 CHAIN = 32
 """Pages of a conversation: 2,048 tokens in pages of 64."""
 _PAGE_BYTES = 4096
+_KEY = EncryptionKey(bytes(range(32)))
 _RESET_PEAK = "5"
 
 
@@ -47,6 +50,7 @@ class Opening:
     """And then until the store knew every page."""
     peak_bytes: int
     """Most resident memory meanwhile, above what it was before."""
+    encrypted: bool = False
 
     @property
     def seconds(self) -> float:
@@ -57,12 +61,14 @@ class Opening:
         return self.peak_bytes / self.pages
 
 
-def make_store(directory: Path, pages: int, chain: int = CHAIN) -> None:
+def make_store(directory: Path, pages: int, chain: int = CHAIN, *, encrypted: bool = False) -> None:
     """A store of `pages` pages in conversations of `chain`, in the order in which they were saved."""
-    tier = _open_tier(directory, pages)
+    tier = _open_tier(directory, pages, encrypted)
     tier.close()
-    space = Space.within(tier.capacity_bytes, tier.stride)
-    index = DiskIndex(tier.path / INDEX_NAME, {"fingerprint": _fingerprint().digest()}, FileIO())
+    fingerprint = _fingerprint().encrypted(_KEY.id) if encrypted else _fingerprint()
+    rows = store_format(fingerprint, _KEY).rows
+    space = Space.within(tier.capacity_bytes, tier.stride, row_bytes=rows.most_bytes)
+    index = DiskIndex(tier.path / INDEX_NAME, {"fingerprint": fingerprint.digest()}, FileIO(), rows)
     index.limit(space)
     bar = tqdm(total=pages, desc=f"a store of {pages:,} pages", unit="page", leave=False)
     records = _records(pages, chain)
@@ -76,24 +82,24 @@ def make_store(directory: Path, pages: int, chain: int = CHAIN) -> None:
             file.truncate(min(space.slots_per_file, pages - first) * tier.stride)
 
 
-def measure(directory: Path, pages: int) -> Opening:
+def measure(directory: Path, pages: int, encrypted: bool = False) -> Opening:
     """Open the store in a process of its own.
 
     Raises:
         subprocess.CalledProcessError: it could not.
     """
-    command = [sys.executable, "-m", "benchmark.opening", str(directory), str(pages)]
+    command = [sys.executable, "-m", "benchmark.opening", str(directory), str(pages), *["encrypted"] * encrypted]
     reply = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Opening(**json.loads(reply.stdout))
 
 
-def open_here(directory: Path, pages: int) -> Opening:
+def open_here(directory: Path, pages: int, encrypted: bool = False) -> Opening:
     pool = DevicePool([[torch.empty(4, _PAGE_BYTES // 2, dtype=torch.uint8) for _ in "KV"]], page_size=1)
     CachedAttentionStore(pool, _PAGE_BYTES).close()  # What comes with the first store is no matter of pages.
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     started = time.perf_counter()
-    tier = _open_tier(directory, pages)
+    tier = _open_tier(directory, pages, encrypted)
     opened = time.perf_counter()
     store = CachedAttentionStore(pool, _PAGE_BYTES, tier)
     ended = time.perf_counter()
@@ -102,7 +108,7 @@ def open_here(directory: Path, pages: int) -> Opening:
     store.close()
     if found != pages:
         raise ValueError(f"{directory} has {found:,} pages; {pages:,} were to be opened.")
-    return Opening(pages, opened - started, ended - opened, peak - before)
+    return Opening(pages, opened - started, ended - opened, peak - before, encrypted)
 
 
 def _peak_bytes() -> int:
@@ -114,8 +120,9 @@ def _fingerprint() -> Fingerprint:
     return Fingerprint("benchmark", "none", "bytes", 1, ((_PAGE_BYTES // 2,) * 2,), {}, {})
 
 
-def _open_tier(directory: Path, pages: int) -> DiskTier:
-    return DiskTier(directory, _fingerprint(), (1 << 30) + pages * 2 * _PAGE_BYTES)
+def _open_tier(directory: Path, pages: int, encrypted: bool) -> DiskTier:
+    capacity = (1 << 30) + pages * 3 * _PAGE_BYTES
+    return DiskTier(directory, _fingerprint(), capacity, encryption=_KEY if encrypted else None)
 
 
 def _records(pages: int, chain: int) -> Iterator[DiskRecord]:
@@ -129,4 +136,4 @@ def _records(pages: int, chain: int) -> Iterator[DiskRecord]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(open_here(Path(sys.argv[1]), int(sys.argv[2])))))
+    print(json.dumps(asdict(open_here(Path(sys.argv[1]), int(sys.argv[2]), "encrypted" in sys.argv[3:]))))

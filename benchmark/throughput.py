@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cached_attention.checksum import page_checksum
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool, PageLayout
 from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
@@ -165,9 +166,18 @@ class DiskBench:
     Args:
         directory: made, and removed by `close`.
         size: bytes; the directory takes about twice as many, and some more for the index.
+        encryption: key of the tier's store.
     """
 
-    def __init__(self, directory: Path, shape: ModelShape, page_tokens: int, size: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shape: ModelShape,
+        page_tokens: int,
+        size: int,
+        encryption: EncryptionKey | None = None,
+    ) -> None:
+        self._encryption = encryption
         layers = ((shape.component_bytes * page_tokens,) * 2,) * shape.layers
         self._fingerprint = Fingerprint("benchmark", "none", "bytes", page_tokens, layers, {}, {})
         self.page_bytes = self._fingerprint.page_bytes
@@ -208,7 +218,11 @@ class DiskBench:
 
     def _open(self) -> DiskTier:
         return DiskTier(
-            self._directory / "store", self._fingerprint, self._capacity, queued_write_bytes=QUEUED_BYTES
+            self._directory / "store",
+            self._fingerprint,
+            self._capacity,
+            queued_write_bytes=QUEUED_BYTES,
+            encryption=self._encryption,
         )
 
     def _start_empty(self) -> None:
@@ -251,6 +265,34 @@ class DiskBench:
         ]
         if set(self._tier.read(reads).result()) != {ReadOutcome.READ}:
             raise OSError("the disk tier lost pages")
+
+
+class EncryptionBench:
+    """A disk tier that encrypts, and beside it one that does not, on the same file system.
+
+    Args:
+        directory: made, and removed by `close`.
+        size: bytes; memory takes twice as many, the directory four times.
+    """
+
+    def __init__(self, directory: Path, shape: ModelShape, page_tokens: int, size: int) -> None:
+        self._directory = directory
+        key = EncryptionKey(os.urandom(32))
+        self._sealed = DiskBench(directory / "sealed", shape, page_tokens, size, key)
+        self._plain = DiskBench(directory / "plain", shape, page_tokens, size)
+        self.page_bytes, self.moved_bytes = self._plain.page_bytes, self._plain.moved_bytes
+        self.direct = self._plain.direct
+
+    def close(self) -> None:
+        self._sealed.close()
+        self._plain.close()
+
+    def contests(self) -> dict[str, Contest]:
+        sealed, plain = self._sealed.contests(), self._plain.contests()
+        return {
+            name: Contest(sealed[name].ours, plain[name].ours, sealed[name].before_ours, plain[name].before_ours)
+            for name in sealed
+        }
 
 
 class RawFile:

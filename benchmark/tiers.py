@@ -1,11 +1,12 @@
 """Do the tiers give what memory and disk can give, and what does their index cost?
 
-    python -m benchmark.tiers [--directory DIR] [--output DIR]
+    python -m benchmark.tiers [--directory DIR] [--output DIR] [--encryption]
 
 - host: save and load between a device pool in ordinary memory and the arena, against one memcpy of the same
   bytes.
 - disk: fill (new space), write (space used before) and read, against plain pwritev, preadv and fdatasync calls
   of the same size and depth on the same file system, around the page cache where it can be.
+- encrypted, with --encryption: the disk tier with encryption against the same without, and opening such a store.
 - open: seconds and peak memory until a server knows every page of a store, in a process of its own.
 - index: operations per second.
 
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,12 @@ from tqdm import tqdm
 from benchmark.index_speed import IndexSpeed, measure_index
 from benchmark.opening import CHAIN, Opening, make_store, measure
 from benchmark.report import machine
-from benchmark.throughput import Comparison, DiskBench, HostBench, ModelShape
+from benchmark.throughput import Comparison, DiskBench, EncryptionBench, HostBench, ModelShape
+from cached_attention.permissions import make_private
 
-BOUNDS = {"host": 0.85, "disk": 0.90}
-"""Least ratio to the raw limit."""
+BOUNDS = {"host": 0.85, "disk": 0.90, "encrypted": 0.60}
+"""Least ratio to the raw limit, or to the disk tier that does not encrypt."""
+AGAINST = {"host": "one memcpy", "disk": "plain preadv and pwritev", "encrypted": "the same tier in the clear"}
 BOUND_FROM = 1 << 20
 """Bytes of a page; smaller ones have none."""
 MOST_OPENING_S = 5.0
@@ -63,17 +67,23 @@ def measure_host(args: argparse.Namespace, result: Result) -> None:
 
 
 def measure_disk(args: argparse.Namespace, result: Result) -> None:
-    for page_tokens in args.page_sizes:
-        args.directory.mkdir(parents=True)
-        bench = DiskBench(args.directory, args.shape, page_tokens, args.bytes)
+    benches: dict[str, type[DiskBench | EncryptionBench]] = {"disk": DiskBench}
+    if args.encryption:
+        benches["encrypted"] = EncryptionBench
+    for (tier, make), page_tokens in product(benches.items(), args.page_sizes):
+        make_private(args.directory)
+        bench = make(args.directory, args.shape, page_tokens, args.bytes)
         try:
-            _compete(bench, "disk", page_tokens, args.rounds, result)
+            _compete(bench, tier, page_tokens, args.rounds, result)
         finally:
             bench.close()
+            shutil.rmtree(args.directory, ignore_errors=True)
         result.direct = bench.direct
 
 
-def _compete(bench: HostBench | DiskBench, tier: str, page_tokens: int, rounds: int, result: Result) -> None:
+def _compete(
+    bench: HostBench | DiskBench | EncryptionBench, tier: str, page_tokens: int, rounds: int, result: Result
+) -> None:
     for direction, contest in bench.contests().items():
         comparison = Comparison(tier, direction, page_tokens, bench.page_bytes, bench.moved_bytes)
         name = f"{tier} {direction}, {page_tokens} tokens"
@@ -83,10 +93,11 @@ def _compete(bench: HostBench | DiskBench, tier: str, page_tokens: int, rounds: 
 
 
 def measure_openings(args: argparse.Namespace, result: Result) -> None:
-    for pages in args.store_pages:
-        make_store(args.directory, pages)
+    kinds = (False, True) if args.encryption else (False,)
+    for encrypted, pages in product(kinds, args.store_pages):
+        make_store(args.directory, pages, encrypted=encrypted)
         for _ in tqdm(range(args.openings), f"opening {pages:,} pages", unit="round", leave=False):
-            result.openings.append(measure(args.directory, pages))
+            result.openings.append(measure(args.directory, pages, encrypted))
         shutil.rmtree(args.directory)
 
 
@@ -102,6 +113,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="tokens")
     parser.add_argument("--bytes", type=int, default=1 << 30, help="moved per round: more than the caches hold")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--encryption", action="store_true", help="measure the encrypted disk tier as well")
     parser.add_argument("--openings", type=int, default=3, help="of each store")
     parser.add_argument("--store-pages", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--layers", type=int, default=32, help="the default is the shape of Llama-3-8B")
@@ -174,8 +186,8 @@ def opening_table(result: Result) -> Table:
     table = Table(title=f"Opening a store, medians; chains of {CHAIN} pages", title_justify="left")
     for name in ("pages", "disk tier", "and the index", "together", "bytes per page at the peak", "bound"):
         table.add_column(name, justify="right")
-    for pages in dict.fromkeys(one.pages for one in result.openings):
-        some = [one for one in result.openings if one.pages == pages]
+    for pages, encrypted in dict.fromkeys((one.pages, one.encrypted) for one in result.openings):
+        some = [one for one in result.openings if (one.pages, one.encrypted) == (pages, encrypted)]
         seconds = statistics.median(one.seconds for one in some)
         size = statistics.median(one.bytes_per_page for one in some)
         parts = [
@@ -183,8 +195,9 @@ def opening_table(result: Result) -> Table:
         ]
         within = seconds <= MOST_OPENING_S and size <= MOST_BYTES_PER_PAGE
         bound = f"<= {MOST_OPENING_S:g} s, {MOST_BYTES_PER_PAGE} bytes"
-        held = _verdict(within, bound) if pages >= BOUND_PAGES else ""
-        table.add_row(f"{pages:,}", *(f"{part:.2f} s" for part in (*parts, seconds)), f"{size:.0f}", held)
+        held = _verdict(within, bound) if pages >= BOUND_PAGES and not encrypted else ""
+        name = f"{pages:,}, encrypted" if encrypted else f"{pages:,}"
+        table.add_row(name, *(f"{part:.2f} s" for part in (*parts, seconds)), f"{size:.0f}", held)
     return table
 
 
@@ -222,8 +235,9 @@ def write_json(path: Path, args: argparse.Namespace, result: Result) -> None:
 
 def save_figure(path: Path, shape: ModelShape, result: Result) -> None:
     """Ratios to the raw limit by page size, with the spread of the rounds and the bounds."""
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    for axes, tier in zip(figure.subplots(1, 2, sharey=True), BOUNDS, strict=True):
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    tiers = list(dict.fromkeys(one.tier for one in result.comparisons))
+    for axes, tier in zip(figure.subplots(1, len(tiers), sharey=True), tiers, strict=True):
         _ratios(axes, tier, [one for one in result.comparisons if one.tier == tier])
     top = max((max(one.ratios) for one in result.comparisons), default=1.0)
     figure.axes[0].set_ylim(0, 1.05 * max(top, 1.0))
@@ -248,8 +262,7 @@ def _ratios(axes: Axes, tier: str, comparisons: Sequence[Comparison]) -> None:
         axes.errorbar(places, middle, spread, fmt="none", ecolor="#333333", elinewidth=1)
     axes.axhline(1.0, color="#8c8c8c", linewidth=1)
     axes.axhline(BOUNDS[tier], color="#d55e00", linestyle="--", label=f"bound, {BOUNDS[tier]:.2f}x")
-    raw = {"host": "one memcpy", "disk": "plain preadv and pwritev"}[tier]
-    axes.set(title=f"{tier}, against {raw}", xlabel="page, tokens", ylabel="ratio")
+    axes.set(title=f"{tier}, against {AGAINST[tier]}", xlabel="page, tokens", ylabel="ratio")
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -40,6 +40,15 @@ class Fingerprint:
     def page_bytes(self) -> int:
         """Bytes of a page record without padding."""
         return sum(map(sum, self.component_bytes))
+
+    @property
+    def encryption(self) -> str | None:
+        """Id of the key that the store is encrypted with; None: it is not."""
+        return self.other.get("encryption")
+
+    def encrypted(self, key_id: str) -> Fingerprint:
+        """Of the same pages in a store of their own, encrypted with this key."""
+        return replace(self, other={**self.other, "encryption": key_id})
 
     def to_json(self) -> str:
         """Canonical: equal fingerprints give equal text."""
@@ -78,7 +87,8 @@ class Fingerprint:
             "page": f"{self.page_size} tokens, {self.page_bytes:,} bytes, {len(layers)} layers",
             "ranks": _words(self.ranks),
             "RoPE": _words(self.rope),
-            "other": _words(self.other),
+            "encryption": "none" if self.encryption is None else f"AES-256-GCM, key {self.encryption}",
+            "other": _words({name: value for name, value in self.other.items() if name != "encryption"}),
             "format": f"version {self.format_version}",
         }
 

@@ -10,7 +10,7 @@ from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
 from cached_attention.residency import ResidencyFeed
-from cached_attention.tiers.disk_index import RecordColumns
+from cached_attention.tiers.disk_rows import RecordColumns
 from cached_attention.tiers.host_slots import HostSlots
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cached_attention.config import ConfigError, parse_size
+from cached_attention.encryption import KEY_VARIABLE, EncryptionKey, key_place, read_key
 
 StoreDirectory = Annotated[
     Path,
@@ -21,8 +22,26 @@ StoreDirectory = Annotated[
     ),
 ]
 
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--encryption-key-file",
+        metavar="PATH",
+        help=f"The key of encrypted stores, as the server has it; without it, ${KEY_VARIABLE}.",
+    ),
+]
+
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)([smhdw])")
+
+
+def encryption_key(file: Path | None) -> EncryptionKey | None:
+    """What `KeyFile` or the environment says."""
+    try:
+        place = key_place("--encryption-key-file", None if file is None else str(file))
+        return None if place is None else read_key(place)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def duration(text: str) -> float:

@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from cached_attention.permissions import make_private
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -66,15 +68,19 @@ def find_or_compile(target: str) -> Path:
 
     Raises:
         CompilationError: there is no compiler, or it failed.
-        OSError: the cache directory cannot be written.
+        PermissionError: others can write to the cache directory.
+        OSError: it cannot be written.
     """
     from filelock import FileLock
 
     shipped = SHIPPED / library_name(target)
+    if shipped.exists():
+        return shipped
     kept = cache_directory() / library_name(target)
-    if shipped.exists() or kept.exists():
-        return shipped if shipped.exists() else kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    for directory in (kept.parent.parent, kept.parent):
+        make_private(directory)  # What others put there would run in this process.
+    if kept.exists():
+        return kept
     with FileLock(kept.with_suffix(".lock")):
         if not kept.exists():
             compile_library(target, kept)

@@ -17,6 +17,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_committer import Committer
 from cached_attention.tiers.disk_directory import INDEX_NAME, DirectoryInUseError
@@ -24,15 +25,13 @@ from cached_attention.tiers.disk_files import FileIO, NoRoomError
 from cached_attention.tiers.disk_health import Health
 from cached_attention.tiers.disk_index import (
     INDEX_ERRORS,
-    DiskRecord,
-    RecordColumns,
     open_read_only,
     stream_rows,
-    unseal_many,
 )
 from cached_attention.tiers.disk_opening import open_store
 from cached_attention.tiers.disk_pages import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
 from cached_attention.tiers.disk_queue import IoQueue, Priority
+from cached_attention.tiers.disk_rows import DiskRecord, RecordColumns
 from cached_attention.tiers.disk_runs import IO_ERRORS, PlacedRead, Run, read_run, runs
 from cached_attention.tiers.disk_slots import FREE, REMOVING, SAVED, SlotTable
 from cached_attention.tiers.disk_space import disk_usage, slot_stride
@@ -74,6 +73,7 @@ class DiskTier:
         ttl: seconds after its last use that a page, or another fingerprint's whole store, is dropped
             when the store is opened; None: never.
         probe_seconds: between attempts to come back into service, at first and at most.
+        encryption: the store is encrypted with this key, and is another one than without it.
 
     Raises:
         DirectoryInUseError: another process owns the directory.
@@ -92,10 +92,12 @@ class DiskTier:
         queued_write_bytes: int = 1 << 30,
         ttl: float | None = None,
         probe_seconds: tuple[float, float] = (1.0, 60.0),
+        encryption: EncryptionKey | None = None,
     ) -> None:
+        if encryption is not None:
+            fingerprint = fingerprint.encrypted(encryption.id)
         self.directory = directory
         self.page_bytes = fingerprint.page_bytes
-        self.stride = slot_stride(self.page_bytes)
         self.capacity_bytes = capacity_bytes
         self.stats = DiskStats()
         self._queued_write_bytes = queued_write_bytes
@@ -105,8 +107,11 @@ class DiskTier:
         self._writes: dict[int, tuple[Ticket[int | None], int]] = {}
         self._reads: set[Ticket[ReadOutcome]] = set()
         self._store = open_store(
-            directory, fingerprint, capacity_bytes, io or FileIO(), ttl, may_grow=self._may_grow
+            directory, fingerprint, encryption, capacity_bytes, io or FileIO(), ttl, may_grow=self._may_grow
         )
+        self.stride = self._store.files.stride
+        """Bytes of a slot."""
+        self._records = self._store.records
         self.path = self._store.path
         self.stats.dropped = self._store.dropped
         self._files = self._store.files
@@ -165,7 +170,8 @@ class DiskTier:
         unread = bytearray(self._slots.states)
         try:
             with closing(open_read_only(self.path / INDEX_NAME)) as connection:
-                for some in unseal_many(stream_rows(connection)):
+                rows = self._store.index.rows
+                for some in rows.record_columns(stream_rows(connection, rows)):
                     for slot in some.slot:
                         unread[slot] = REMOVING
                     yield some
@@ -281,9 +287,10 @@ class DiskTier:
         assert usage <= self.capacity_bytes, f"{usage} bytes on disk, {self.capacity_bytes} allowed"
 
     def _check_buffers(self, pages: Sequence[PageRead] | Sequence[PageWrite]) -> None:
+        expected = slot_stride(self.page_bytes)
         for page in pages:
-            if page.buffer.nbytes != self.stride:
-                raise ValueError(f"a buffer of {page.buffer.nbytes} bytes; slots have {self.stride}: give that.")
+            if page.buffer.nbytes != expected:
+                raise ValueError(f"a buffer of {page.buffer.nbytes} bytes; slots have {expected}: give that.")
 
     @property
     def _growing(self) -> bool:
@@ -308,7 +315,7 @@ class DiskTier:
             self._settle_writes(slots, saved=False)
             return
         try:
-            self._files.write(slots[0], [page.buffer for _, page in run])
+            self._files.write(slots[0], self._records.outgoing([page for _, page in run]))
         except NoRoomError as error:
             self._stop_growing(error)
             self._settle_writes(slots, saved=False)
@@ -334,7 +341,7 @@ class DiskTier:
         with self._lock:
             wanted = ticket.begin() and not self._given_up
         if wanted:
-            outcomes = list(read_run(run, self._files, self._read_health, self.page_bytes))
+            outcomes = list(read_run(run, self._files, self._read_health, self._records))
         else:
             outcomes = [(item.place, ReadOutcome.UNAVAILABLE) for _, item in run]
         self._settle_reads(ticket, outcomes)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from cached_attention.tiers.disk_health import Health
-from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex, DiskRecord
+from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex
+from cached_attention.tiers.disk_rows import DiskRecord
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS
 
 TOUCH_SECONDS = 5.0

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cached_attention.fingerprint import Fingerprint
+from cached_attention.permissions import close_to_others, make_private
 from cached_attention.tiers.disk_files import FILE_NAME, PROBE_NAME
 from cached_attention.tiers.disk_space import disk_usage
 
@@ -37,13 +38,15 @@ class DirectoryLock:
 
     Raises:
         DirectoryInUseError: another process is the owner.
-        OSError: the directory cannot be made or written.
+        PermissionError: others can write to the directory.
+        OSError: it cannot be made or written.
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
         path = directory / LOCK_NAME
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        close_to_others(self._fd)
         if not self._acquire():
             os.close(self._fd)
             raise DirectoryInUseError(
@@ -102,10 +105,12 @@ def make_store(directory: Path, fingerprint: Fingerprint) -> Path:
     """The sub-directory for `fingerprint`, made where it is new."""
     path = directory / fingerprint.name
     path.mkdir(mode=0o700, exist_ok=True)
+    path.chmod(0o700)
     text = fingerprint.to_json().encode() + b"\n"
     named = path / FINGERPRINT_NAME
     with suppress(FileNotFoundError):
         if named.read_bytes() == text:
+            named.chmod(0o600)
             return path
     new = path / (FINGERPRINT_NAME + ".new")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from cached_attention.permissions import close_to_others
+
 logger = logging.getLogger(__name__)
 
 GROWTH_BYTES = 1 << 30
@@ -28,7 +30,9 @@ class FileIO:
     """Every step that changes, or reads back, what is on disk, in order. Tests put faults here."""
 
     def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        close_to_others(fd)
+        return fd
 
     def close(self, fd: int) -> None:
         os.close(fd)

@@ -5,37 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import struct
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote
 
-import xxhash
-
 from cached_attention.tiers.disk_files import FileIO
+from cached_attention.tiers.disk_rows import DiskRecord, PlainRows, Row, Rows
 from cached_attention.tiers.disk_space import SECTOR, TRANSACTION_ROWS, Space
 
 logger = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x4341_4B56
-KEY_BYTES = 32
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE pages (
-    slot INTEGER PRIMARY KEY,
-    key BLOB NOT NULL,
-    parent BLOB,
-    base_position INTEGER NOT NULL,
-    checksum INTEGER NOT NULL,
-    last_use REAL NOT NULL,
-    uses INTEGER NOT NULL,
-    seal BLOB NOT NULL
-) STRICT;
+CREATE TABLE pages ({pages}) STRICT;
 """
 _SETTINGS = (
     f"PRAGMA page_size = {SECTOR}",
@@ -48,42 +34,11 @@ _SETTINGS = (
 )
 INDEX_ERRORS = (sqlite3.Error, UnicodeError)
 """UnicodeError: sqlite3 decodes SQLite's message, which may quote a damaged name."""
-_COLUMNS = "slot, key, parent, base_position, checksum, last_use, uses, seal"
 _BUSY_SECONDS = 0.05
 """How long the owner waits for readers, which never keep it from anything but emptying the log."""
 _DROP_ROWS = 4 * TRANSACTION_ROWS
-_UNSEALED_AT_ONCE = 512
+_CHUNK = 512
 """Rows: enough to work in columns, few enough not to set off the garbage collector."""
-_UNSIGNED = (1 << 64) - 1
-_FIXED = struct.Struct("<qqQ")
-Row = tuple[int, bytes, bytes | None, int, int, float, int, bytes]
-
-
-class DiskRecord(NamedTuple):
-    """A page on disk."""
-
-    key: bytes
-    slot: int
-    parent: bytes | None
-    """Key of the page before it; None at the start of a prompt."""
-    base_position: int
-    checksum: int
-    """Unsigned 64 bits, see `page_checksum`."""
-    last_use: float
-    """Seconds since the epoch."""
-    uses: int
-
-
-class RecordColumns(NamedTuple):
-    """Many `DiskRecord`s, one sequence for each of its fields."""
-
-    key: Sequence[bytes]
-    slot: Sequence[int]
-    parent: Sequence[bytes | None]
-    base_position: Sequence[int]
-    checksum: Sequence[int]
-    last_use: Sequence[float]
-    uses: Sequence[int]
 
 
 @dataclass
@@ -91,6 +46,8 @@ class Changes:
     """One transaction."""
 
     saved: list[DiskRecord] = field(default_factory=list)
+    moved: list[Row] = field(default_factory=list)
+    """Rows of pages that have another slot now, see `Rows.moved`."""
     removed: list[int] = field(default_factory=list)
     """Slots."""
     touched: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -101,53 +58,6 @@ class IndexHeldError(sqlite3.OperationalError):
     """A reader keeps the write-ahead log from being emptied, and it is at its limit."""
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _seal(slot: int, key: bytes, parent: bytes | None, base_position: int, checksum: int) -> bytes:
-    """Over what must not change in a row: a damaged row would lie about an intact page."""
-    return xxhash.xxh3_64_digest(b"".join((_FIXED.pack(slot, base_position, checksum), key, parent or b"")))
-
-
-def _to_row(record: DiskRecord) -> Row:
-    key, slot, parent, base_position, checksum, last_use, uses = record
-    seal = _seal(slot, key, parent, base_position, checksum)
-    return slot, key, parent, base_position, _signed(checksum), last_use, uses, seal
-
-
-def unseal(rows: Iterable[Row], damaged: list[int]) -> Iterator[DiskRecord]:
-    """The records of `rows`; slots of rows that are not as they were written go to `damaged`."""
-    now = time.time()
-    for slot, key, parent, base_position, signed, last_use, uses, seal in rows:
-        checksum = signed & _UNSIGNED
-        if _seal(slot, key, parent, base_position, checksum) == seal:
-            yield DiskRecord(key, slot, parent, base_position, checksum, _plausible(last_use, now), uses)
-        else:
-            damaged.append(slot)
-
-
-def unseal_many(rows: sqlite3.Cursor) -> Iterator[RecordColumns]:
-    """The same for every page of a store, of which there may be millions, without `damaged`."""
-    now = time.time()
-    while some := rows.fetchmany(_UNSEALED_AT_ONCE):
-        slots, keys, parents, positions, signed, last_uses, uses, seals = zip(*some, strict=True)
-        checksums = [value & _UNSIGNED for value in signed]
-        parts = zip(
-            map(_FIXED.pack, slots, positions, checksums), keys, [key or b"" for key in parents], strict=True
-        )
-        if tuple(map(xxhash.xxh3_64_digest, map(b"".join, parts))) == seals:
-            plausible = [_plausible(use, now) for use in last_uses]
-            yield RecordColumns(keys, slots, parents, positions, checksums, plausible, uses)
-        elif good := list(unseal(some, damaged=[])):
-            yield RecordColumns(*zip(*good, strict=True))
-
-
-def _plausible(last_use: float, now: float) -> float:
-    """Not sealed, because it changes: a clock set back, or damage, must not make a page immortal."""
-    return last_use if 0 <= last_use <= now else 0.0
-
-
 class DiskIndex:
     """Rows of the pages whose bytes are on stable storage.
 
@@ -156,13 +66,15 @@ class DiskIndex:
 
     Args:
         identity: what the store is of; kept in the index and compared when it is opened.
+        rows: how it keeps what it knows of a page.
 
     Raises:
         OSError, sqlite3.Error: the directory does not work.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str], io: FileIO) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, str], io: FileIO, rows: Rows | None = None) -> None:
         self.path = path
+        self.rows = rows or PlainRows()
         self.replaced = False
         self._io = io
         self._identity = dict(identity)
@@ -205,9 +117,9 @@ class DiskIndex:
     def slots(self) -> Iterator[int]:
         return (slot for (slot,) in self._connection.execute("SELECT slot FROM pages"))
 
-    def records(self) -> Iterator[DiskRecord]:
-        """By slot, without damaged rows; rows may change between one record and the next."""
-        return unseal(read_rows(self._connection), [])
+    def every_row(self) -> Iterator[Row]:
+        """By slot; rows may change between one and the next."""
+        return read_rows(self._connection, self.rows)
 
     def apply(self, changes: Changes) -> None:
         """Commit; durable on return, all or nothing.
@@ -223,9 +135,8 @@ class DiskIndex:
         execute.execute("BEGIN IMMEDIATE")
         try:
             execute.executemany("DELETE FROM pages WHERE slot = ?", [(slot,) for slot in changes.removed])
-            execute.executemany(
-                "INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", map(_to_row, changes.saved)
-            )
+            saved = [*map(self.rows.row, changes.saved), *changes.moved]
+            execute.executemany(f"INSERT OR REPLACE INTO pages VALUES ({self._places})", saved)
             execute.executemany(
                 "UPDATE pages SET last_use = ?, uses = ? WHERE slot = ?",
                 [(last_use, uses, slot) for slot, (last_use, uses) in changes.touched.items()],
@@ -235,6 +146,10 @@ class DiskIndex:
             with suppress(*INDEX_ERRORS):
                 self._connection.execute("ROLLBACK")
             raise
+
+    @property
+    def _places(self) -> str:
+        return ", ".join("?" for _ in self.rows.columns.split(", "))
 
     def close(self) -> None:
         with suppress(*INDEX_ERRORS):
@@ -287,7 +202,7 @@ class DiskIndex:
         connection = self._connect()
         connection.execute("BEGIN")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        for statement in _SCHEMA.split(";\n"):
+        for statement in _SCHEMA.format(pages=self.rows.table).split(";\n"):
             connection.execute(statement)
         connection.executemany("INSERT INTO meta VALUES (?, ?)", self._identity.items())
         connection.execute("COMMIT")
@@ -337,22 +252,22 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def is_newest(connection: sqlite3.Connection, record: DiskRecord) -> bool:
-    """Whether the row is still what it was when `record` was read from it."""
-    row = connection.execute("SELECT key, checksum FROM pages WHERE slot = ?", (record.slot,)).fetchone()
-    return row == (record.key, _signed(record.checksum))
+def find_row(connection: sqlite3.Connection, rows: Rows, slot: int) -> Row | None:
+    found: Row | None = connection.execute(f"SELECT {rows.columns} FROM pages WHERE slot = ?", (slot,)).fetchone()
+    return found
 
 
-def stream_rows(connection: sqlite3.Connection) -> sqlite3.Cursor:
+def stream_rows(connection: sqlite3.Connection, rows: Rows) -> Iterator[list[Row]]:
     """Every row, by slot, in one transaction: the log cannot be emptied until the last one."""
-    return connection.execute(f"SELECT {_COLUMNS} FROM pages ORDER BY slot")
+    cursor = connection.execute(f"SELECT {rows.columns} FROM pages ORDER BY slot")
+    return iter(lambda: cursor.fetchmany(_CHUNK), [])
 
 
-def read_rows(connection: sqlite3.Connection, chunk: int = 256) -> Iterator[Row]:
+def read_rows(connection: sqlite3.Connection, rows: Rows, chunk: int = 256) -> Iterator[Row]:
     """Every row, by slot, in transactions of `chunk` rows that end before the rows are given out."""
     last = -(1 << 63)
-    while rows := connection.execute(
-        f"SELECT {_COLUMNS} FROM pages WHERE slot > ? ORDER BY slot LIMIT {chunk}", (last,)
+    while some := connection.execute(
+        f"SELECT {rows.columns} FROM pages WHERE slot > ? ORDER BY slot LIMIT {chunk}", (last,)
     ).fetchall():
-        yield from rows
-        last = rows[-1][0]
+        yield from some
+        last = some[-1][0]

@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_directory import (
     INDEX_NAME,
@@ -19,9 +20,12 @@ from cached_attention.tiers.disk_directory import (
     stores,
 )
 from cached_attention.tiers.disk_files import FileIO, SlotFiles
-from cached_attention.tiers.disk_index import INDEX_ERRORS, KEY_BYTES, DiskIndex, open_read_only
+from cached_attention.tiers.disk_format import store_format
+from cached_attention.tiers.disk_index import INDEX_ERRORS, DiskIndex, open_read_only
+from cached_attention.tiers.disk_records import Records
+from cached_attention.tiers.disk_rows import KeyNeededError
 from cached_attention.tiers.disk_slots import SAVED
-from cached_attention.tiers.disk_space import SECTOR, Space, disk_usage, slot_stride
+from cached_attention.tiers.disk_space import SECTOR, Space, disk_usage
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ class OpenStore:
     lock: DirectoryLock
     index: DiskIndex
     files: SlotFiles
+    records: Records
     space: Space
     states: bytearray
     """Per slot, SAVED where the index has a page, else FREE."""
@@ -55,17 +60,20 @@ class OpenStore:
 def open_store(
     directory: Path,
     fingerprint: Fingerprint,
+    key: EncryptionKey | None,
     capacity: int,
     io: FileIO,
     ttl: float | None,
     may_grow: Callable[[int], bool],
 ) -> OpenStore:
     """See `DiskTier` for arguments and errors."""
-    stride = slot_stride(fingerprint.page_bytes)
-    if Space.within(capacity, stride).slots < 1:
+    rows, records, stride = store_format(fingerprint, key)
+    if records is None:
+        raise KeyNeededError(f"a store of {fingerprint.encryption} needs its key.")
+    if Space.within(capacity, stride, row_bytes=rows.most_bytes).slots < 1:
         raise ValueError(
             f"{capacity:,} bytes of disk hold no page of {stride:,} bytes and its index: "
-            f"give at least {stride + Space(stride, 1, 1).reserve:,}."
+            f"give at least {stride + Space(stride, 1, 1, rows.most_bytes).reserve:,}."
         )
     lock = DirectoryLock(directory)
     try:
@@ -73,9 +81,11 @@ def open_store(
         if before is not None:
             _remove_expired_stores(directory, fingerprint, before)
         path = make_store(directory, fingerprint)
-        index = DiskIndex(path / INDEX_NAME, {"fingerprint": fingerprint.digest()}, io)
+        if key is not None:
+            _warn_of_plain_stores(directory)
+        index = DiskIndex(path / INDEX_NAME, {"fingerprint": fingerprint.digest()}, io, rows)
         try:
-            return _open(directory, path, lock, index, capacity, stride, io, before, may_grow)
+            return _open(directory, path, lock, index, capacity, records, io, before, may_grow)
         except BaseException:
             index.close()
             raise
@@ -90,33 +100,33 @@ def _open(
     lock: DirectoryLock,
     index: DiskIndex,
     capacity: int,
-    stride: int,
+    records: Records,
     io: FileIO,
     before: float | None,
     may_grow: Callable[[int], bool],
 ) -> OpenStore:
-    space = _plan(directory, path, index, capacity, stride)
+    space = _plan(directory, path, index, capacity, records.stride)
     index.set_meta("slots_per_file", str(space.slots_per_file))
     index.limit(space)
-    files = SlotFiles(path, stride, space.slots, space.slots_per_file, io, may_grow)
+    files = SlotFiles(path, space.stride, space.slots, space.slots_per_file, io, may_grow)
     dropped = _drop(index, files, space, before)
     files.cut(space.slots)
     states = bytearray(space.slots)
     for slot in index.slots():
         states[slot] = SAVED
     logger.info("%s: %d pages, room for %d.", path, states.count(SAVED), space.slots)
-    return OpenStore(path, lock, index, files, space, states, dropped)
+    return OpenStore(path, lock, index, files, records, space, states, dropped)
 
 
 def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: int) -> Space:
     others = disk_usage(directory) - disk_usage(path)
     text = index.meta("slots_per_file") or ""
     per_file = int(text) if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 40 else None
-    space = Space.within(capacity - others, stride, per_file)
+    space = Space.within(capacity - others, stride, per_file, index.rows.most_bytes)
     # An index that was made for a larger capacity does not shrink.
     excess = disk_usage(index.path) - space.index_pages * SECTOR
     if excess > 0:
-        space = Space.within(capacity - others - excess, stride, per_file)
+        space = Space.within(capacity - others - excess, stride, per_file, index.rows.most_bytes)
     if space.slots < 1:
         logger.warning(
             "%s: other files take %d of its %d bytes: nothing can be saved.", directory, others, capacity
@@ -138,9 +148,8 @@ def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: 
 def _drop(index: DiskIndex, files: SlotFiles, space: Space, before: float | None) -> int:
     """Delete the rows that cannot be served."""
     dropped = index.drop(
-        "slot < 0 OR slot >= ? OR length(key) <> ? OR last_use < ?",
+        f"slot < 0 OR slot >= ? OR {index.rows.malformed} OR last_use < ?",
         space.slots,
-        KEY_BYTES,
         float("-inf") if before is None else before,
     )
     ranges = files.missing(space.slots)
@@ -151,6 +160,18 @@ def _drop(index: DiskIndex, files: SlotFiles, space: Space, before: float | None
     if dropped:
         logger.info("%s: %d pages dropped: expired, damaged, or beyond the capacity.", index.path, dropped)
     return dropped
+
+
+def _warn_of_plain_stores(directory: Path) -> None:
+    found = [store for store in stores(directory) if (read := read_fingerprint(store)) and not read.encryption]
+    if found:
+        logger.warning(
+            "%s: %d stores from before encryption are still readable by whoever gets the disk: %s. They go when "
+            "their pages expire; `cached-attention prune` removes what is older, or remove these directories.",
+            directory,
+            len(found),
+            ", ".join(store.name for store in found),
+        )
 
 
 def _remove_expired_stores(directory: Path, fingerprint: Fingerprint, before: float) -> None:

@@ -68,11 +68,11 @@ def _cutoff(directory: Path, size: int) -> float:
     for store in stores(directory):
         try:
             with closing(StoreReader(store)) as reader:
-                found = np.fromiter((record.last_use for record in reader.records()), np.float64)
+                found = np.fromiter(reader.last_uses(), np.float64)
         except (ValueError, *INDEX_ERRORS):
             continue
         uses.append(found)
-        costs.append(np.full(len(found), reader.stride, np.int64))
+        costs.append(np.full(len(found), reader.format.stride, np.int64))
         slots += sum(disk_usage(path) for path in store.glob("pages-*.bin"))
     every, cost = np.concatenate(uses), np.concatenate(costs)
     order = np.argsort(-every, kind="stable")
@@ -90,10 +90,10 @@ def _prune_store(store: Path, cutoff: float) -> Pruned:
         return Pruned(store, 0, 0, 0, f"left alone: {FINGERPRINT_NAME} is of another version, or damaged")
     try:
         with closing(StoreReader(store)) as reader:
-            stride, per_file = reader.stride, reader.slots_per_file
+            rows, stride, per_file = reader.format.rows, reader.format.stride, reader.slots_per_file
     except INDEX_ERRORS:
         return Pruned(store, 0, 0, remove_store(store), "removed: its index is damaged")
-    index = DiskIndex(store / INDEX_NAME, {"fingerprint": fingerprint.digest()}, FileIO())
+    index = DiskIndex(store / INDEX_NAME, {"fingerprint": fingerprint.digest()}, FileIO(), rows)
     try:
         kept, dropped = _shrink(store, index, stride, per_file, cutoff)
     finally:
@@ -106,7 +106,7 @@ def _prune_store(store: Path, cutoff: float) -> Pruned:
 def _shrink(store: Path, index: DiskIndex, stride: int, per_file: int, cutoff: float) -> tuple[int, int]:
     """Pages kept, pages dropped."""
     end = max(index.slots(), default=-1) + 1
-    index.limit(Space(stride, end, per_file))
+    index.limit(Space(stride, end, per_file, index.rows.most_bytes))
     dropped = index.drop("last_use < ?", cutoff)
     used = sorted(index.slots())
     files = SlotFiles(store, stride, end, per_file, FileIO())
@@ -120,23 +120,26 @@ def _shrink(store: Path, index: DiskIndex, stride: int, per_file: int, cutoff: f
 
 
 def _move(index: DiskIndex, files: SlotFiles, moves: dict[int, int]) -> None:
-    """Copy records to free slots, bytes before rows, so that a crash leaves each page at one good place."""
+    """Copy records to free slots as they are, bytes before rows, so that a crash leaves each page at one good
+    place. Needs no key.
+    """
     arena = memoryview(mmap.mmap(-1, _BATCH * files.stride))
     buffers = [arena[start : start + files.stride] for start in range(0, len(arena), files.stride)]
     changes = Changes()
-    for record in index.records():
-        if record.slot not in moves:
+    for row in index.every_row():
+        slot, *_ = row
+        if slot not in moves or (moved := index.rows.moved(row, moves[slot])) is None:
             continue
-        files.read(record.slot, buffers[:1])
-        files.write(moves[record.slot], buffers[:1])
-        changes.saved.append(record._replace(slot=moves[record.slot]))
-        changes.removed.append(record.slot)
-        if len(changes.saved) == _BATCH:
+        files.read(slot, buffers[:1])
+        files.write(moves[slot], buffers[:1])
+        changes.moved.append(moved)
+        changes.removed.append(slot)
+        if len(changes.moved) == _BATCH:
             _commit(index, files, changes)
             changes = Changes()
     _commit(index, files, changes)
 
 
 def _commit(index: DiskIndex, files: SlotFiles, changes: Changes) -> None:
-    files.sync(record.slot for record in changes.saved)
+    files.sync(slot for slot, *_ in changes.moved)
     index.apply(changes)

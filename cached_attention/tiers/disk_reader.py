@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cached_attention.checksum import page_checksum
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_directory import INDEX_NAME, read_fingerprint
 from cached_attention.tiers.disk_files import file_name
-from cached_attention.tiers.disk_index import (
-    INDEX_ERRORS,
-    DiskRecord,
-    is_newest,
-    open_read_only,
-    read_rows,
-    unseal,
-)
+from cached_attention.tiers.disk_format import store_format
+from cached_attention.tiers.disk_index import INDEX_ERRORS, find_row, open_read_only, read_rows
+from cached_attention.tiers.disk_pages import PageRead
+from cached_attention.tiers.disk_rows import DiskRecord, KeyNeededError, plausible
 from cached_attention.tiers.disk_space import slot_stride
 
 
@@ -37,18 +34,21 @@ class StoreReader:
     """Read-only, takes no lock: transactions are short, and a page that the owner changes meanwhile
     is no damage.
 
+    Args:
+        key: without that of an encrypted store, `records` and `is_good` raise KeyNeededError.
+
     Raises:
         ValueError: not a store of a format that this version knows.
         sqlite3.Error, UnicodeError: the index is not readable.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: EncryptionKey | None = None) -> None:
         fingerprint = read_fingerprint(path)
         if fingerprint is None:
             raise ValueError(f"{path} is not a store, or one of another version of this program.")
         self.path = path
         self.fingerprint: Fingerprint = fingerprint
-        self.stride = slot_stride(fingerprint.page_bytes)
+        self.format = store_format(fingerprint, key)
         self.damaged_rows: list[int] = []
         self._index: sqlite3.Connection = open_read_only(path / INDEX_NAME)
         self._files: dict[int, int] = {}
@@ -67,20 +67,40 @@ class StoreReader:
 
     def records(self) -> Iterator[DiskRecord]:
         """By slot; slots of damaged rows go to `damaged_rows`."""
-        return unseal(read_rows(self._index), self.damaged_rows)
+        return self.format.rows.records(read_rows(self._index, self.format.rows), self.damaged_rows)
+
+    def last_uses(self) -> Iterator[float]:
+        """Of all pages, in one transaction; needs no key."""
+        now = time.time()
+        return (plausible(last_use, now) for (last_use,) in self._index.execute("SELECT last_use FROM pages"))
 
     def is_good(self, record: DiskRecord) -> bool:
         """Whether the record's bytes are what was saved, or no longer what the index speaks of."""
         for _ in range(2):
-            try:
-                data = self._read(record.slot)
-            except FileNotFoundError:
-                data = b""
-            if page_checksum(record.key, data) == record.checksum:
+            if self._holds(record):
                 return True
-            if not is_newest(self._index, record):
+            if not self._is_newest(record):
                 return True
         return False
+
+    def _holds(self, record: DiskRecord) -> bool:
+        records = self.format.records
+        if records is None:
+            raise KeyNeededError("encrypted: its key is needed")
+        buffer = memoryview(bytearray(slot_stride(self.fingerprint.page_bytes)))
+        page = PageRead(record.key, record.slot, record.checksum, buffer)
+        found = records.incoming([page])
+        try:
+            whole = self._read(record.slot, found[0]) >= records.record_bytes
+        except FileNotFoundError:
+            return False
+        return whole and records.accept(page, found[0])
+
+    def _is_newest(self, record: DiskRecord) -> bool:
+        """Whether the row is still what it was when `record` was read from it."""
+        row = find_row(self._index, self.format.rows, record.slot)
+        found = [] if row is None else list(self.format.rows.records([row], []))
+        return [(one.key, one.checksum) for one in found] == [(record.key, record.checksum)]
 
     def index_problem(self) -> str | None:
         """What SQLite finds wrong with the index itself."""
@@ -95,10 +115,10 @@ class StoreReader:
         for fd in self._files.values():
             os.close(fd)
 
-    def _read(self, slot: int) -> bytes:
+    def _read(self, slot: int, buffer: memoryview) -> int:
         number, place = divmod(slot, self.slots_per_file)
         fd = self._files.get(number)
         if fd is None:
             fd = os.open(self.path / file_name(number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             self._files[number] = fd
-        return os.pread(fd, self.fingerprint.page_bytes, place * self.stride)
+        return os.preadv(fd, [buffer], place * self.format.stride)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
-from cached_attention.checksum import page_checksum
 from cached_attention.tiers.disk_files import SlotFiles
 from cached_attention.tiers.disk_health import Health
 from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
+from cached_attention.tiers.disk_records import Records
 
 RUN_BYTES = 8 << 20
 """Neighbouring slots are moved by one system call up to this size."""
@@ -41,7 +41,7 @@ def runs(items: Iterable[tuple[int, Item]], files: SlotFiles) -> list[Run[Item]]
 
 
 def read_run(
-    run: Run[PlacedRead], files: SlotFiles, health: Health, page_bytes: int
+    run: Run[PlacedRead], files: SlotFiles, health: Health, records: Records
 ) -> Iterator[tuple[int, ReadOutcome]]:
     """Read and verify a run; (place, outcome) for each page.
 
@@ -52,16 +52,17 @@ def read_run(
         yield from ((item.place, ReadOutcome.UNAVAILABLE) for _, item in run)
         return
     try:
-        whole = files.read(run[0][0], [item.page.buffer for _, item in run])
+        found = records.incoming([item.page for _, item in run])
+        whole = files.read(run[0][0], found)
     except IO_ERRORS as error:
         if len(run) > 1:
             for one in run:
-                yield from read_run([one], files, health, page_bytes)
+                yield from read_run([one], files, health, records)
         else:
             health.failed(error)
             yield run[0][1].place, ReadOutcome.LOST
         return
     health.succeeded()
     for number, (_, (place, page)) in enumerate(run):
-        good = number < whole and page_checksum(page.key, page.buffer[:page_bytes]) == page.checksum
+        good = number < whole and records.accept(page, found[number])
         yield place, ReadOutcome.READ if good else ReadOutcome.LOST

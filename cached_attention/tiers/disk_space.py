@@ -16,6 +16,8 @@ ROW_BYTES = 384
 """Index bytes per page at worst: a row has about 110, and SQLite's leaves are at least a third full."""
 EXTENT_BYTES = 64
 """File system's own records per slot at worst, counted in the file's blocks: every slot an extent of its own."""
+SEALED_ROW_BYTES = 528
+"""The same where rows are encrypted: a row has about 165."""
 FIXED_BYTES = 24 * SECTOR
 """Directories, lock, fingerprint, probe file, and an index without rows."""
 TRANSACTION_ROWS = 1024
@@ -51,23 +53,27 @@ class Space:
     stride: int
     slots: int
     slots_per_file: int
+    row_bytes: int = ROW_BYTES
 
     @classmethod
-    def within(cls, budget: int, stride: int, slots_per_file: int | None = None) -> Space:
+    def within(
+        cls, budget: int, stride: int, slots_per_file: int | None = None, row_bytes: int = ROW_BYTES
+    ) -> Space:
         """The most slots that, with all that belongs to them, never take more than `budget` bytes.
 
         Args:
             slots_per_file: of the store's files where it has some already.
         """
         per_file = slots_per_file or max(FILE_BYTES, budget // MOST_FILES) // stride or 1
-        most = cls(stride, max(budget, 0) // stride, per_file)
+        most = cls(stride, max(budget, 0) // stride, per_file, row_bytes)
         rest = budget - most._overhead
-        return cls(stride, max(0, rest // (stride + ROW_BYTES + EXTENT_BYTES)), per_file)
+        slots = max(0, rest // (stride + row_bytes + EXTENT_BYTES))
+        return cls(stride, slots, per_file, row_bytes)
 
     @property
     def index_pages(self) -> int:
         """Limit of the index file, in SQLite pages of 4 KiB."""
-        return self.slots * ROW_BYTES // SECTOR + 16
+        return self.slots * self.row_bytes // SECTOR + 16
 
     @property
     def transaction_bytes(self) -> int:
@@ -82,7 +88,7 @@ class Space:
     @property
     def reserve(self) -> int:
         """Bytes that may be taken besides the slots themselves."""
-        return self._overhead + self.slots * (ROW_BYTES + EXTENT_BYTES)
+        return self._overhead + self.slots * (self.row_bytes + EXTENT_BYTES)
 
     @property
     def _overhead(self) -> int:

@@ -28,6 +28,7 @@ def test_every_kind_of_measurement_is_reported(tmp_path: Path, capsys: pytest.Ca
         "1",
         "--store-pages",
         "100",
+        "--encryption",
     ]
     places = ["--directory", str(tmp_path / "disk"), "--output", str(tmp_path / "out")]
     assert main([*shape, *sizes, *places]) == 0
@@ -37,10 +38,11 @@ def test_every_kind_of_measurement_is_reported(tmp_path: Path, capsys: pytest.Ca
     assert "evict" in shown
     content = json.loads((tmp_path / "out" / "tiers.json").read_text())
     measured = [(one["tier"], one["direction"], one["page_tokens"]) for one in content["throughput"]]
-    directions = [("host", "save"), ("host", "load"), ("disk", "fill"), ("disk", "write"), ("disk", "read")]
+    directions = [("host", "save"), ("host", "load")]
+    directions += [(tier, direction) for tier in ("disk", "encrypted") for direction in ("fill", "write", "read")]
     assert sorted(measured) == sorted((*one, size) for one in directions for size in (16, 48))
     assert all(len(one["ours_s"]) == len(one["raw_s"]) == 1 for one in content["throughput"])
-    assert [one["pages"] for one in content["openings"]] == [100]
+    assert [(one["pages"], one["encrypted"]) for one in content["openings"]] == [(100, False), (100, True)]
     picture = matplotlib.image.imread(tmp_path / "out" / "tiers.png")
     assert min(picture.shape[:2]) > 400
 

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmark.server import DIRECT, Server
+from cached_attention.encryption import KEY_VARIABLE, EncryptionKey
+from cached_attention.tiers.disk_reader import StoreReader
 
 PAGE = 64
 KEY = "the-admin-key"
+DISK_KEY = "d15c" * 16
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hint.py"
 
 
 @pytest.fixture(scope="module")
-def server(models: Any, start: Any, disk_tier: Any, tmp_path_factory: Any) -> Iterator[Server]:
-    disk = disk_tier(tmp_path_factory.mktemp("kv"), "1GB")
+def directory(tmp_path_factory: Any) -> Path:
+    directory: Path = tmp_path_factory.mktemp("kv")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(models: Any, start: Any, disk_tier: Any, directory: Path) -> Iterator[Server]:
+    """Its disk is encrypted, and its log says all that it can say."""
+    disk = (*disk_tier(directory, "1GB"), "--log-level", "debug")
     # What is pushed out is what was used longest ago.
     tight = ("--max-total-tokens", "2048", "--admin-api-key", KEY, "--cached-attention-eviction", "lru")
-    with start(models(), *tight, *disk, host_size="12MB") as server:
+    with start(models(), *tight, *disk, host_size="12MB", env={KEY_VARIABLE: DISK_KEY}) as server:
         yield server
 
 
@@ -158,6 +171,43 @@ def test_a_wrong_hint_gets_one_sentence(server: Server, body: dict[str, Any], se
 def test_an_unknown_conversation_is_taken_and_does_nothing(server: Server, store_states: Any) -> None:
     assert hint(server, conversation="nobody", expect_in_s=1)["outlook"] == "expected"
     assert server.generate([5, 6, 7], 1)["output_ids"]
+
+
+def keys_on_disk(directory: Path) -> set[bytes]:
+    (store,) = (path for path in directory.iterdir() if path.is_dir())
+    with closing(StoreReader(store, EncryptionKey(bytes.fromhex(DISK_KEY)))) as reader:
+        keys = {record.key for record in reader.records()}
+        assert not reader.damaged_rows
+    return keys
+
+
+def test_tenants_share_no_page_on_disk(server: Server, prompt: Any, store_states: Any, directory: Path) -> None:
+    tokens = prompt(10 * PAGE)
+    known = [keys_on_disk(directory)]
+    for tenant in ("alice", "bob"):
+        assert sum(cached(server.generate(tokens, 4, cache_salt=tenant)).values()) == 0
+        settle(server, store_states)
+        known.append(keys_on_disk(directory))
+    assert [len(later - earlier) for earlier, later in pairwise(known)] == [10, 10]
+    leave_only_the_disk(server, prompt, store_states)
+    assert cached(server.generate(tokens, 4, cache_salt="alice"))["storage"] == 9 * PAGE
+
+
+def test_nothing_of_a_prompt_is_in_the_log(server: Server, prompt: Any, store_states: Any) -> None:
+    word, pattern = "zyzzyva", [917, 333, 918, 334]
+    tokens = pattern * 80
+    server.generate(tokens, 4, cache_salt=f"{word}-salt")
+    server.generate(f" {word}" * 200, 4)
+    leave_only_the_disk(server, prompt, store_states)
+    server.generate(tokens + prompt(30), 4, cache_salt=f"{word}-salt")
+    hint(server, prompt=f" {word}" * 200, drop=True)
+    with pytest.raises(urllib.error.HTTPError):
+        hint(server, prompt=f" {word}" * 200, keep=True, drop=True)
+    log = server.log.read_text(errors="replace")
+    assert "DEBUG" in log or "debug" in log
+    assert word not in log
+    assert DISK_KEY not in log
+    assert not re.search(r"917\D{1,3}333\D{1,3}918", log)
 
 
 def test_hints_need_the_admin_key_where_there_is_one(server: Server) -> None:

@@ -12,6 +12,7 @@ from cached_attention.checksum import page_checksum
 from cached_attention.cli import app
 from cached_attention.cli.arguments import duration, words
 from cached_attention.cli.capacity import Deployment, kv_bytes_per_token
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
 from cached_attention.tiers.disk_space import disk_usage
@@ -20,10 +21,10 @@ PAGE_BYTES = 16 << 10
 CAPACITY = 8 << 20
 
 
-def open_tier(directory, weights="w0"):
+def open_tier(directory, weights="w0", encryption=None):
     layers = ((PAGE_BYTES // 2, PAGE_BYTES // 2),)
     fingerprint = Fingerprint("llama", weights, "bfloat16", 64, layers, {"tp_rank": 0}, {"theta": 1e4})
-    return DiskTier(directory, fingerprint, CAPACITY)
+    return DiskTier(directory, fingerprint, CAPACITY, encryption=encryption)
 
 
 def key(number):
@@ -131,6 +132,29 @@ def test_prune_to_a_size_keeps_the_most_recent_of_all_stores(directory):
     tier.close()
     assert run("prune", directory, "--to-size", "1KB")[0] == 0
     assert not list(directory.rglob("pages-*.bin"))
+
+
+def test_an_encrypted_store(directory):
+    secret = directory / "key"
+    secret.write_bytes(bytes(range(32)))
+    secret.chmod(0o600)
+    tier = open_tier(directory, encryption=EncryptionKey(bytes(range(32))))
+    fill(tier, range(8), age=7200)
+    fill(tier, range(8, 20))
+    tier.close()
+    assert f"AES-256-GCM, key {EncryptionKey(bytes(range(32))).id}" in run("inspect", directory)[1]
+    code, output = run("verify", directory)
+    assert (code, "give their key with --encryption-key-file" in output) == (2, True)
+    code, output = run("verify", directory, "--encryption-key-file", secret)
+    assert (code, "no damage" in output) == (0, True)
+    assert run("prune", directory, "--older-than", "1h")[0] == 0
+    assert run("verify", directory, "--encryption-key-file", secret)[0] == 0
+    with open(tier.path / "pages-000000.bin", "r+b") as file:
+        file.write(b"x")
+    code, output = run("verify", directory, "--encryption-key-file", secret)
+    assert (code, "damage found" in output) == (1, True)
+    secret.chmod(0o644)
+    assert run("verify", directory, "--encryption-key-file", secret)[0] == 2
 
 
 def test_prune_leaves_other_files_and_later_versions_alone(directory):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cached_attention.checksum import page_checksum
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk import (
     DiskRecord,
@@ -62,13 +63,21 @@ class Pages:
 class Store:
     """A directory, and what a caller of the disk tier does with it."""
 
-    def __init__(self, directory: Path, page_bytes: int = 5000, capacity: int = 4 << 20) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        page_bytes: int = 5000,
+        capacity: int = 4 << 20,
+        encryption: EncryptionKey | None = None,
+    ) -> None:
         self.directory = directory
+        self.encryption = encryption
         self.pages = Pages(page_bytes)
         self.capacity = capacity
 
     def open(self, weights: str = "w0", **options: object) -> DiskTier:
         options.setdefault("io_threads", 2)
+        options.setdefault("encryption", self.encryption)
         options.setdefault("probe_seconds", (0.02, 0.1))
         fingerprint = make_fingerprint(self.pages.page_bytes, weights)
         return DiskTier(self.directory, fingerprint, options.pop("capacity", self.capacity), **options)

@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 
+from cached_attention.encryption import EncryptionKey
 from cached_attention.tiers.disk import PageRead, ReadOutcome
 
 MUTATIONS = int(os.environ.get("CACHED_ATTENTION_TEST_MUTATIONS", "10000"))
@@ -108,14 +109,20 @@ class Damage:
                 ("uses", number),
                 ("last_use", self.chance.choice([float("inf"), -1e300, 0.0, 1e18])),
                 ("seal", self.chance.randbytes(8)),
+                ("sealed", self.chance.randbytes(self.chance.choice([0, 16, 97]))),
+                ("nonce", self.chance.randbytes(self.chance.choice([0, 12, 200]))),
+                ("epoch", self.chance.randbytes(self.chance.choice([0, 16]))),
             ]
         )
         self.sql(f"UPDATE OR REPLACE pages SET {column} = ? WHERE slot = ?", value, self.chance.randrange(PAGES))
 
     def twin_row(self):
-        columns = "key, parent, base_position, checksum, last_use, uses, seal"
+        columns = self.chance.choice(
+            ["key, parent, base_position, checksum, last_use, uses, seal", "epoch, nonce, sealed, last_use, uses"]
+        )
         slots = self.chance.randrange(2 * PAGES), self.chance.randrange(PAGES)
-        self.sql(f"INSERT OR REPLACE INTO pages SELECT ?, {columns} FROM pages WHERE slot = ?", *slots)
+        values = f"SELECT ?, {columns} FROM pages WHERE slot = ?"
+        self.sql(f"INSERT OR REPLACE INTO pages (slot, {columns}) {values}", *slots)
 
     def swap_rows(self):
         a, b = self.chance.sample(range(PAGES), 2)
@@ -138,9 +145,9 @@ class Damage:
         (self.path / name).write_bytes(self.chance.randbytes(self.chance.choice([0, 10, 5000])))
 
 
-@pytest.fixture
-def filled(store_in, fast_path):
-    store = store_in(fast_path / "filled", PAGE_BYTES, 2 << 20)
+@pytest.fixture(params=[None, EncryptionKey(bytes(range(32)))], ids=["plain", "encrypted"])
+def filled(request, store_in, fast_path):
+    store = store_in(fast_path / "filled", PAGE_BYTES, 2 << 20, request.param)
     tier = store.open()
     slots = store.write(tier, list(range(PAGES)))
     assert len(slots) == PAGES
@@ -167,7 +174,8 @@ def read_all(store, tier, slots):
 def test_mutations_are_misses(filled, fast_path):
     store, slots = filled
     template, served = store.directory, []
-    for seed in range(MUTATIONS // PER_STORE):
+    stores = MUTATIONS // PER_STORE
+    for seed in range(stores if store.encryption is None else stores // 5):
         store.directory = fast_path / "damaged"
         shutil.copytree(template, store.directory)
         damage = Damage(next(store.directory.glob("?" * 16)), seed)

@@ -5,21 +5,23 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from cached_attention.encryption import EncryptionKey
 from cached_attention.tiers.disk import ReadOutcome
 
 CAPACITY = 700_000
 NUMBERS = st.lists(st.integers(0, 60), min_size=1, max_size=12, unique=True)
 
 
-def machine(store_in, parent):
+def machine(store_in, parent, encryption):
     class DiskMachine(RuleBasedStateMachine):
         def __init__(self):
             super().__init__()
-            self.store = store_in(Path(tempfile.mkdtemp(dir=parent)) / "kv", 5000, CAPACITY)
+            self.store = store_in(Path(tempfile.mkdtemp(dir=parent)) / "kv", 5000, CAPACITY, encryption)
             self.tier = self.store.open()
             self.slots: dict[int, int] = {}
             self.uses: dict[int, int] = {}
@@ -83,11 +85,12 @@ def machine(store_in, parent):
     return DiskMachine
 
 
-def test_disk_tier_against_a_model(store_in, fast_path):
+@pytest.mark.parametrize("key", [None, EncryptionKey(bytes(range(32)))], ids=["plain", "encrypted"])
+def test_disk_tier_against_a_model(store_in, fast_path, key):
     run_state_machine_as_test(
-        machine(store_in, fast_path),
+        machine(store_in, fast_path, key),
         settings=settings(
-            max_examples=60,
+            max_examples=60 if key is None else 30,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

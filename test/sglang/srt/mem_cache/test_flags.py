@@ -20,6 +20,7 @@ MODEL = ["--model-path", "some/model"]
 ON = [*MODEL, "--enable-cached-attention"]
 AUTO = ["--allow-auto-truncate"]
 DISK = ["--cached-attention-disk-path", "/tmp/kv", "--cached-attention-disk-size"]
+KEY_FILE = ["--cached-attention-encryption-key-file"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,6 +58,37 @@ def test_the_disk_tier(tmp_path: Path) -> None:
     assert config["ttl"] == 3600
     assert config["wait"] == "measured"
     assert config["eviction"] == "learnt"
+
+
+def test_the_key_itself_is_in_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, place = "c3" * 32, tmp_path / "key"
+    place.write_text(key)
+    place.chmod(0o600)
+    disk = [*DISK[:1], str(tmp_path / "kv"), *DISK[2:], "50MB"]
+
+    def placed(*extra: str) -> str | None:
+        args = prepare_server_args([*ON, *disk, *extra])
+        assert key not in repr(args)
+        found: str | None = args.unified_cache_external_linker_config["linker_extra_config"]["encryption_key"]
+        return found
+
+    assert placed() is None
+    assert placed(*KEY_FILE, str(place)) == str(place)
+    monkeypatch.setenv("CACHED_ATTENTION_ENCRYPTION_KEY", key)
+    assert placed() == "environment"
+    with pytest.raises(SystemExit, match="are both given"):
+        placed(*KEY_FILE, str(place))
+    monkeypatch.setenv("CACHED_ATTENTION_ENCRYPTION_KEY", "secret")
+    with pytest.raises(SystemExit, match="ENCRYPTION_KEY holds no key"):
+        placed()
+
+
+def test_a_directory_that_others_can_write_stops_the_server(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    disk = [*DISK[:1], str(tmp_path), *DISK[2:], "50MB"]
+    with pytest.raises(SystemExit, match=f"disk-path: {tmp_path} has mode 0777.*chmod go-w"):
+        prepare_server_args([*ON, *disk])
+    assert tmp_path.stat().st_mode & 0o777 == 0o777
 
 
 def test_truncation() -> None:
@@ -124,6 +156,9 @@ def test_engine_arguments() -> None:
             ["--cached-attention-sink-pages", "2"],
             "--cached-attention-sink-pages has no effect without --allow-auto-truncate: add it",
         ),
+        ([*DISK, "1GB", *KEY_FILE, "/absent/key"], "the key file /absent/key cannot be read: No such file"),
+        ([*DISK, "1GB", *KEY_FILE, __file__], "others than its owner can use it; `chmod 600 .*`|holds no key"),
+        ([*KEY_FILE, "/absent/key"], "key-file has no effect without --cached-attention-disk-path: add it"),
         ([*AUTO, "--cached-attention-sink-pages=-1"], "sink-pages is '-1': give a whole number from 0"),
         ([*AUTO, "--cached-attention-truncation-ratio", "1"], "is '1': give a number above 0 and below 1"),
         ([*AUTO, "--cached-attention-truncation-ratio", "half"], "is 'half': give a number above 0"),

@@ -22,6 +22,8 @@ from cached_attention.config import (
     parse_share,
     parse_size,
 )
+from cached_attention.encryption import FORMS, KEY_VARIABLE, key_place, read_key
+from cached_attention.permissions import check_private
 
 LINKER_MODULE = "sglang.srt.mem_cache.cached_attention.linker"
 LINKER_CLASS = "CachedAttentionLinker"
@@ -59,6 +61,12 @@ DISK_SIZE = Flag(
     None,
     "What the directory never exceeds, over all ranks on this machine: a size such as 2TB, or a share of the "
     "disk space that is free at start-up such as 0.5. Required with --cached-attention-disk-path.",
+)
+ENCRYPTION_KEY_FILE = Flag(
+    "cached_attention_encryption_key_file",
+    None,
+    "Encrypt what is written to --cached-attention-disk-path with AES-256-GCM and the key in this file: "
+    f"{FORMS}, mode 0600. Or set ${KEY_VARIABLE}.",
 )
 DISK_MIN_USES = Flag(
     "cached_attention_disk_min_uses",
@@ -106,6 +114,7 @@ FLAGS = (
     HOST_SIZE,
     DISK_PATH,
     DISK_SIZE,
+    ENCRYPTION_KEY_FILE,
     DISK_MIN_USES,
     LOOK_AHEAD,
     WAIT,
@@ -175,6 +184,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], free_memory),
         disk_path=None if path is None else str(Path(path).absolute()),
         disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
+        encryption_key=_encryption_key(path, settings[ENCRYPTION_KEY_FILE]),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
         wait=Wait(_choice(WAIT, settings[WAIT], [choice.value for choice in Wait])),
@@ -185,6 +195,18 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
     )
 
 
+def _encryption_key(disk_path: str | None, key_file: str | None) -> str | None:
+    """The place of the key, once it was found to hold one."""
+    if disk_path is None:
+        if key_file is not None:
+            raise ConfigError(f"{ENCRYPTION_KEY_FILE.option} has no effect without {DISK_PATH.option}: add it.")
+        return None
+    place = key_place(ENCRYPTION_KEY_FILE.option, key_file)
+    if place is not None:
+        read_key(place)
+    return place
+
+
 def _disk_size(path: Path, size: str) -> int:
     """What is there already counts as free: it is ours, or leaves less for us."""
     place = next(place for place in (path, *path.parents) if place.exists())
@@ -192,6 +214,11 @@ def _disk_size(path: Path, size: str) -> int:
         raise ConfigError(
             f"{DISK_PATH.option} is {str(path)!r}, but {place} is not a directory: give another path."
         )
+    if path.exists():
+        try:
+            check_private(path)
+        except PermissionError as error:
+            raise ConfigError(f"{DISK_PATH.option}: {error}") from error
     ours = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
     return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + ours)
 

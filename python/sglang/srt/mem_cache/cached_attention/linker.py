@@ -19,6 +19,7 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import CachedAttentionConfig, format_size
+from cached_attention.encryption import read_key
 from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
@@ -131,6 +132,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self._identity.fingerprint(),
             self._config.disk_size // self._identity.ranks_per_machine,
             ttl=self._config.ttl or None,
+            encryption=read_key(self._config.encryption_key) if self._config.encryption_key else None,
         )
 
     def _reopen_disk(self) -> DiskTier | None:

@@ -1,0 +1,72 @@
+"""Tenants that send the same prompt share no record, down to the bytes on disk."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import sqlite3
+from array import array
+from contextlib import closing
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from sglang.srt.mem_cache.cached_attention.tree_link import RequestChain
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from cached_attention.chain import Chain
+from cached_attention.checksum import page_checksum
+from cached_attention.encryption import EncryptionKey
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
+
+PAGE, PAGES, PAGE_BYTES = 16, 8, 4096
+TENANTS = [(None, None), (None, "alice"), (None, "bob"), ("alice", None), ("bob", "alice")]
+"""`extra_key` and `cache_salt`."""
+
+
+def chain(extra_key: str | None, cache_salt: str | None) -> list[bytes]:
+    """Page keys of one prompt, as SGLang and we hash it."""
+    request = RequestChain([], Chain())
+    request.extend(RadixKey(array("q", range(PAGE * PAGES)), extra_key, cache_salt=cache_salt), PAGE)
+    return request.chain.keys
+
+
+def save(tier: DiskTier, keys: list[bytes], record: bytes) -> list[int | None]:
+    pages, parent = [], None
+    for place, key in enumerate(keys):
+        buffer = memoryview(mmap.mmap(-1, PAGE_BYTES))
+        buffer[:] = record
+        pages.append(PageWrite(key, parent, place * PAGE, page_checksum(key, record), 1e9, 1, buffer))
+        parent = key
+    return tier.write(pages).result(30)
+
+
+@pytest.mark.parametrize("key", [None, EncryptionKey(bytes(range(32)))], ids=["plain", "encrypted"])
+def test_the_same_prompt_of_two_tenants_shares_nothing_on_disk(tmp_path: Path, key: EncryptionKey | None) -> None:
+    fingerprint = Fingerprint("m", "w", "bfloat16", PAGE, ((PAGE_BYTES // 2,) * 2,), {}, {})
+    tier = DiskTier(tmp_path / "kv", fingerprint, 8 << 20, encryption=key)
+    record = random.Random(0).randbytes(PAGE_BYTES)
+    chains = {tenant: chain(*tenant) for tenant in TENANTS}
+    slots = {tenant: save(tier, keys, record) for tenant, keys in chains.items()}
+    for one, other in combinations(TENANTS, 2):
+        assert not set(chains[one]) & set(chains[other])
+        assert not set(slots[one]) & set(slots[other])
+        buffers = [memoryview(mmap.mmap(-1, PAGE_BYTES)) for _ in range(PAGES)]
+        foreign = [
+            PageRead(page, slot, page_checksum(page, record), buffer)
+            for page, slot, buffer in zip(chains[one], slots[other], buffers, strict=True)
+            if slot is not None
+        ]
+        # In the clear the bytes are equal, and page and key are tied by the checksum in the row alone.
+        expected = ReadOutcome.LOST if key else ReadOutcome.READ
+        assert set(tier.read(foreign).result(30)) == {expected}
+    path = tier.path
+    tier.close()
+    with closing(sqlite3.connect(path / "index.sqlite3")) as index:
+        columns = "key" if key is None else "sealed"
+        rows = index.execute(f"SELECT DISTINCT {columns} FROM pages").fetchall()
+    assert len(rows) == PAGES * len(TENANTS)
+    data = (path / "pages-000000.bin").read_bytes()
+    records = {data[at : at + PAGE_BYTES] for at in range(0, len(data), tier.stride)} - {bytes(PAGE_BYTES)}
+    assert len(records) == (1 if key is None else PAGES * len(TENANTS))
