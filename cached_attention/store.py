@@ -458,6 +458,7 @@ class CachedAttentionStore:
         """Wait for the transfers that run and stop their threads; the disk keeps what it has."""
         self._wait()
         self._transfers.close()
+        self.host.close()
         if self.disk is not None:
             self.disk.close()
 

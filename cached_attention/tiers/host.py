@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cached_attention.layout import PageLayout
-from cached_attention.tiers.host_memory import host_memory
+from cached_attention.tiers.host_memory import HostMemory
 from cached_attention.tiers.host_slots import HostSlots
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ class HostTier(HostSlots):
 
     Raises:
         ValueError: `size` does not hold one page.
-        PinningError: so much memory cannot be pinned.
+        HostMemoryError: there is not so much memory, or it cannot be pinned.
     """
 
     def __init__(self, layout: PageLayout, size: int, device: torch.device = CPU) -> None:
@@ -29,10 +29,14 @@ class HostTier(HostSlots):
         if capacity < 1:
             raise ValueError(f"{size} bytes of host memory hold no page of {layout.stride} bytes: give more.")
         super().__init__(capacity)
-        arena = host_memory(self.capacity * layout.stride, layout.stride, device)
-        self.arena = arena.view(self.capacity, layout.stride)
+        self._memory = HostMemory(self.capacity * layout.stride, layout.stride, device)
+        self.arena = self._memory.bytes.view(self.capacity, layout.stride)
         """`[capacity, stride]`, uint8, aligned."""
         self._bytes = self.arena.numpy()
+
+    def close(self) -> None:
+        """No transfer runs any more."""
+        self._memory.close()
 
     def component(self, layer: int, component: int) -> torch.Tensor:
         """`[capacity, bytes]` view of one component of every slot."""

@@ -9,9 +9,10 @@ import ctypes
 import logging
 import mmap
 import platform
-import weakref
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,37 +32,53 @@ Register = Callable[[int, int], str | None]
 """Pins so many bytes from an address; returns what was wrong, or None."""
 
 
-class PinningError(RuntimeError):
-    """The GPU cannot be given this much host memory; the message says what can be done."""
+class HostMemoryError(RuntimeError):
+    """There is not so much host memory, or the GPU cannot be given it; the message says what can be done."""
 
 
-def host_memory(size: int, record: int, device: torch.device) -> torch.Tensor:
-    """`[size]`, uint8, not touched yet where there is no GPU, unpinned when it is let go.
+class HostMemory:
+    """Zeros until they are used; without a GPU nothing is taken from the system before that.
 
     Args:
-        record: bytes; no two of so many from the start are pinned by different calls, which a copy of both
-            could not span.
-        device: for whose transfers; of a GPU, it is pinned, preferably on the GPU's NUMA node.
+        size: bytes.
+        record: bytes; no record is pinned by two calls, which one copy of it could not span.
+        device: whose transfers it is for; for a GPU's it is pinned, preferably on the GPU's NUMA node.
 
     Raises:
-        PinningError: see there.
-        OSError: the system has not so much address space.
+        HostMemoryError: see there.
     """
-    mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _advise(mapping, mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(mapping, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    memory = whole[start : start + size]
-    if device.type == "cuda":
-        # A child would share the pages, and the next write of ours would go to a copy that the GPU does not see.
-        _advise(mapping, mmap.MADV_DONTFORK)
+
+    def __init__(self, size: int, record: int, device: torch.device) -> None:
+        self._chunks: list[int] = []
+        try:
+            mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            message = f"There is no room for {size:,} bytes of host memory ({error}): give less."
+            raise HostMemoryError(message) from error
+        _advise(mapping, mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE_PAGE
+        self.bytes = whole[start : start + size]
+        """`[size]`, uint8."""
+        if device.type == "cuda":
+            # A child would share the pages: the next write of ours would go to a copy that the GPU does not see.
+            _advise(mapping, mmap.MADV_DONTFORK)
+            self._pin(record, device)
+
+    def _pin(self, record: int, device: torch.device) -> None:
         if (node := node_of(_pci_address(device))) is not None:
-            prefer_node(memory, node)
-        cudart = torch.cuda.cudart()
+            prefer_node(self.bytes, node)
+        started = time.monotonic()
         with torch.cuda.device(device):
-            chunks = pin(memory, record, _register)
-        weakref.finalize(mapping, lambda: [cudart.cudaHostUnregister(chunk) for chunk in chunks])
-    return memory
+            self._chunks = pin(self.bytes, record, _register)
+        took = time.monotonic() - started
+        logger.info("CachedAttention: pinned %.1f GB of host memory in %.1f s.", self.bytes.numel() / 1e9, took)
+
+    def close(self) -> None:
+        """Unpin; no transfer runs any more. Left to the end of the process it would take the kernel longer."""
+        for start in self._chunks:
+            torch.cuda.cudart().cudaHostUnregister(start)
+        self._chunks = []
 
 
 def _advise(mapping: mmap.mmap, advice: int) -> None:
@@ -75,14 +92,14 @@ def pin(memory: torch.Tensor, record: int, register: Register, chunk: int = CHUN
     """Pin all of `memory`, about `chunk` bytes, but whole records, at once; returns where the chunks start.
 
     Raises:
-        PinningError: see there.
+        HostMemoryError: see there.
     """
     step = max(1, chunk // record) * record
     starts = range(memory.data_ptr(), memory.data_ptr() + memory.numel(), step)
     for start in starts:
         size = min(step, memory.data_ptr() + memory.numel() - start)
         if wrong := register(start, size):
-            raise PinningError(
+            raise HostMemoryError(
                 f"{start - memory.data_ptr():,} of {memory.numel():,} bytes of host memory were pinned, then the "
                 f"CUDA driver said {wrong!r}. Give a smaller --cached-attention-host-size, or the process more "
                 "memory and, where it is limited, more locked memory (`ulimit -l`, a container's memory limit)."
@@ -97,7 +114,7 @@ def _register(start: int, size: int) -> str | None:
 
 
 def _pci_address(device: torch.device) -> str:
-    gpu = torch.cuda.get_device_properties(device)
+    gpu: Any = torch.cuda.get_device_properties(device)
     return f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
 
 

@@ -93,7 +93,8 @@ class CpuCopier(PageCopier):
         self._layers = [slice(*span) for span in pairwise(ends)]
 
     def moves(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int] = ()) -> Moves:
-        return Moves(*self._checked(pages.numpy(), slots), self._rotated(pages, slots, deltas))
+        targets, sources = self._checked(pages.numpy(), slots)
+        return Moves(targets, sources, self._rotated(pages, slots, deltas))
 
     def _load(self, layer: int, moves: Moves) -> None:
         of = self._layers[layer]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ class CudaCopier(PageCopier):
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         super().__init__(device, host, rotations)
         self._device = device.device
-        library = load_library(cuda_target(torch.cuda.get_device_capability(self._device)))
+        library = self._load_library()
         ends = [0, *accumulate(len(layer) for layer in self._pairs)]
         self._layers = [slice(*span) for span in pairwise(ends)]
         self._plain = None
@@ -54,6 +55,12 @@ class CudaCopier(PageCopier):
         self._inwards = RowCopies(pairs, library)
         self._outwards = RowCopies([(slots, pages) for pages, slots in pairs], library)
         self._engines_save = self._compare(min(PROBED_PAGES, device.num_pages, host.capacity))
+
+    def _load_library(self) -> Any | None:
+        return load_library(cuda_target(torch.cuda.get_device_capability(self._device)))
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream
 
     def moves(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int] = ()) -> Moves:
         rotated = self._rotated(pages, slots, deltas)
@@ -86,8 +93,8 @@ class CudaCopier(PageCopier):
         self._outwards.by_cores(slice(None), self._upload(slots), self._upload(pages), SAVE_BLOCKS)
 
     def _save_by_engines(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        rows = (torch.tensor(numbers, dtype=torch.int32) for numbers in (slots, pages))
-        self._outwards.by_engines(*rows, torch.cuda.current_stream(self._device).cuda_stream)
+        targets, sources = (torch.tensor(numbers, dtype=torch.int32) for numbers in (slots, pages))
+        self._outwards.by_engines(targets, sources, self._stream())
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         rows = torch.tensor(numbers, dtype=torch.int32).pin_memory()

@@ -81,8 +81,8 @@ class LayerWiseLoad(Work):
 
     So a load waits for everything that was put on the forward's stream when it starts (`after`), which holds
     all forwards before its own: its own is launched later and waits for it, layer by layer. The same events
-    say that the numbers in `device_slots` are computed. Whoever uses the slots next uses them on the
-    forward's stream, which has waited for the last layer, or on the load's: see `CachedAttentionStore.finish_load`.
+    say that the numbers in `device_slots` are computed. Whoever uses the slots next does so on the forward's
+    stream, which has waited for the last layer (`CachedAttentionStore.finish_load`), or on the load's.
     """
 
     layers: Sequence[Event]
@@ -98,8 +98,9 @@ class LayerWiseLoad(Work):
         return sum(len(load.host_slots) for load in self._loads)
 
     def ops(self) -> list[Op]:
-        layers = [partial(self._copy, layer) for layer in range(self._copier.num_layers)]
-        return [self.step(op) for op in (self._prepare, *layers)]
+        steps: list[Op] = [self._prepare]
+        steps += [partial(self._copy, layer) for layer in range(self._copier.num_layers)]
+        return list(map(self.step, steps))
 
     def _prepare(self) -> None:
         slots = torch.cat([load.device_slots for load in self._loads])

@@ -59,6 +59,7 @@ class Stream(ABC):
         """What has been put on the stream is done."""
         return self.run([lambda: None])[0]
 
+    @abstractmethod
     def close(self) -> None:
         """Run what is on the stream, and end."""
 
