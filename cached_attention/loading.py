@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.transfer.jobs import LayerWiseLoad, PageLoad, Transfers
+from cached_attention.transfer.jobs import Transfers
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
 from cached_attention.transfer.streams import Event
 
 

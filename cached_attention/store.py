@@ -30,7 +30,8 @@ from cached_attention.stats import StoreStats
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
-from cached_attention.transfer.jobs import LayerWiseLoad, PageLoad, Transfers
+from cached_attention.transfer.jobs import Transfers
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
 from cached_attention.transfer.streams import Event
 
 EXPIRED_AT_ONCE = 64

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from cached_attention.chain import PageRun
 from cached_attention.checksum import page_checksum
+from cached_attention.index import PageKey
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer import cpu_stream, cuda_stream  # noqa: F401  Registers them.
-from cached_attention.transfer.copier import Moves, PageCopier
+from cached_attention.transfer.copier import PageCopier
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad, device_pages
 from cached_attention.transfer.streams import Event, Op, Priority, make_stream
+from cached_attention.transfer.work import Step, Work
 
 NO_CHECKSUM = 0
 """Of a page that never leaves memory."""
 SAVED_AT_ONCE = 32 << 20
 """Bytes: about a millisecond of a PCIe link. Between two such parts a save makes way for loads."""
+SAVES_IN_FLIGHT = 2
+"""Parts."""
 MAKE_WAY = 0.02
 """Seconds, at most, that a part of a save makes way. Its device pages cannot be freed as long as it waits."""
-
-
-class PageLoad(NamedTuple):
-    """One request's part of a load."""
-
-    device_slots: torch.Tensor
-    """`[pages * page_size]`, integer: token slots on the device."""
-    host_slots: list[int]
-    deltas: list[int]
-    """Per page: tokens from where it was computed to where it is loaded."""
 
 
 class PageSave(NamedTuple):
@@ -42,83 +38,6 @@ class PageSave(NamedTuple):
     whole: bool
     """Whether every page of the run was taken; False when host memory was too full for the rest."""
     landed: Future[list[int]]
-
-
-def device_pages(device_slots: torch.Tensor, page_size: int) -> torch.Tensor:
-    """The pages that whole runs of `device_slots` fill, where these lie."""
-    return device_slots[::page_size] // page_size
-
-
-class Work:
-    """Ops that belong together: after one has failed the rest is left out."""
-
-    error: BaseException | None = None
-
-    def step(self, op: Op) -> Op:
-        def run() -> None:
-            if self.error is None:
-                try:
-                    op()
-                except BaseException as error:  # noqa: BLE001  The one who waits for the work is told.
-                    self.error = error
-
-        return run
-
-
-class LayerWiseLoad(Work):
-    """The pages of one batch on their way to the device.
-
-    Which device slots may be written, and when? The load's slots were free when they were given to it, but
-    the forward before, which may still run, can own some of them:
-
-    - A request that ended is released when its last result is read; by then the next forward, which has it
-      in its batch for one token more, is running. It reads all slots of that request and writes one.
-    - A node of the tree is evicted when no request holds it. The forward of the request that held it last
-      may be running.
-    - A captured graph writes padding into slot 0, which is never given to anybody.
-    - A save that reads slots holds the lock of their node until it is reported: they are not free.
-    - An earlier load of slots that were freed since is in front, on the same stream.
-
-    So a load waits for everything that was put on the forward's stream when it starts (`after`), which holds
-    all forwards before its own: its own is launched later and waits for it, layer by layer. The same events
-    say that the numbers in `device_slots` are computed. Whoever uses the slots next does so on the forward's
-    stream, which has waited for the last layer (`CachedAttentionStore.finish_load`), or on the load's.
-    """
-
-    layers: Sequence[Event]
-    """`layers[l]`: layer l of all pages is there, or will never be, see `error`."""
-
-    def __init__(self, copier: PageCopier, loads: Sequence[PageLoad], page_size: int) -> None:
-        self._copier = copier
-        self._loads = loads
-        self._page_size = page_size
-
-    @property
-    def pages(self) -> int:
-        return sum(len(load.host_slots) for load in self._loads)
-
-    def ops(self) -> list[Op]:
-        steps: list[Op] = [self._prepare]
-        steps += [partial(self._copy, layer) for layer in range(self._copier.num_layers)]
-        return list(map(self.step, steps))
-
-    def _prepare(self) -> None:
-        slots = torch.cat([load.device_slots for load in self._loads])
-        host_slots = [slot for load in self._loads for slot in load.host_slots]
-        deltas = [delta for load in self._loads for delta in load.deltas]
-        self._moves: Moves = self._copier.moves(device_pages(slots, self._page_size), host_slots, deltas)
-
-    def _copy(self, layer: int) -> None:
-        self._copier.load(layer, self._moves)
-
-    def wait(self, stream: Any = None) -> None:
-        """Let `stream`, or that of the calling thread, wait for all layers; see `Event.wait`."""
-        self.layers[-1].wait(stream)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it touches memory no more."""
-        return self.layers[-1].query()
 
 
 class Transfers:
@@ -165,16 +84,13 @@ class Transfers:
     ) -> list[int]:
         for event in after:
             self._saves.wait(event)
-        of_run = self._read_pages(run.device_slots)
-        pages = [of_run[place] for place in places]
-        for first in range(0, len(pages), self._saved_at_once):
-            part = slice(first, first + self._saved_at_once)
-            self._make_way()
-            self._end(partial(self._copier.save, pages[part], slots[part]))
-        if not self._sealed:
-            return [NO_CHECKSUM] * len(slots)
-        keys = [run.keys[place] for place in places]
-        return [page_checksum(key, self._host.record(slot)) for key, slot in zip(keys, slots, strict=True)]
+        try:
+            of_run = self._read_pages(run.device_slots)
+            return self._save_in_parts([run.keys[i] for i in places], [of_run[i] for i in places], slots)
+        except BaseException:
+            # The slots go to others now: nothing may be written to them any more.
+            self._saves.record().synchronize()
+            raise
 
     def _read_pages(self, device_slots: torch.Tensor) -> list[int]:
         pages: list[torch.Tensor] = []
@@ -184,16 +100,33 @@ class Transfers:
             here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.is_cuda)
             pages.append(here.copy_(there, non_blocking=True))
 
-        self._end(read)
+        self._start_saving(read).wait_here()
         return pages[0].tolist()
 
-    def _end(self, op: Op) -> None:
-        """Have `op` run on the stream of saves, and wait for its end on this thread, which is there for that."""
+    def _save_in_parts(self, keys: Sequence[PageKey], pages: Sequence[int], slots: Sequence[int]) -> list[int]:
+        """One part is copied while the checksums of the one before are computed."""
+        checksums: list[int] = []
+        parts = [slice(first, first + self._saved_at_once) for first in range(0, len(pages), self._saved_at_once)]
+        running: deque[tuple[Step, slice]] = deque()
+        while parts or running:
+            if parts and len(running) < SAVES_IN_FLIGHT:
+                part = parts.pop(0)
+                self._make_way()
+                step = self._start_saving(partial(self._copier.save, pages[part], slots[part]))
+                running.append((step, part))
+            else:
+                step, part = running.popleft()
+                step.wait_here()
+                checksums += map(self._checksum, keys[part], slots[part])
+        return checksums
+
+    def _start_saving(self, op: Op) -> Step:
         work = Work()
         (ended,) = self._saves.run([work.step(op)])
-        ended.synchronize()
-        if work.error is not None:
-            raise work.error
+        return Step(work, ended)
+
+    def _checksum(self, key: PageKey, slot: int) -> int:
+        return page_checksum(key, self._host.record(slot)) if self._sealed else NO_CHECKSUM
 
     def _make_way(self) -> None:
         """Somebody waits for a load, nobody for a save."""

@@ -22,6 +22,7 @@ import torch
 from cached_attention.chain import Chain, PageRun
 from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
+from cached_attention.transfer import jobs
 from cached_attention.transfer.cpu_stream import CpuStream
 from cached_attention.transfer.streams import STREAMS, Event, Op, Priority, make_stream
 
@@ -212,6 +213,8 @@ class Engine:
 def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STREAMS, "cpu", DelayedStream)
     monkeypatch.setattr(DelayedStream, "deaf", "")
+    monkeypatch.setattr(jobs, "SAVED_AT_ONCE", 1)
+    monkeypatch.setattr(jobs, "MAKE_WAY", 1e-3)
 
 
 def test_no_schedule_makes_a_wrong_byte(delayed: None) -> None:

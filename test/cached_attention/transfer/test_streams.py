@@ -204,7 +204,7 @@ def test_no_call_that_waits_for_the_device_is_on_the_schedulers_way() -> None:
         here / "store.py": set(),
         here / "loading.py": {"wait"},
         here / "saving.py": set(),
-        here / "transfer" / "jobs.py": {"_read_pages", "_end"},
+        here / "transfer" / "jobs.py": {"_save", "_read_pages", "wait_here"},
         here / "transfer" / "cuda_stream.py": {"close"},
         here / "transfer" / "cuda_copier.py": {"_milliseconds"},
         here.parent / linker / "linker.py": set(),

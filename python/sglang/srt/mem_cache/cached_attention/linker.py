@@ -26,6 +26,7 @@ from cached_attention.tiers.disk import DiskTier
 
 from .identity import ModelIdentity
 from .layer_events import LayerEvents
+from .never_waits import never_waits
 from .pools import device_pool
 from .rotary import UnsupportedRotationError, key_rotations
 
@@ -154,10 +155,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     def reserve(self, rid: str, chain: Chain) -> int:
         return self.store.reserve(rid, chain)
 
+    @never_waits
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         (kv,) = transfers
         return list(range(1, self.reserve(rid, Chain(page_keys(kv.keys or []))) + 1))
 
+    @never_waits
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         (kv,) = transfers
         return self.store.queue_load(rid, page_keys(kv.keys or []), kv.device_indices)
@@ -165,6 +168,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     def cancel_queued_load(self, rid: str) -> bool:
         return self.store.cancel_load(rid)
 
+    @never_waits
     def start_layer_wise_loading(self) -> int:
         if not self.store.has_queued_loads:
             return -1
@@ -174,10 +178,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.layer_done_counter.add(batch, load.layers)
         return batch
 
+    @never_waits
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         self.layer_done_counter.discard(counter_index)
         return self.store.finish_load(counter_index, None if self.on_cpu else self.forward_stream)
 
+    @never_waits
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         # Always taken: ranks decline at different times, and must agree on what is pending.
         (kv,) = transfers
@@ -189,6 +195,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         parent = bytes.fromhex(prefix[-1]) if prefix else None
         return PageRun(parent, len(prefix), page_keys(transfer.keys), transfer.device_indices)
 
+    @never_waits
     def num_completed_offloads(self) -> int:
         return self.store.poll()
 
