@@ -19,14 +19,13 @@ import torch
 
 from cached_attention.kernels.compilation import cuda_target, load_library
 from cached_attention.kernels.copy_rows import RowCopies
+from cached_attention.kernels.rope_on_load import BLOCKS
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import Moves, PageCopier, Rotations, rope_on_load
 
 logger = logging.getLogger(__name__)
 
-LOAD_BLOCKS = 32
-"""With 128 bytes per thread in flight 1 MiB: ten times what a PCIe 5 link needs, for links that need more."""
 SAVE_BLOCKS = 8
 """Nobody waits for a save: few of the GPU's cores are taken from the model."""
 WORTH_CORES = 0.9
@@ -77,7 +76,7 @@ class CudaCopier(PageCopier):
             super().load(layer, moves)
 
     def _load(self, layer: int, moves: Moves) -> None:
-        self._inwards.by_cores(self._layers[layer], moves.pages, moves.slots, LOAD_BLOCKS)
+        self._inwards.by_cores(self._layers[layer], moves.pages, moves.slots, BLOCKS)
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         if self._plain is not None:

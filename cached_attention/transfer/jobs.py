@@ -61,7 +61,7 @@ class Transfers:
         self._loads = make_stream(device, "load", Priority.HIGH)
         self._saves = make_stream(device, "save", Priority.LOW)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="cached-attention-save")
-        self._last_load: LayerWiseLoad | None = None
+        self._last_load: Event | None = None
         self._saved_at_once = max(1, SAVED_AT_ONCE // host.layout.page_bytes)
 
     def load(self, loads: Sequence[PageLoad], after: Sequence[Event]) -> LayerWiseLoad:
@@ -70,7 +70,7 @@ class Transfers:
         for event in after:
             self._loads.wait(event)
         load.layers = self._loads.run(load.ops())[1:]
-        self._last_load = load
+        self._last_load = load.layers[-1]
         return load
 
     def save(
@@ -131,7 +131,7 @@ class Transfers:
     def _make_way(self) -> None:
         """Somebody waits for a load, nobody for a save."""
         until = time.monotonic() + MAKE_WAY
-        while (load := self._last_load) is not None and not load.has_ended and time.monotonic() < until:
+        while (load := self._last_load) is not None and not load.query() and time.monotonic() < until:
             time.sleep(MAKE_WAY / 40)
 
     def close(self) -> None:

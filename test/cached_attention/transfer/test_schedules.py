@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from cached_attention.chain import Chain, PageRun
+from cached_attention.checksum import page_checksum
 from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer import jobs
@@ -96,6 +97,7 @@ class Engine:
         pool = DevicePool(buffers, PAGE)
         self.pages = [[buffer.numpy() for buffer in layer] for layer in pool.layers]
         self.store = CachedAttentionStore(pool, HOST_PAGES * pool.layout.stride)
+        self.store._transfers._sealed = True
         self.forward, self.schedule = (make_stream(CPU, name, Priority.LOW) for name in ("forward", "schedule"))
         self.free = list(range(DEVICE_PAGES))
         self.saving: list[list[int]] = []
@@ -207,6 +209,10 @@ class Engine:
             assert self.store.finish_load(-1 - number)
             for layer in range(LAYERS):
                 self.look_at(prompt, list(range(count)), layer)
+            for row in map(self.store._index.find, keys[:count]):
+                record = self.store.host.record(self.store._in_host.slot[row])
+                if self.store._index.checksum[row] != page_checksum(self.store._index.key(row), record):
+                    self.mismatches.append(f"{prompt}: a checksum")
 
 
 @pytest.fixture
