@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "in_flight.cuh"
 #include "tvm_ffi_utils.h"
 
 namespace cached_attention {
@@ -76,23 +77,10 @@ __global__ void __launch_bounds__(kCopyThreads)
     copy_rows_kernel(__grid_constant__ Batch<W> const batch, int32_t const* __restrict__ target_rows,
                      int32_t const* __restrict__ source_rows) {
   WordArrays<W> const& arrays = batch.items[blockIdx.y];
-  uint32_t const step = kCopyThreads * kWordsInFlight;
-  for (uint32_t base = blockIdx.x * step + threadIdx.x; base < arrays.words; base += gridDim.x * step) {
-    Word<W> words[kWordsInFlight];
-#pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
-      uint32_t const index = base + i * kCopyThreads;
-      words[i].locate(arrays, index < arrays.words ? index : base, target_rows, source_rows);
-    }
-#pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
-      if (base + i * kCopyThreads < arrays.words) words[i].load();
-    }
-#pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
-      if (base + i * kCopyThreads < arrays.words) words[i].store();
-    }
-  }
+  move_items<kCopyThreads, kWordsInFlight, Word<W>>(
+      arrays.words,
+      [&](Word<W>& word, uint32_t index) { word.locate(arrays, index, target_rows, source_rows); },
+      [](Word<W> const& word) { word.store(); });
 }
 
 template <typename W>

@@ -25,6 +25,8 @@ PAGE = 4
 LAYERS = 3
 PAGES = 16
 CPU = torch.device("cpu")
+MOST_DEVICE_MEMORY = 6 << 20
+"""Bytes: a block of torch's allocator per stream, of loads, of saves and of the forward."""
 WAITS = {"tolist", "item", "cpu", "numpy", "synchronize", "nonzero"}
 """What makes the CPU wait for a GPU, when it is called on a tensor or an event of it."""
 
@@ -221,6 +223,7 @@ def test_a_gpu_is_never_waited_for() -> None:
     saved, loaded = SAVED.to(gpu), LOADED.to(gpu)
     forward = torch.cuda.Stream()
     torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(forward):
@@ -235,5 +238,6 @@ def test_a_gpu_is_never_waited_for() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     forward.synchronize()
+    assert torch.cuda.memory_reserved() - before <= MOST_DEVICE_MEMORY
     assert store.halves_are_equal()
     store.store.close()
