@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class Verdict:
         measured = "" if self.measured is None else f"{self.measured:.4g}{bound.unit} "
         return f"{bound.name}: {measured}({sign} {bound.limit:g}{bound.unit}) {self.word}"
 
-    def entry(self) -> dict[str, str | float | bool | None]:
+    def entry(self) -> dict[str, Any]:
         """For JSON."""
-        bound = self.bound
-        sides = {"limit": bound.limit, "at_least": bound.at_least, "unit": bound.unit}
-        return {"name": bound.name, "measured": self.measured, **sides, "passed": self.passed}
+        return {**asdict(self.bound), "measured": self.measured, "passed": self.passed}

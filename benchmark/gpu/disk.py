@@ -1,8 +1,8 @@
 """What does a returning user wait for when the conversation lies on disk?
 
 Each conversation is computed, the server restarted, so that its pages lie on disk and nowhere else, and its next
-turn is compared with a prompt of the same length that is computed: `benchmark.disk hit`, with a model of the chosen
-shape. What the disk of the machine reads per second decides; the rows have it as bytes over seconds.
+turn is compared with a prompt of the same length that is computed: `benchmark.disk hit`, with a model of the
+chosen shape. What the machine's disk reads per second decides; each row says how many bytes came from it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(setting: Setting, outcome: Outcome) -> None:
         ]
     )
     turns = disk.measure_one_by_one(disk.Bench(args, args.conversations), seconds_per_read=0.0)
-    outcome.rows += [asdict(turn) | {"kv_bytes": turn.prompt_tokens * setting.kv_bytes} for turn in turns]
+    outcome.rows += [asdict(turn) | {"disk_bytes": turn.reused["storage"] * setting.kv_bytes} for turn in turns]
     stored = sum(turn.reused["storage"] for turn in turns)
     times = [[turn.ttft_s for turn in turns if turn.kind == kind] for kind in ("from disk", "recompute")]
     outcome.notes.append(f"{stored} prompt tokens came from disk")

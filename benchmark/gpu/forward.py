@@ -34,7 +34,7 @@ class Llama:
 
     def __init__(self, setting: Setting, tokens: int, page_size: int) -> None:
         self.shape, self._dim = setting.shape, setting.head_dim
-        self._options = {"device": setting.device, "dtype": setting.dtype}
+        self._device, self._dtype = setting.device, setting.dtype
         self._random = torch.Generator(setting.device).manual_seed(0)
         shape = self.shape
         heads = (shape.heads + 2 * shape.kv_heads) * self._dim
@@ -50,7 +50,7 @@ class Llama:
         self._embedding = self._weight(shape.vocabulary, shape.hidden) * shape.hidden**0.5
         self._head = self._weight(shape.vocabulary, shape.hidden)
         sizes = (shape.layers, 2, tokens, shape.kv_heads, self._dim)
-        self.kv = torch.zeros(sizes, **self._options)
+        self.kv = torch.zeros(sizes, device=setting.device, dtype=setting.dtype)
         self.pool = DevicePool([list(layer) for layer in self.kv], page_size)
         frequencies = torch.tensor(rotation(self._dim).inv_freq, dtype=torch.float64)
         angles = torch.arange(tokens, dtype=torch.float64).unsqueeze(1) * frequencies
@@ -58,8 +58,8 @@ class Llama:
 
     def words(self, count: int) -> torch.Tensor:
         """`[count]`, int64: random tokens."""
-        ends = (0, self.shape.vocabulary, (count,))
-        return torch.randint(*ends, generator=self._random, device=self._options["device"])
+        end = self.shape.vocabulary
+        return torch.randint(0, end, (count,), generator=self._random, device=self._device)
 
     @torch.inference_mode()
     def prefill(
@@ -90,12 +90,13 @@ class Llama:
         keys[positions], values[positions] = self._turn(k, positions), v
         ready(number)
         seen = positions.stop
-        sides = (
+        q, k, v = (
             side.transpose(0, 1).unsqueeze(0) for side in (self._turn(q, positions), keys[:seen], values[:seen])
         )
+        # The last token sees all of them, those before it less.
         bias = causal_lower_right(len(x), seen)
         grouped = shape.heads != shape.kv_heads
-        attended = F.scaled_dot_product_attention(*sides, attn_mask=bias, enable_gqa=grouped)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
         return F.linear(attended[0].transpose(0, 1).reshape(len(x), -1), layer.out)
 
     def _turn(self, heads: torch.Tensor, positions: slice) -> torch.Tensor:
@@ -108,5 +109,5 @@ class Llama:
         return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
 
     def _weight(self, rows: int, columns: int) -> torch.Tensor:
-        weight = torch.empty(rows, columns, **self._options)
+        weight = torch.empty(rows, columns, device=self._device, dtype=self._dtype)
         return weight.normal_(0.0, columns**-0.5, generator=self._random)

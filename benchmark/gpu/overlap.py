@@ -1,11 +1,11 @@
 """What does a returning turn wait for when its history is loaded while the model already computes?
 
-One request at a time, a prefill in plain torch over a store's pool, four ways: the history is on the device; it is
-loaded layer by layer under the forward; it is loaded first, then the forward runs; it is computed again.
+One request at a time, a prefill in plain torch over a store's pool, four ways: the history is on the device; it
+is loaded layer by layer under the forward; it is loaded first, then the forward runs; it is computed again.
 
 `floor_s` of a point is what no engine gets below unless its load starts before the forward could: the longer of
-the forward alone and of a pinned copy of the history's bytes, measured in the same run. Where the copy takes longer
-than the forward, a hit in host memory cannot equal one on the device: the outcome says so.
+the forward alone and of a pinned copy of the history's bytes, measured in the same run. Where the copy takes
+longer than the forward, a hit in host memory cannot equal one on the device: the outcome says so.
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ archive() {
     ls -l "$out"/part??
 }
 
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # A shell that reads this file calls the functions by itself.
 fetch
 unpack
 prune

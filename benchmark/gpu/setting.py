@@ -18,7 +18,6 @@ SHAPES = {
 }
 """Sizes of the models by name; `tiny` is for machines without a GPU."""
 FOR_GPU = (
-    "--attention-backend=flashinfer",
     "--sampling-backend=pytorch",
     # Sizes of batches that are captured; the default captures 58 of them for prefill and takes a minute.
     "--cuda-graph-max-bs-decode=32",
@@ -82,7 +81,11 @@ class Setting:
     @property
     def server_args(self) -> tuple[str, ...]:
         """For a server of `model`: random weights, no tokenizer."""
-        return ("--load-format=dummy", "--skip-tokenizer-init", *(FOR_GPU if self.on_gpu else ()))
+        return (
+            "--load-format=dummy",
+            "--skip-tokenizer-init",
+            *(("--attention-backend=flashinfer", *FOR_GPU) if self.on_gpu else ()),
+        )
 
     def runs(self, part: str) -> bool:
         return not self.parts or part in self.parts

@@ -34,4 +34,5 @@ class Stopwatch:
         if isinstance(start, float) and isinstance(end, float):
             return end - start
         assert isinstance(start, torch.cuda.Event)
+        assert isinstance(end, torch.cuda.Event)
         return start.elapsed_time(end) / 1000
