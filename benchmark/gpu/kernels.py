@@ -29,7 +29,7 @@ THETA = 10_000.0
 
 
 def run(setting: Setting, outcome: Outcome) -> None:
-    moved, rounds = (4 << 30, 15) if setting.on_gpu else (8 << 20, 2)
+    moved, rounds = (2 << 30, 15) if setting.on_gpu else (8 << 20, 2)
     wrong, ratios = 0, {}
     for page_size in tqdm(PAGE_SIZES, "page sizes", unit="size"):
         bench = Moves(setting, page_size, moved)
@@ -72,7 +72,7 @@ class Moves:
         self._kv = torch.empty(sizes, dtype=setting.dtype, device=self._device).normal_(generator=generator)
         self._rotation = rotation(setting.head_dim)
         pool = DevicePool([list(layer) for layer in self._kv], page_size)
-        self.stored = StoredPages(pool, 2 * self._pages, [self._rotation] * shape.layers)
+        self.stored = StoredPages(pool, self._pages, [self._rotation] * shape.layers)
         shuffled = torch.randperm(self._pages, generator=torch.Generator().manual_seed(1))
         self._order: list[int] = shuffled.tolist()
         self._source, self._target = (self.stored.slots(order) for order in (self._order, self._order[::-1]))
@@ -83,7 +83,7 @@ class Moves:
 
     def check(self, outcome: Outcome) -> int:
         """Save in one order, load in another; returns how many bytes are not what torch makes of them."""
-        before = self._kv.to("cpu", copy=True)
+        before = self._kv.clone()
         self._rename()
         self.stored.save(self._keys, self._source)
         wrong = 0
@@ -112,10 +112,10 @@ class Moves:
         self.stored.load(keys, self._target[: len(keys) * self._page_size])
         expected = self._by_page(before)[:, :, self._order[drop:]]
         if drop:
-            table = delta_table(self._rotation, [-drop * self._page_size])
+            table = delta_table(self._rotation, [-drop * self._page_size]).to(self._device)
             for keys_and_values in expected:
                 keys_and_values[0] = rotate(keys_and_values[0], table, self._rotation)
-        loaded = self._by_page(self._kv.cpu())[:, :, self._order[::-1][: len(keys)]]
+        loaded = self._by_page(self._kv)[:, :, self._order[::-1][: len(keys)]]
         return int((loaded.view(torch.uint8) != expected.view(torch.uint8)).sum())
 
     def _by_page(self, kv: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from benchmark.gpu.forward import Llama
 from benchmark.gpu.outcome import Outcome
 from benchmark.gpu.setting import Setting
 from benchmark.gpu.stopwatch import Mark, Stopwatch
-from benchmark.gpu.stored import StoredPages
+from benchmark.gpu.stored import Arrival, StoredPages
 
 PAGE = 64
 DEVICE, LAYER_WISE, LOAD_FIRST, RECOMPUTE = WAYS = ("device", "layer-wise", "load-then-compute", "recompute")
@@ -107,8 +107,9 @@ class Turns:
         self._model.prefill(self._history, 0)
         self._watch.synchronize()
         self.stored.save(self._keys, self._slots)
-        half = torch.empty(longest * setting.kv_bytes, dtype=torch.uint8, pin_memory=setting.on_gpu)
-        self._pinned, self._flat = half, torch.empty_like(half, device=setting.device, pin_memory=False)
+        size = longest * setting.kv_bytes
+        self._pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=setting.on_gpu)
+        self._flat = torch.zeros(size, dtype=torch.uint8, device=setting.device)
 
     def measure(self, history: int, new: int, rounds: int) -> dict[str, Any]:
         """The row of one point: medians over the rounds, the ways in turns, after a round that does not count."""
@@ -116,19 +117,16 @@ class Turns:
         seconds: dict[str, list[float]] = {way: [] for way in (*WAYS, "copy")}
         exposed: list[list[float]] = []
         differing = 0
-        for number in range(-1, rounds):
+        for number in range(1 + rounds):
             logits = {}
             for way in sorted(WAYS, reverse=bool(number % 2)):
-                self._waits: list[tuple[Mark, Mark]] = []
                 elapsed, logits[way] = self._time(ways[way], way, history)
-                if number >= 0:
-                    seconds[way].append(elapsed)
-                if number >= 0 and way == LAYER_WISE:
-                    exposed.append([self._watch.seconds(*wait) for wait in self._waits])
+                seconds[way].append(elapsed)
             differing += sum(not torch.equal(logits[way], logits[DEVICE]) for way in (LAYER_WISE, LOAD_FIRST))
+            exposed.append(self._exposed(self._question[:new], history))
             seconds["copy"].append(self._copy(history))
-        ttft = {way: statistics.median(seconds[way]) for way in WAYS}
-        copy = statistics.median(seconds["copy"])
+        ttft = {way: statistics.median(seconds[way][1:]) for way in WAYS}
+        copy = statistics.median(seconds["copy"][1:])
         floor = max(ttft[DEVICE], copy)
         return {
             "history": history,
@@ -137,9 +135,9 @@ class Turns:
             "copy_s": copy,
             "floor_s": floor,
             "to_floor": ttft[LAYER_WISE] / floor,
-            "exposed_s": [statistics.median(layer) for layer in zip(*exposed, strict=True)],
+            "exposed_s": [statistics.median(layer) for layer in zip(*exposed[1:], strict=True)],
             "differing": differing,
-            "all_s": seconds,
+            "rounds_s": seconds,
         }
 
     def _ways(self, history: int, new: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -147,7 +145,7 @@ class Turns:
         everything = torch.cat((self._history[:history], question))
         return {
             DEVICE: lambda: self._model.prefill(question, history),
-            LAYER_WISE: lambda: self._layer_wise(question, history),
+            LAYER_WISE: lambda: self._layer_wise(question, history, lambda arrival: arrival.wait),
             LOAD_FIRST: lambda: self._load_first(question, history),
             RECOMPUTE: lambda: self._model.prefill(everything, 0),
         }
@@ -164,17 +162,28 @@ class Turns:
         self._watch.synchronize()
         return time.perf_counter() - started, logits
 
-    def _layer_wise(self, question: torch.Tensor, history: int) -> torch.Tensor:
+    def _layer_wise(
+        self, question: torch.Tensor, history: int, waiting: Callable[[Arrival], Callable[[int], None]]
+    ) -> torch.Tensor:
         number, arrival = self.stored.start_load(*self._part(history))
-
-        def ready(layer: int) -> None:
-            before = self._watch.mark()
-            arrival.wait(layer)
-            self._waits.append((before, self._watch.mark()))
-
-        logits = self._model.prefill(question, history, ready)
+        logits = self._model.prefill(question, history, waiting(arrival))
         self.stored.finish_load(number)
         return logits
+
+    def _exposed(self, question: torch.Tensor, history: int) -> list[float]:
+        """Seconds that each layer waited, in a run of its own: the marks take time themselves."""
+        marks: list[tuple[Mark, Mark]] = []
+
+        def marked(arrival: Arrival) -> Callable[[int], None]:
+            def wait(layer: int) -> None:
+                before = self._watch.mark()
+                arrival.wait(layer)
+                marks.append((before, self._watch.mark()))
+
+            return wait
+
+        self._time(lambda: self._layer_wise(question, history, marked), LAYER_WISE, history)
+        return [self._watch.seconds(*pair) for pair in marks]
 
     def _load_first(self, question: torch.Tensor, history: int) -> torch.Tensor:
         self.stored.load(*self._part(history))

@@ -18,6 +18,7 @@ SHAPES = {
 }
 """Sizes of the models by name; `tiny` is for machines without a GPU."""
 FOR_GPU = (
+    "--dtype=bfloat16",
     "--sampling-backend=pytorch",
     # Sizes of batches that are captured; the default captures 58 of them for prefill and takes a minute.
     "--cuda-graph-max-bs-decode=32",

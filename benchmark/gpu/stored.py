@@ -18,6 +18,8 @@ from cached_attention.position.rotation import Rotation
 from cached_attention.store import CachedAttentionStore
 
 SAVE_TIMEOUT_S = 120.0
+POLL_S = 5e-5
+"""Between polls, as an engine does other things: a tight loop would take the interpreter from the transfer."""
 
 
 class Arrival:
@@ -94,6 +96,7 @@ class StoredPages:
         while not self._store.poll():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{len(keys)} pages were not saved in {SAVE_TIMEOUT_S:.0f} s")
+            time.sleep(POLL_S)
         if not self._store.pop_save():
             raise RuntimeError(f"the store declined some of {len(keys)} pages")
 
