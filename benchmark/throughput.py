@@ -150,8 +150,9 @@ class HostBench:
         self._copier.save(self._pages, self._slots)
 
     def _load(self) -> None:
+        moves = self._copier.moves(torch.tensor(self._pages), self._slots)
         for layer in range(self._layers):
-            self._copier.load(layer, self._pages, self._slots)
+            self._copier.load(layer, moves)
 
 
 class DiskBench:

@@ -36,13 +36,6 @@ class PageRun:
     device_slots: torch.Tensor
     """`[len(keys) * page_size]`, integer: the token slots, in order."""
 
-    def select(self, pages: Sequence[int], page_size: int) -> PageRun:
-        """The pages at these places of the run."""
-        if len(pages) == len(self.keys):
-            return self
-        slots = self.device_slots.view(-1, page_size)[list(pages)].flatten()
-        return PageRun(self.parent, self.first_page, [self.keys[page] for page in pages], slots)
-
 
 def reach(keys: Sequence[PageKey], known: int, present: Callable[[PageKey], bool]) -> int:
     """How many leading keys are present, of which `known` were when last asked.

@@ -11,7 +11,8 @@ from cached_attention.chain import PageRun
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE
 from cached_attention.stats import StoreStats
-from cached_attention.transfer.jobs import Event, PageSave, Transfers
+from cached_attention.transfer.jobs import PageSave, Transfers
+from cached_attention.transfer.streams import Event
 
 
 class Saves:
@@ -60,7 +61,7 @@ class Saves:
         admitted, whole = self._admit(run)
         rows = [self._pages.index.find(run.keys[page]) for page in admitted]
         slots = [self._pages.in_host.slot[row] for row in rows]
-        landed = self._transfers.save(run.select(admitted, self._page_size), slots, after)
+        landed = self._transfers.save(run, admitted, slots, after)
         self._running.append(PageSave(rows, whole, landed))
 
     def _admit(self, run: PageRun) -> tuple[list[int], bool]:

@@ -1,15 +1,16 @@
 """The façade that an engine drives: look up, look ahead, load, save.
 
 One thread, the engine's scheduler, calls the store; none of its calls waits for a transfer except
-`reset`, `close`, `flush` and `finish_load`. Transfers run on threads of their own and are seen by `poll`.
+`reset`, `close`, `flush` and, without a GPU, `finish_load`. Transfers run on streams of their own and are seen
+by `poll`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.layout import DevicePool
+from cached_attention.loading import Loads
 from cached_attention.migration import Migration
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.position.rotation import Rotation
@@ -28,7 +30,9 @@ from cached_attention.stats import StoreStats
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
-from cached_attention.transfer.jobs import Event, LoadProgress, PageLoad, Transfers
+from cached_attention.transfer.jobs import Transfers
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
+from cached_attention.transfer.streams import Event
 
 EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
@@ -36,13 +40,6 @@ KEPT = 3600.0
 """Seconds that a conversation is kept on request where there is no time to live."""
 USE_NOTED = 60.0
 """Seconds that a page's last use may lag behind that of a page after it, in memory and on disk."""
-
-
-@dataclass
-class _QueuedLoad:
-    pages: PageLoad
-    pinned: int
-    """Row of the last page; pinning it keeps every page before it."""
 
 
 class CachedAttentionStore:
@@ -84,7 +81,7 @@ class CachedAttentionStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.layout = device.layout
-        self.host = HostTier(self.layout, host_size, pin_memory=device.device.type == "cuda")
+        self.host = HostTier(self.layout, host_size, device.device)
         self.disk = disk
         self.stats = StoreStats()
         self._min_uses = min_uses
@@ -96,7 +93,8 @@ class CachedAttentionStore:
         self._can_rotate = rotations is not None
         self._device_pages = device.num_pages
         copier = page_copier(device, self.host, rotations)
-        self._transfers = Transfers(copier, self.host, self.layout.page_size, sealed=disk is not None)
+        page_size, sealed = self.layout.page_size, disk is not None
+        self._transfers = Transfers(copier, self.host, device.device, page_size, sealed=sealed)
         self._start_empty(epoch=0)
         self._adopt()
 
@@ -110,8 +108,7 @@ class CachedAttentionStore:
         page_size = self.layout.page_size
         self._saves = Saves(self._pages, self._transfers, self._aliases, self.stats, page_size, self._clock)
         self._reserved: dict[str, int] = {}
-        self._queued: dict[str, _QueuedLoad] = {}
-        self._loading: dict[int, tuple[Future[None], list[_QueuedLoad]]] = {}
+        self._loads = Loads(self._pages, self._transfers)
 
     def _migrate(self, disk: DiskTier) -> Migration:
         return Migration(
@@ -327,15 +324,14 @@ class CachedAttentionStore:
         Raises:
             ValueError: the request has a load queued already.
         """
-        if request in self._queued:
+        if request in self._loads.queued:
             raise ValueError(f"request {request!r} has a load queued already; cancel it first.")
         rows = [self._index.find(key) for key in keys]
         if not rows or any(row == NOWHERE or not self._in_host.ready[row] for row in rows):
             return False
-        self._pages.pin(rows[-1])
         slots = [self._in_host.slot[row] for row in rows]
         deltas = list(map(self._index.delta, rows))
-        self._queued[request] = _QueuedLoad(PageLoad(device_slots, slots, deltas), rows[-1])
+        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1])
         self._aliases.loaded_rotated(key for key, delta in zip(keys, deltas, strict=True) if delta)
         self._count_use(rows)
         self.leave(request)
@@ -356,32 +352,28 @@ class CachedAttentionStore:
         """Let go of all that is held for `request` but a load that runs; False when no load was queued."""
         self._release(request)
         self.leave(request)
-        load = self._queued.pop(request, None)
-        if load is None:
-            return False
-        self._pages.unpin(load.pinned)
-        return True
+        return self._loads.cancel(request)
 
     @property
     def has_queued_loads(self) -> bool:
-        return bool(self._queued)
+        return bool(self._loads.queued)
 
-    def start_load(self, batch: int, progress: LoadProgress, after: Sequence[Event] = ()) -> None:
-        """Start everything queued, layer by layer, as `batch`; `progress` is told on another thread.
+    def start_load(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
+        """Start everything queued, as `batch`; the forward reads layer l after `layers[l]` of what is returned.
 
-        The copies wait for the events in `after`.
+        The copies wait for the events in `after`: all that is on the forward's stream; `LayerWiseLoad` says why.
         """
-        loads, self._queued = list(self._queued.values()), {}
-        future = self._transfers.load([load.pages for load in loads], after, progress)
-        self._loading[batch] = future, loads
-        self.stats.loaded += sum(len(load.pages.host_slots) for load in loads)
+        load = self._loads.start(batch, after)
+        self.stats.loaded += load.pages
+        return load
 
-    def finish_load(self, batch: int) -> None:
-        """Wait until `batch` no longer touches memory, then let its pages go."""
-        future, loads = self._loading.pop(batch)
-        future.exception()
-        for load in loads:
-            self._pages.unpin(load.pinned)
+    def finish_load(self, batch: int, stream: Any = None) -> bool:
+        """The forward of `batch` was launched: let its stream wait for layers that it did not; see `Event.wait`.
+
+        Returns False when the copies failed: what the forward read is worthless. The pages in host memory are
+        let go once the copies have ended.
+        """
+        return self._loads.finish(batch, stream)
 
     # Saving
 
@@ -405,6 +397,7 @@ class CachedAttentionStore:
     def poll(self) -> int:
         """Take note of all that has ended; returns how many saves wait for `pop_save`."""
         finished = self._saves.poll()
+        self._loads.poll()
         if self._ttl is not None:
             self._expire(self._clock() - self._ttl)
         if self._hints:
@@ -466,13 +459,13 @@ class CachedAttentionStore:
         """Wait for the transfers that run and stop their threads; the disk keeps what it has."""
         self._wait()
         self._transfers.close()
+        self.host.close()
         if self.disk is not None:
             self.disk.close()
 
     def _wait(self) -> None:
         self._saves.wait()
-        for future, _ in self._loading.values():
-            future.exception()
+        self._loads.wait()
         if self._migration is not None:
             self._migration.wait()
 
@@ -483,9 +476,7 @@ class CachedAttentionStore:
             AssertionError: a slot or pin leaked, or a count disagrees.
         """
         self._pages.check_invariants()
-        holders = len(self._reserved) + len(self._queued)
-        holders += sum(len(loads) for _, loads in self._loading.values())
-        holders += self._saves.pins
+        holders = len(self._reserved) + self._loads.pins + self._saves.pins
         if self._migration is not None:
             holders += self._migration.pins
         assert self.pins == holders, f"{self.pins} pins for {holders} holders"

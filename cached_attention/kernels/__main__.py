@@ -15,7 +15,7 @@ def main() -> None:
     library = SHIPPED / library_name(ALL_GPUS)
     if not library.exists():
         compile_library(ALL_GPUS, library)
-    for other in SHIPPED.glob("rope_on_load_*.so"):
+    for other in SHIPPED.glob("kernels_*.so"):
         if other != library:
             other.unlink()
     print(f"{library}: {library.stat().st_size:,} bytes for sm_{ALL_GPUS.replace('_', ', sm_')}")

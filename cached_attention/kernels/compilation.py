@@ -35,7 +35,7 @@ def library_name(target: str) -> str:
     digest = sha256()
     for path in [*sorted(SOURCES.iterdir()), Path(__file__).with_name("compiler.py")]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"rope_on_load_{target}_{platform.machine()}_{digest.hexdigest()[:12]}.so"
+    return f"kernels_{target}_{platform.machine()}_{digest.hexdigest()[:12]}.so"
 
 
 def cuda_target(capability: tuple[int, int]) -> str:
@@ -57,7 +57,7 @@ def load_library(target: str) -> Any | None:
 
         return tvm_ffi.load_module(str(find_or_compile(target)))
     except (ImportError, RuntimeError, OSError) as error:
-        logger.warning("Keys are rotated with torch, which is slower: rope_on_load was not compiled: %s", error)
+        logger.warning("Pages are moved with torch, which is slower: the kernels were not compiled: %s", error)
     return None
 
 
@@ -102,7 +102,7 @@ def compile_library(target: str, output: Path) -> None:
     Raises:
         CompilationError: see `find_or_compile`.
     """
-    logger.info("Compiling rope_on_load for %s: once, less than a minute.", target)
+    logger.info("Compiling kernels for %s: once, less than a minute.", target)
     script = Path(__file__).with_name("compiler.py")
     command = [sys.executable, "-P", str(script), target, str(output)]
     done = subprocess.run(command, capture_output=True, text=True)

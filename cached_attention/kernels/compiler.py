@@ -44,8 +44,8 @@ def compile_for_cuda(architectures: list[str], scratch: Path) -> Path:
     if len(architectures) > 1:
         targets.append(f"arch=compute_{architectures[0]},code=compute_{architectures[0]}")
     spec = gen_jit_spec(
-        "cached_attention_rope_on_load",
-        [SOURCES / "rope_on_load.cu"],
+        "cached_attention_kernels",
+        [SOURCES / "kernels.cu"],
         extra_cuda_cflags=[
             *(f"-gencode={name}" for name in targets),
             f"-Xcompiler={UNCONTRACTED}",

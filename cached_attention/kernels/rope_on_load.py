@@ -83,20 +83,34 @@ class RopeOnLoad:
             return cuda_target(torch.cuda.get_device_capability(self._device))
         return CPU
 
-    def moves(self, pages: Sequence[int], records: Sequence[int], deltas: Sequence[int]) -> PageMoves:
+    def moves(
+        self, pages: Sequence[int] | torch.Tensor, records: Sequence[int], deltas: Sequence[int]
+    ) -> PageMoves:
         """Page i of the pool takes record i, its keys turned by delta i (tokens; 0: verbatim).
+
+        Args:
+            pages: as a tensor on a GPU, `[n]`, integer, they are not looked at: nothing waits for them.
 
         Raises:
             ValueError: a page or record that does not exist, or lists of unequal length.
         """
         if not len(pages) == len(records) == len(deltas):
             raise ValueError(f"{len(pages)} pages, {len(records)} records and {len(deltas)} deltas do not match.")
-        for name, given, limit in (("page", pages, self._num_pages), ("record", records, self._num_records)):
-            if given and not 0 <= min(given) <= max(given) < limit:
-                raise ValueError(f"There are {limit} {name}s; got {name} {min(given)} to {max(given)}.")
+        self._check("record", records, self._num_records)
+        if not isinstance(pages, torch.Tensor):
+            pages = torch.tensor(pages, dtype=torch.int32)
+        if not pages.is_cuda:
+            self._check("page", pages.tolist(), self._num_pages)
         rows, distinct = rows_of(deltas)
-        moves = torch.tensor([pages, records, rows], dtype=torch.int32).reshape(3, -1)
-        return PageMoves(self._to_device(moves), self._to_device(self._tables.build(distinct)))
+        others = torch.tensor([records, rows], dtype=torch.int32).reshape(2, -1)
+        targets = pages.to(self._device, torch.int32, non_blocking=True).reshape(1, -1)
+        moves = torch.cat((targets, self._to_device(others)))
+        return PageMoves(moves, self._to_device(self._tables.build(distinct)))
+
+    @staticmethod
+    def _check(name: str, given: Sequence[int], limit: int) -> None:
+        if given and not 0 <= min(given) <= max(given) < limit:
+            raise ValueError(f"There are {limit} {name}s; got {name} {min(given)} to {max(given)}.")
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":

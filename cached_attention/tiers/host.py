@@ -1,31 +1,42 @@
-"""Host memory: one arena of fixed-size page slots, pinned where there is a GPU."""
+"""Host memory: one arena of fixed-size page slots."""
 
 from __future__ import annotations
 
 import torch
 
-from cached_attention.layout import ALIGNMENT, PageLayout
+from cached_attention.layout import PageLayout
+from cached_attention.tiers.host_memory import HostMemory
 from cached_attention.tiers.host_slots import HostSlots
+
+CPU = torch.device("cpu")
 
 
 class HostTier(HostSlots):
-    """An arena of `capacity` page records.
+    """An arena of `capacity` page records, pinned where a GPU copies them.
+
+    Args:
+        size: bytes.
+        device: what copies them.
 
     Raises:
-        ValueError: `size` (bytes) does not hold one page.
+        ValueError: `size` does not hold one page.
+        HostMemoryError: there is not so much memory, or it cannot be pinned.
     """
 
-    def __init__(self, layout: PageLayout, size: int, pin_memory: bool = False) -> None:
+    def __init__(self, layout: PageLayout, size: int, device: torch.device = CPU) -> None:
         self.layout = layout
         capacity = size // layout.stride
         if capacity < 1:
             raise ValueError(f"{size} bytes of host memory hold no page of {layout.stride} bytes: give more.")
         super().__init__(capacity)
-        arena = torch.empty(self.capacity * layout.stride + ALIGNMENT, dtype=torch.uint8, pin_memory=pin_memory)
-        start = -arena.data_ptr() % ALIGNMENT
-        self.arena = arena[start : start + self.capacity * layout.stride].view(self.capacity, layout.stride)
+        self._memory = HostMemory(self.capacity * layout.stride, layout.stride, device)
+        self.arena = self._memory.bytes.view(self.capacity, layout.stride)
         """`[capacity, stride]`, uint8, aligned."""
         self._bytes = self.arena.numpy()
+
+    def close(self) -> None:
+        """No transfer runs any more."""
+        self._memory.close()
 
     def component(self, layer: int, component: int) -> torch.Tensor:
         """`[capacity, bytes]` view of one component of every slot."""

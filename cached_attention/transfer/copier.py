@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,19 @@ Rotations = Sequence[Rotation | None]
 """Per layer how its keys are rotated; None for one whose keys know no position."""
 
 
+class Moves(NamedTuple):
+    """Which slot goes to which page: checked, and brought to where it is read, once for all layers."""
+
+    pages: Any
+    """`[n]`, integer: an array for the CPU, a tensor on the device for a GPU."""
+    slots: Any
+    """As `pages`."""
+    rotated: PageMoves | None
+    """The same moves, where some of the keys turn."""
+
+
 class PageCopier(ABC):
-    """Runs on transfer threads; every call returns when the bytes have landed."""
+    """Its calls run on a stream: on CUDA they return before the bytes have landed, else when they have."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         self._rotating = None if rotations is None else rope_on_load(device, host, rotations)
@@ -33,18 +45,30 @@ class PageCopier(ABC):
         return len(self._pairs)
 
     @abstractmethod
-    def load(self, layer: int, pages: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy one layer of the records in `slots` into the device `pages`."""
+    def moves(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int] = ()) -> Moves:
+        """What `load` needs to copy the records in `slots` into the device `pages`.
 
-    def moves(self, pages: Sequence[int], slots: Sequence[int], deltas: Sequence[int]) -> PageMoves:
-        """What `load_rotated` needs to move records whose keys turn by so many tokens each."""
+        Args:
+            pages: `[n]`, integer, where the pool lies.
+            deltas: per record how many tokens its keys turn by; without, none turns.
+        """
+
+    def _rotated(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int]) -> PageMoves | None:
+        if not any(deltas):
+            return None
         assert self._rotating is not None, "no rotations were given, so every page has one position"
         return self._rotating.moves(pages, slots, deltas)
 
-    def load_rotated(self, layer: int, moves: PageMoves) -> None:
-        """As `load`, and keys rotated to their new positions in the same pass."""
-        assert self._rotating is not None
-        self._rotating.load(range(layer, layer + 1), moves)
+    def load(self, layer: int, moves: Moves) -> None:
+        """Copy one layer of all moves at once; keys that have a delta are rotated in the same pass."""
+        if moves.rotated is None:
+            self._load(layer, moves)
+        else:
+            assert self._rotating is not None
+            self._rotating.load(range(layer, layer + 1), moves.rotated)
+
+    @abstractmethod
+    def _load(self, layer: int, moves: Moves) -> None: ...
 
     @abstractmethod
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
@@ -68,16 +92,19 @@ class CpuCopier(PageCopier):
         ends = [0, *accumulate(len(layer) for layer in self._pairs)]
         self._layers = [slice(*span) for span in pairwise(ends)]
 
-    def load(self, layer: int, pages: Sequence[int], slots: Sequence[int]) -> None:
+    def moves(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int] = ()) -> Moves:
+        targets, sources = self._checked(pages.numpy(), slots)
+        return Moves(targets, sources, self._rotated(pages, slots, deltas))
+
+    def _load(self, layer: int, moves: Moves) -> None:
         of = self._layers[layer]
-        rows = self._checked(pages, slots)
-        self._stream(self._device[of], rows[0], self._host[of], rows[1], self._sizes[of])
+        self._stream(self._device[of], moves.pages, self._host[of], moves.slots, self._sizes[of])
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         rows = self._checked(pages, slots)
         self._stream(self._host, rows[1], self._device, rows[0], self._sizes)
 
-    def _checked(self, pages: Sequence[int], slots: Sequence[int]) -> list[np.ndarray]:
+    def _checked(self, pages: Sequence[int] | np.ndarray, slots: Sequence[int]) -> list[np.ndarray]:
         if len(pages) != len(slots):
             raise ValueError(f"{len(pages)} pages and {len(slots)} slots: give as many of one as of the other.")
         rows = [np.array(numbers, dtype=np.intp) for numbers in (pages, slots)]
@@ -90,39 +117,6 @@ class CpuCopier(PageCopier):
 def _rows_of(arrays: Sequence[torch.Tensor]) -> np.ndarray:
     """`[arrays, 2]`: address of row 0 and bytes from row to row of `[rows, bytes]` byte tensors."""
     return np.array([(array.data_ptr(), array.stride(0)) for array in arrays], dtype=np.intp)
-
-
-class CudaCopier(PageCopier):
-    """Asynchronous copies from and to pinned memory, each direction on a stream of its own."""
-
-    def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
-        super().__init__(device, host, rotations)
-        self._load_stream = torch.cuda.Stream(device.device)
-        self._save_stream = torch.cuda.Stream(device.device)
-
-    def load(self, layer: int, pages: Sequence[int], slots: Sequence[int]) -> None:
-        with torch.cuda.stream(self._load_stream):
-            for device, host in self._pairs[layer]:
-                for page, slot in zip(pages, slots, strict=True):
-                    device[page].copy_(host[slot], non_blocking=True)
-        self._load_stream.synchronize()
-
-    def moves(self, pages: Sequence[int], slots: Sequence[int], deltas: Sequence[int]) -> PageMoves:
-        with torch.cuda.stream(self._load_stream):
-            return super().moves(pages, slots, deltas)
-
-    def load_rotated(self, layer: int, moves: PageMoves) -> None:
-        with torch.cuda.stream(self._load_stream):
-            super().load_rotated(layer, moves)
-        self._load_stream.synchronize()
-
-    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        with torch.cuda.stream(self._save_stream):
-            for pairs in self._pairs:
-                for device, host in pairs:
-                    for page, slot in zip(pages, slots, strict=True):
-                        host[slot].copy_(device[page], non_blocking=True)
-        self._save_stream.synchronize()
 
 
 def rope_on_load(device: DevicePool, host: HostTier, rotations: Rotations) -> RopeOnLoad:
@@ -141,5 +135,8 @@ def page_copier(device: DevicePool, host: HostTier, rotations: Rotations | None 
     Raises:
         ValueError: keys of this dtype or shape cannot be rotated.
     """
-    kind = CudaCopier if device.device.type == "cuda" else CpuCopier
-    return kind(device, host, rotations)
+    if device.device.type != "cuda":
+        return CpuCopier(device, host, rotations)
+    from cached_attention.transfer.cuda_copier import CudaCopier
+
+    return CudaCopier(device, host, rotations)

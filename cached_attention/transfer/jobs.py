@@ -1,44 +1,34 @@
-"""Loads and saves in flight. Each direction has one thread, so that a load never queues behind a save."""
+"""Loads and saves in flight. Each direction has a stream, so that a load never queues behind a save."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from cached_attention.chain import PageRun
 from cached_attention.checksum import page_checksum
+from cached_attention.index import PageKey
 from cached_attention.tiers.host import HostTier
+from cached_attention.transfer import cpu_stream, cuda_stream  # noqa: F401  Registers them.
 from cached_attention.transfer.copier import PageCopier
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad, device_pages
+from cached_attention.transfer.streams import Event, Op, Priority, make_stream
+from cached_attention.transfer.work import Step, Work
 
 NO_CHECKSUM = 0
 """Of a page that never leaves memory."""
-
-
-class Event(Protocol):
-    """Something that must have happened on the device before its memory may be touched."""
-
-    def synchronize(self) -> None: ...
-
-
-class LoadProgress(Protocol):
-    """Told, on the load thread, what has landed."""
-
-    def complete(self, layer: int) -> None: ...
-
-    def fail(self, error: BaseException) -> None: ...
-
-
-class PageLoad(NamedTuple):
-    """One request's part of a load."""
-
-    device_slots: torch.Tensor
-    """`[pages * page_size]`, integer: token slots on the device."""
-    host_slots: list[int]
-    deltas: list[int]
-    """Per page: tokens from where it was computed to where it is loaded."""
+SAVED_AT_ONCE = 32 << 20
+"""Bytes: about a millisecond of a PCIe link. Between two such parts a save makes way for loads."""
+SAVES_IN_FLIGHT = 2
+"""Parts."""
+MAKE_WAY = 0.02
+"""Seconds, at most, that a part of a save makes way. Its device pages cannot be freed as long as it waits."""
 
 
 class PageSave(NamedTuple):
@@ -50,60 +40,102 @@ class PageSave(NamedTuple):
     landed: Future[list[int]]
 
 
-def device_pages(device_slots: torch.Tensor, page_size: int) -> list[int]:
-    """The pages that whole runs of `device_slots` fill. Copies from the device when they lie there."""
-    return (device_slots[::page_size] // page_size).tolist()
-
-
 class Transfers:
-    """The two transfer threads of one rank.
+    """The two transfer streams of one rank, and the thread that ends saves.
+
+    Loads are put on their stream by the thread that starts them: an event must have been recorded before the
+    forward's stream can wait for it. Where nothing waits for the device, that is a launch per layer.
 
     Args:
+        device: where the engine's pool lies.
         sealed: saves yield a checksum per page. Only pages that leave memory need one.
     """
 
-    def __init__(self, copier: PageCopier, host: HostTier, page_size: int, *, sealed: bool) -> None:
+    def __init__(
+        self, copier: PageCopier, host: HostTier, device: torch.device, page_size: int, *, sealed: bool
+    ) -> None:
         self._copier = copier
         self._host = host
         self._page_size = page_size
         self._sealed = sealed
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="cached-attention-load")
+        self._loads = make_stream(device, "load", Priority.HIGH)
+        self._saves = make_stream(device, "save", Priority.LOW)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="cached-attention-save")
+        self._last_load: Event | None = None
+        self._saved_at_once = max(1, SAVED_AT_ONCE // host.layout.page_bytes)
 
-    def load(self, loads: Sequence[PageLoad], after: Sequence[Event], progress: LoadProgress) -> Future[None]:
-        return self._loader.submit(self._load, loads, after, progress)
+    def load(self, loads: Sequence[PageLoad], after: Sequence[Event]) -> LayerWiseLoad:
+        """Start copying; waits for nothing."""
+        load = LayerWiseLoad(self._copier, loads, self._page_size)
+        for event in after:
+            self._loads.wait(event)
+        load.layers = self._loads.run(load.ops())[1:]
+        self._last_load = load.layers[-1]
+        return load
 
-    def _load(self, loads: Sequence[PageLoad], after: Sequence[Event], progress: LoadProgress) -> None:
+    def save(
+        self, run: PageRun, places: Sequence[int], slots: Sequence[int], after: Sequence[Event]
+    ) -> Future[list[int]]:
+        """Copy the pages at `places` of `run` into `slots`; resolves to their checksums."""
+        return self._saver.submit(self._save, run, places, slots, after)
+
+    def _save(
+        self, run: PageRun, places: Sequence[int], slots: Sequence[int], after: Sequence[Event]
+    ) -> list[int]:
+        for event in after:
+            self._saves.wait(event)
         try:
-            for event in after:
-                event.synchronize()
-            pages = [page for load in loads for page in device_pages(load.device_slots, self._page_size)]
-            slots = [slot for load in loads for slot in load.host_slots]
-            deltas = [delta for load in loads for delta in load.deltas]
-            moves = self._copier.moves(pages, slots, deltas) if any(deltas) else None
-            for layer in range(self._copier.num_layers):
-                if moves is None:
-                    self._copier.load(layer, pages, slots)
-                else:
-                    self._copier.load_rotated(layer, moves)
-                progress.complete(layer)
-        except BaseException as error:
-            progress.fail(error)
+            of_run = self._read_pages(run.device_slots)
+            return self._save_in_parts([run.keys[i] for i in places], [of_run[i] for i in places], slots)
+        except BaseException:
+            # The slots go to others now: nothing may be written to them any more.
+            self._saves.record().synchronize()
             raise
 
-    def save(self, run: PageRun, slots: Sequence[int], after: Sequence[Event]) -> Future[list[int]]:
-        """Copy the pages of `run` into `slots`; resolves to their checksums."""
-        return self._saver.submit(self._save, run, slots, after)
+    def _read_pages(self, device_slots: torch.Tensor) -> list[int]:
+        pages: list[torch.Tensor] = []
 
-    def _save(self, run: PageRun, slots: Sequence[int], after: Sequence[Event]) -> list[int]:
-        for event in after:
-            event.synchronize()
-        self._copier.save(device_pages(run.device_slots, self._page_size), slots)
-        if not self._sealed:
-            return [NO_CHECKSUM] * len(slots)
-        return [page_checksum(key, self._host.record(slot)) for key, slot in zip(run.keys, slots, strict=True)]
+        def read() -> None:
+            there = device_pages(device_slots, self._page_size)
+            here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.is_cuda)
+            pages.append(here.copy_(there, non_blocking=True))
+
+        self._start_saving(read).wait_here()
+        return pages[0].tolist()
+
+    def _save_in_parts(self, keys: Sequence[PageKey], pages: Sequence[int], slots: Sequence[int]) -> list[int]:
+        """One part is copied while the checksums of the one before are computed."""
+        checksums: list[int] = []
+        parts = [slice(first, first + self._saved_at_once) for first in range(0, len(pages), self._saved_at_once)]
+        running: deque[tuple[Step, slice]] = deque()
+        while parts or running:
+            if parts and len(running) < SAVES_IN_FLIGHT:
+                part = parts.pop(0)
+                self._make_way()
+                step = self._start_saving(partial(self._copier.save, pages[part], slots[part]))
+                running.append((step, part))
+            else:
+                step, part = running.popleft()
+                step.wait_here()
+                checksums += map(self._checksum, keys[part], slots[part])
+        return checksums
+
+    def _start_saving(self, op: Op) -> Step:
+        work = Work()
+        (ended,) = self._saves.run([work.step(op)])
+        return Step(work, ended)
+
+    def _checksum(self, key: PageKey, slot: int) -> int:
+        return page_checksum(key, self._host.record(slot)) if self._sealed else NO_CHECKSUM
+
+    def _make_way(self) -> None:
+        """Somebody waits for a load, nobody for a save."""
+        until = time.monotonic() + MAKE_WAY
+        while (load := self._last_load) is not None and not load.query() and time.monotonic() < until:
+            time.sleep(MAKE_WAY / 40)
 
     def close(self) -> None:
         """Let what runs finish; nothing new starts."""
-        self._loader.shutdown(cancel_futures=True)
         self._saver.shutdown(cancel_futures=True)
+        self._loads.close()
+        self._saves.close()

@@ -69,13 +69,6 @@ def _fits(page: int, drop: int) -> bool:
     return page < drop + WINDOW
 
 
-class Told:
-    def complete(self, layer: int) -> None: ...
-
-    def fail(self, error: BaseException) -> None:
-        raise error
-
-
 class Conversations:
     """Conversations that grow and overflow, on a device whose pages are checked to be what they must be."""
 
@@ -151,8 +144,8 @@ class Conversations:
         slots = torch.arange(on_device * PAGE, pages * PAGE)
         assert self.store.queue_load(name, keys[on_device:pages], slots)
         self.batch += 1
-        self.store.start_load(self.batch, Told())
-        self.store.finish_load(self.batch)
+        self.store.start_load(self.batch)
+        assert self.store.finish_load(self.batch)
         self.store.end_pass()
         for place in range(on_device, pages):
             self.check(keys[place], place)

@@ -17,20 +17,6 @@ PAGE = 4
 LAYERS = 3
 
 
-class Progress:
-    """Remembers what it was told; `landed` is set with the last layer or the failure."""
-
-    def __init__(self) -> None:
-        self.layers: list[int] = []
-        self.error: BaseException | None = None
-
-    def complete(self, layer: int) -> None:
-        self.layers.append(layer)
-
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-
-
 class Engine:
     """A device pool with a store under it, and prompts that are named by strings."""
 
@@ -64,11 +50,10 @@ class Engine:
     def load(self, keys: list[bytes], device: list[int], first: int = 0) -> None:
         run = self.run(keys, first, device)
         assert self.store.queue_load("r", run.keys, run.device_slots)
-        progress = Progress()
         self.batches += 1
-        self.store.start_load(self.batches, progress)
-        self.store.finish_load(self.batches)
-        assert progress.layers == list(range(LAYERS))
+        layers = self.store.start_load(self.batches).layers
+        assert self.store.finish_load(self.batches)
+        assert [layer.query() for layer in layers] == [True] * LAYERS
 
     def page(self, page: int) -> torch.Tensor:
         parts = [buffer[page * PAGE : (page + 1) * PAGE].flatten() for layer in self.buffers for buffer in layer]
@@ -219,10 +204,10 @@ def test_a_failed_load_is_told_and_pins_go(engine: Engine) -> None:
     keys = engine.keys("ab", 2)
     engine.save(keys, [0, 1])
     assert engine.store.queue_load("r", keys, torch.tensor([10**6] * 2 * PAGE))
-    progress = Progress()
-    engine.store.start_load(7, progress)
-    engine.store.finish_load(7)
-    assert isinstance(progress.error, IndexError)
+    load = engine.store.start_load(7)
+    assert not engine.store.finish_load(7)
+    assert isinstance(load.error, IndexError)
+    assert [layer.query() for layer in load.layers] == [True] * LAYERS
     engine.store.check_invariants()
 
 

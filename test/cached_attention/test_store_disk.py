@@ -37,13 +37,6 @@ def content(key: bytes) -> torch.Tensor:
     return torch.rand(PAGE, 1, 4, generator=generator)
 
 
-class Told:
-    def complete(self, layer: int) -> None: ...
-
-    def fail(self, error: BaseException) -> None:
-        raise error
-
-
 class Conversations:
     """A device pool, a store with both tiers, and prompts whose pages have a content by their key."""
 
@@ -113,8 +106,8 @@ class Conversations:
                 buffer.zero_()
         assert self.store.queue_load(prompt, keys, torch.arange(pages * PAGE))
         self.batch += 1
-        self.store.start_load(self.batch, Told())
-        self.store.finish_load(self.batch)
+        self.store.start_load(self.batch)
+        assert self.store.finish_load(self.batch)
         self.store.end_pass()
         for page, key in enumerate(keys):
             for layer in self.buffers:

@@ -29,13 +29,6 @@ def content(key: bytes) -> torch.Tensor:
     return torch.rand(PAGE, 1, 4, generator=generator)
 
 
-class Told:
-    def complete(self, layer: int) -> None: ...
-
-    def fail(self, error: BaseException) -> None:
-        raise error
-
-
 class Histories(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
@@ -110,8 +103,8 @@ class Histories(RuleBasedStateMachine):
             del self.reserved[prompt]
             return
         self.batch += 1
-        self.store.start_load(self.batch, Told())
-        self.store.finish_load(self.batch)
+        self.store.start_load(self.batch)
+        assert self.store.finish_load(self.batch)
         for key, page in zip(keys, places, strict=True):
             for layer in self.buffers:
                 for buffer in layer:

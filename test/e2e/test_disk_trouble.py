@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-HISTORY, CONVERSATIONS = 400, 6
+HISTORY, CONVERSATIONS, TURNS = 400, 6, 30
 PAGE_BYTES = 256 << 10
 TIGHT = ("--max-total-tokens", "2048")
 HOST = "6MB"
@@ -28,7 +28,7 @@ def disk(disk_tier: Any) -> Any:
 @pytest.fixture(scope="module")
 def expected(answers: Any) -> Any:
     """Per conversation, per turn: the answers of a server that keeps everything on the device."""
-    return answers(conversations=CONVERSATIONS, turns=30)
+    return answers(conversations=CONVERSATIONS, turns=TURNS)
 
 
 def mount(*arguments: str | Path) -> None:
@@ -59,11 +59,11 @@ def test_a_disk_that_is_full_and_then_has_room(
             talk.hold(server, 2)
             assert store_states(server)[0]["disk_pages_used"] * PAGE_BYTES < 2 << 20
             filler.unlink()
-            deadline = time.monotonic() + 60
-            while not store_states(server)[0]["disk_pages_used"] and time.monotonic() < deadline:
+            for _ in range(TURNS - 2):
                 talk.hold(server, 1)
-                time.sleep(4)
-            talk.hold(server, 1)
+                if talk.cached("storage"):
+                    break
+                time.sleep(3)  # The tier comes back by itself, some seconds after its last error.
             assert talk.cached("storage") > 0
     assert matches(talk, expected)
 

@@ -102,6 +102,11 @@ def stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, An
 OPENAI = {"model": "model", "temperature": 0, "ignore_eos": True}
 
 
+def told(chunk: dict[str, Any]) -> int | None:
+    """What a chunk of an OpenAI stream says of dropped tokens."""
+    return (chunk.get("metadata") or {}).get("truncated_tokens")
+
+
 def test_completions(server: Server, words: random.Random) -> None:
     tokens = prompt(words, 1700)
     expected = server.generate(tokens, 6)
@@ -112,6 +117,10 @@ def test_completions(server: Server, words: random.Random) -> None:
     assert reply["usage"]["prompt_tokens"] == 1700 - dropped(1700)
     chunks = stream(server, "/v1/completions", {**body, "stream": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected["text"]
+    assert [told(chunk) for chunk in chunks] == [None] * (len(chunks) - 1) + [dropped(1700)]
+    two = {**body, "stream": True, "prompt": [tokens, tokens[:100]]}
+    ends = [chunk for chunk in stream(server, "/v1/completions", two) if chunk["choices"][0]["finish_reason"]]
+    assert {chunk["choices"][0]["index"]: told(chunk) for chunk in ends} == {0: dropped(1700), 1: None}
 
 
 def test_chat(server: Server, words: random.Random) -> None:
@@ -135,6 +144,7 @@ def test_chat(server: Server, words: random.Random) -> None:
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
     assert text == expected["text"]
     assert usage["usage"]["prompt_tokens"] == len(kept(tokens))
+    assert told(usage) == dropped(len(tokens))
 
 
 def test_a_frontend_program(server: Server) -> None:

@@ -5,6 +5,7 @@
 #include <flashinfer/vec_dtypes.cuh>
 #include <optional>
 
+#include "in_flight.cuh"
 #include "rope_on_load.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -153,23 +154,9 @@ __global__ void __launch_bounds__(kThreads)
     rope_on_load_kernel(__grid_constant__ Sources<T> const sources, int32_t const* __restrict__ moves, uint32_t pages,
                         float const* __restrict__ table, uint32_t width) {
   Source<T> const& source = sources.items[blockIdx.y];
-  uint32_t const step = kThreads * kUnitsInFlight;
-  for (uint32_t base = blockIdx.x * step + threadIdx.x; base < source.units; base += gridDim.x * step) {
-    Lane<T, V> lanes[kUnitsInFlight];
-#pragma unroll
-    for (int i = 0; i < kUnitsInFlight; ++i) {
-      uint32_t const index = base + i * kThreads;
-      lanes[i].locate(source, index < source.units ? index : base, moves, pages);
-    }
-#pragma unroll
-    for (int i = 0; i < kUnitsInFlight; ++i) {
-      if (base + i * kThreads < source.units) lanes[i].load();
-    }
-#pragma unroll
-    for (int i = 0; i < kUnitsInFlight; ++i) {
-      if (base + i * kThreads < source.units) lanes[i].store(source, table, width);
-    }
-  }
+  move_items<kThreads, kUnitsInFlight, Lane<T, V>>(
+      source.units, [&](Lane<T, V>& lane, uint32_t index) { lane.locate(source, index, moves, pages); },
+      [&](Lane<T, V>& lane) { lane.store(source, table, width); });
 }
 
 // Components of which 16 bytes can be moved at once go together, and those of which they cannot.

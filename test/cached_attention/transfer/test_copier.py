@@ -50,7 +50,8 @@ def test_a_saved_page_is_one_record_and_nothing_else_changes(tiers: tuple[Device
 def test_a_layer_is_loaded_and_nothing_else_changes(tiers: tuple[DevicePool, HostTier]) -> None:
     device, host = tiers
     before = [[buffer.clone() for buffer in layer] for layer in device.layers]
-    page_copier(device, host).load(1, [6, 2], [0, 3])
+    copier = page_copier(device, host)
+    copier.load(1, copier.moves(torch.tensor([6, 2]), [0, 3]))
     for layer, buffers in enumerate(device.layers):
         for number, buffer in enumerate(buffers):
             expected = before[layer][number]
@@ -67,7 +68,7 @@ def test_what_is_not_there_is_refused(pages: list[int], slots: list[int]) -> Non
     with pytest.raises(IndexError, match="page or slot"):
         copier.save(pages, slots)
     with pytest.raises(IndexError, match="page or slot"):
-        copier.load(0, pages, slots)
+        copier.moves(torch.tensor(pages), slots)
     with pytest.raises(ValueError, match="as many"):
         copier.save([0, 1], [0])
     copier.save([], [])

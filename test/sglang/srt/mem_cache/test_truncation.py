@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.cached_attention import flags, truncation
+from sglang.srt.mem_cache.cached_attention import flags, openai_responses, truncation
 from sglang.srt.mem_cache.cached_attention.tree_link import RequestChain
 from sglang.srt.mem_cache.cached_attention.truncation import Truncation
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -229,7 +229,7 @@ def told(obj: Any, **meta_info: Any) -> dict[str, Any]:
     """`meta_info` of a response to `obj`, as the client sees it."""
 
     async def responses() -> AsyncIterator[dict[str, Any]]:
-        yield {"meta_info": {"finish_reason": None, **meta_info}}
+        yield {"meta_info": {"id": "0", "finish_reason": None, **meta_info}}
 
     async def first() -> dict[str, Any]:
         answer = responses()
@@ -252,7 +252,7 @@ def test_closing_the_responses_closes_those_of_sglang() -> None:
     async def responses() -> AsyncIterator[dict[str, Any]]:
         try:
             while True:
-                yield {"meta_info": {"finish_reason": None, "prompt_tokens": 1}}
+                yield {"meta_info": {"finish_reason": None, "prompt_tokens": 1, "id": "0"}}
         finally:
             closed.append(True)
 
@@ -269,9 +269,9 @@ def test_closing_the_responses_closes_those_of_sglang() -> None:
 
 def test_metadata_of_openai_responses() -> None:
     metadata: dict[str, Any] = {"weight_version": "default"}
-    truncation.add_to_metadata(metadata, {"truncated_tokens": 512})
+    openai_responses.add_to_metadata(metadata, {"truncated_tokens": 512})
     assert metadata == {"weight_version": "default", "truncated_tokens": 512}
-    truncation.add_to_metadata(metadata := {}, {})
+    openai_responses.add_to_metadata(metadata := {}, {})
     assert metadata == {}
 
 

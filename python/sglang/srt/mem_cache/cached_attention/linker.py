@@ -14,7 +14,7 @@ import torch
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
@@ -25,6 +25,8 @@ from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 from .identity import ModelIdentity
+from .layer_events import LayerEvents
+from .never_waits import never_waits
 from .pools import device_pool
 from .rotary import UnsupportedRotationError, key_rotations
 
@@ -39,20 +41,6 @@ class PathTransfer(PoolTransfer):
     """The KV of one tree node, with the hashes of what comes before it."""
 
     prefix_hashes: Sequence[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class BatchProgress:
-    """One batch of the layer counter, as the store's load thread sees it."""
-
-    counter: LayerWiseLoadCounter
-    batch: int
-
-    def complete(self, layer: int) -> None:
-        self.counter.complete(self.batch, layer)
-
-    def fail(self, error: BaseException) -> None:
-        self.counter.fail(self.batch, error)
 
 
 def page_keys(hashes: Sequence[str]) -> list[bytes]:
@@ -84,7 +72,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.forward_stream = forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
         self.pools = {PoolName.KV: self._pool}
-        self.layer_done_counter = LayerWiseLoadCounter(self._pool.layout.num_layers)
+        self.layer_done_counter = LayerEvents(self._pool.layout.num_layers)
 
     def open(self, model: torch.nn.Module, hf_config: Any) -> None:
         """Make the store of `model`, and open its pages on disk.
@@ -167,10 +155,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     def reserve(self, rid: str, chain: Chain) -> int:
         return self.store.reserve(rid, chain)
 
+    @never_waits
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         (kv,) = transfers
         return list(range(1, self.reserve(rid, Chain(page_keys(kv.keys or []))) + 1))
 
+    @never_waits
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         (kv,) = transfers
         return self.store.queue_load(rid, page_keys(kv.keys or []), kv.device_indices)
@@ -178,19 +168,22 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     def cancel_queued_load(self, rid: str) -> bool:
         return self.store.cancel_load(rid)
 
+    @never_waits
     def start_layer_wise_loading(self) -> int:
         if not self.store.has_queued_loads:
             return -1
-        batch = self.layer_done_counter.update_producer()
-        # The slots may have been freed by a request whose last forward still runs.
-        self.store.start_load(batch, BatchProgress(self.layer_done_counter, batch), self.record_offload_ready())
+        batch = self.layer_done_counter.next_batch()
+        # `LayerWiseLoad` says what the forward before may still do with the slots.
+        load = self.store.start_load(batch, self.record_offload_ready())
+        self.layer_done_counter.add(batch, load.layers)
         return batch
 
+    @never_waits
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        landed = self.layer_done_counter.finish(counter_index)
-        self.store.finish_load(counter_index)
-        return landed
+        self.layer_done_counter.discard(counter_index)
+        return self.store.finish_load(counter_index, None if self.on_cpu else self.forward_stream)
 
+    @never_waits
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         # Always taken: ranks decline at different times, and must agree on what is pending.
         (kv,) = transfers
@@ -202,6 +195,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         parent = bytes.fromhex(prefix[-1]) if prefix else None
         return PageRun(parent, len(prefix), page_keys(transfer.keys), transfer.device_indices)
 
+    @never_waits
     def num_completed_offloads(self) -> int:
         return self.store.poll()
 

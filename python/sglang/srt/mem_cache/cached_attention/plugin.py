@@ -90,6 +90,12 @@ def _leave_prompts_whole() -> None:
     register(f"{manager}._wait_one_response", _tell_truncated, HookType.AFTER)
     metadata = "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata"
     register(metadata, _tell_truncated_in_metadata, HookType.AFTER)
+    openai = "sglang.srt.entrypoints.openai"
+    for stream in (
+        f"{openai}.serving_chat.OpenAIServingChat._generate_chat_stream",
+        f"{openai}.serving_completions.OpenAIServingCompletion._generate_completion_stream",
+    ):
+        register(stream, _tell_truncated_in_stream, HookType.AFTER)
     HookRegistry.apply_hooks()
 
 
@@ -106,9 +112,15 @@ def _tell_truncated(responses: Any, _manager: Any, obj: Any, *_args: Any, **_kwa
 
 
 def _tell_truncated_in_metadata(metadata: dict[str, Any], meta_info: dict[str, Any]) -> None:
-    from .truncation import add_to_metadata
+    from .openai_responses import add_to_metadata
 
     add_to_metadata(metadata, meta_info)
+
+
+def _tell_truncated_in_stream(events: Any, *_args: Any) -> Any:
+    from .openai_responses import tell_in_stream
+
+    return tell_in_stream(events)
 
 
 def _serve_hints(_result: None, manager: Any, *_args: Any, **_kwargs: Any) -> None:

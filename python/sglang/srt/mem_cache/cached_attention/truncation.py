@@ -33,6 +33,7 @@ from cached_attention.index import PageKey
 from cached_attention.position.truncation import TruncationPlan, TruncationRule
 
 from .flags import is_enabled
+from .openai_responses import TRUNCATED_TOKENS, note_dropped
 from .tree_link import RequestChain
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRUNCATED_TOKENS = "truncated_tokens"
-"""Field of `meta_info`, and of `metadata` in OpenAI responses; absent where nothing was dropped."""
 _GIVEN = "cached_attention_given_tokens"
 """Attribute of an over-long `GenerateReqInput`; its copies for parallel sampling have it too."""
 
@@ -243,10 +242,5 @@ async def _told(responses: AsyncGenerator[dict[str, Any]], given: int) -> AsyncI
             meta_info = response["meta_info"]
             if (meta_info.get("finish_reason") or {}).get("type") != "abort":
                 meta_info[TRUNCATED_TOKENS] = given - meta_info["prompt_tokens"]
+                note_dropped(meta_info["id"], meta_info[TRUNCATED_TOKENS])
             yield response
-
-
-def add_to_metadata(metadata: dict[str, Any], meta_info: dict[str, Any]) -> None:
-    """Say it in the `metadata` of an OpenAI response as well."""
-    if TRUNCATED_TOKENS in meta_info:
-        metadata[TRUNCATED_TOKENS] = meta_info[TRUNCATED_TOKENS]

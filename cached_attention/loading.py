@@ -1,0 +1,82 @@
+"""Pages on their way from host memory to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.transfer.jobs import Transfers
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
+from cached_attention.transfer.streams import Event
+
+
+class _QueuedLoad(NamedTuple):
+    pages: PageLoad
+    pinned: int
+    """Row of the last page; pinning it keeps every page before it."""
+
+
+class _Batch(NamedTuple):
+    load: LayerWiseLoad
+    pinned: list[int]
+    """As in `_QueuedLoad`, one per request."""
+
+
+class Loads:
+    """Keeps the pages of loads in host memory from when they are queued until they have landed."""
+
+    def __init__(self, pages: Hierarchy, transfers: Transfers) -> None:
+        self._pages = pages
+        self._transfers = transfers
+        self.queued: dict[str, _QueuedLoad] = {}
+        self._running: dict[int, _Batch] = {}
+        """By number: their forwards were not launched."""
+        self._landing: list[_Batch] = []
+        """Their forwards were launched, which need not mean that the bytes have moved."""
+
+    @property
+    def pins(self) -> int:
+        """Pages that are kept for loads that have not ended."""
+        return len(self.queued) + sum(len(batch.pinned) for batch in self._started())
+
+    def _started(self) -> list[_Batch]:
+        return [*self._running.values(), *self._landing]
+
+    def queue(self, request: str, pages: PageLoad, last_row: int) -> None:
+        self._pages.pin(last_row)
+        self.queued[request] = _QueuedLoad(pages, last_row)
+
+    def cancel(self, request: str) -> bool:
+        """False when nothing is queued for `request`."""
+        load = self.queued.pop(request, None)
+        if load is None:
+            return False
+        self._pages.unpin(load.pinned)
+        return True
+
+    def start(self, number: int, after: Sequence[Event]) -> LayerWiseLoad:
+        """See `CachedAttentionStore.start_load`."""
+        queued, self.queued = list(self.queued.values()), {}
+        load = self._transfers.load([load.pages for load in queued], after)
+        self._running[number] = _Batch(load, [load.pinned for load in queued])
+        return load
+
+    def finish(self, number: int, stream: Any) -> bool:
+        """See `CachedAttentionStore.finish_load`."""
+        batch = self._running.pop(number)
+        batch.load.wait(stream)
+        self._landing.append(batch)
+        self.poll()
+        return batch.load.error is None
+
+    def poll(self) -> None:
+        """Let go of what has landed. Batches land in order."""
+        while self._landing and self._landing[0].load.has_ended:
+            for row in self._landing.pop(0).pinned:
+                self._pages.unpin(row)
+
+    def wait(self) -> None:
+        """Until no load touches memory."""
+        for batch in self._started():
+            batch.load.layers[-1].synchronize()

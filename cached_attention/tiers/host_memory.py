@@ -1,0 +1,141 @@
+"""Memory of the arena: huge pages, and, where there is a GPU, near to it and pinned.
+
+All of it but the pinning is best effort: where the system refuses, the memory is as good as any other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+HUGE_PAGE = 2 << 20
+"""Bytes, and where memory starts. Fewer, larger pages are pinned faster and miss the TLB less."""
+CHUNK = 1 << 30
+"""Bytes pinned by one call, about: the kernel takes no others while one runs."""
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+MBIND = {"x86_64": 237, "aarch64": 235}
+"""Number of the system call; no library of the system's own has it."""
+PREFERRED = 1
+"""Its policy: from this node as long as it has memory."""
+
+Register = Callable[[int, int], str | None]
+"""Pins so many bytes from an address; returns what was wrong, or None."""
+
+
+class HostMemoryError(RuntimeError):
+    """There is not so much host memory, or the GPU cannot be given it; the message says what can be done."""
+
+
+class HostMemory:
+    """Zeros until they are used; without a GPU nothing is taken from the system before that.
+
+    Args:
+        size: bytes.
+        record: bytes; no record is pinned by two calls, which one copy of it could not span.
+        device: whose transfers it is for; for a GPU's it is pinned, preferably on the GPU's NUMA node.
+
+    Raises:
+        HostMemoryError: see there.
+    """
+
+    def __init__(self, size: int, record: int, device: torch.device) -> None:
+        self._chunks: list[int] = []
+        try:
+            mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            message = f"There is no room for {size:,} bytes of host memory ({error}): give less."
+            raise HostMemoryError(message) from error
+        _advise(mapping, mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE_PAGE
+        self.bytes = whole[start : start + size]
+        """`[size]`, uint8."""
+        if device.type == "cuda":
+            # A child would share the pages: the next write of ours would go to a copy that the GPU does not see.
+            _advise(mapping, mmap.MADV_DONTFORK)
+            self._pin(record, device)
+
+    def _pin(self, record: int, device: torch.device) -> None:
+        if (node := node_of(_pci_address(device))) is not None:
+            prefer_node(self.bytes, node)
+        started = time.monotonic()
+        with torch.cuda.device(device):
+            self._chunks = pin(self.bytes, record, _register)
+        took = time.monotonic() - started
+        logger.info("CachedAttention: pinned %.1f GB of host memory in %.1f s.", self.bytes.numel() / 1e9, took)
+
+    def close(self) -> None:
+        """Unpin; no transfer runs any more. Left to the end of the process it would take the kernel longer."""
+        for start in self._chunks:
+            torch.cuda.cudart().cudaHostUnregister(start)
+        self._chunks = []
+
+
+def _advise(mapping: mmap.mmap, advice: int) -> None:
+    try:
+        mapping.madvise(advice)
+    except OSError as error:
+        logger.debug("madvise(%d) was refused: %s", advice, error)
+
+
+def pin(memory: torch.Tensor, record: int, register: Register, chunk: int = CHUNK) -> list[int]:
+    """Pin all of `memory`, about `chunk` bytes, but whole records, at once; returns where the chunks start.
+
+    Raises:
+        HostMemoryError: see there.
+    """
+    step = max(1, chunk // record) * record
+    starts = range(memory.data_ptr(), memory.data_ptr() + memory.numel(), step)
+    for start in starts:
+        size = min(step, memory.data_ptr() + memory.numel() - start)
+        if wrong := register(start, size):
+            raise HostMemoryError(
+                f"{start - memory.data_ptr():,} of {memory.numel():,} bytes of host memory were pinned, then the "
+                f"CUDA driver said {wrong!r}. Give a smaller --cached-attention-host-size, or the process more "
+                "memory and, where it is limited, more locked memory (`ulimit -l`, a container's memory limit)."
+            )
+    return list(starts)
+
+
+def _register(start: int, size: int) -> str | None:
+    cudart = torch.cuda.cudart()
+    result = cudart.cudaHostRegister(start, size, 0)
+    return None if int(result) == 0 else cudart.cudaGetErrorString(result)
+
+
+def _pci_address(device: torch.device) -> str:
+    gpu: Any = torch.cuda.get_device_properties(device)
+    return f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+
+
+def node_of(pci_address: str, devices: Path = PCI_DEVICES) -> int | None:
+    """The NUMA node that the device is attached to; None where there is but one, or it is not said."""
+    try:
+        node = int((devices / pci_address / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+def prefer_node(memory: torch.Tensor, node: int) -> bool:
+    """Have the pages of `memory` that are not there yet come from `node`; returns whether it was taken."""
+    if (number := MBIND.get(platform.machine())) is None:
+        return False
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    bits = ctypes.c_ulong(1 << node)
+    sizes = (ctypes.c_ulong(value) for value in (memory.data_ptr(), memory.numel()))
+    last = (ctypes.c_ulong(8 * ctypes.sizeof(bits)), ctypes.c_uint(0))
+    if call(ctypes.c_long(number), *sizes, ctypes.c_int(PREFERRED), ctypes.byref(bits), *last):
+        logger.info("Host memory was not placed on NUMA node %d: error %d.", node, ctypes.get_errno())
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""Streams and events: work is put on a stream in order, and streams wait for each other, not the callers.
+
+A device type registers what its streams are. The transfers are written against this file alone, so that the
+order that a GPU must keep is the order that threads keep where there is none, and is tested there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+Op = Callable[[], None]
+"""Puts work on a stream that runs it in order."""
+
+
+class Event(Protocol):
+    """A point in a stream's work. `torch.cuda.Event` is one."""
+
+    def query(self) -> bool:
+        """Whether everything before it is done. Never waits."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Let `stream`, or that of the calling thread, wait. Without streams the thread itself waits."""
+
+    def synchronize(self) -> None:
+        """Wait on the CPU: for transfer threads and shutdown only."""
+
+
+class Priority(Enum):
+    LOW = "low"
+    HIGH = "high"
+
+
+class Stream(ABC):
+    """Runs what is put on it in order, beside other streams.
+
+    Args:
+        device: where the engine's pool lies.
+        name: for threads and profilers.
+        priority: between streams that want the device at the same time.
+    """
+
+    @abstractmethod
+    def __init__(self, device: torch.device, name: str, priority: Priority) -> None: ...
+
+    @abstractmethod
+    def run(self, ops: Iterable[Op]) -> list[Event]:
+        """Put `ops` on the stream and return at once; one event per op: it and all before it are done."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """What is put on the stream from now on starts after `event`."""
+
+    def record(self) -> Event:
+        """What has been put on the stream is done."""
+        return self.run([lambda: None])[0]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Run what is on the stream, and end."""
+
+
+S = TypeVar("S", bound=type[Stream])
+STREAMS: dict[str, type[Stream]] = {}
+"""By device type."""
+
+
+def register(device_type: str) -> Callable[[S], S]:
+    """Class decorator: streams of devices of this type."""
+
+    def add(kind: S) -> S:
+        STREAMS[device_type] = kind
+        return kind
+
+    return add
+
+
+def make_stream(device: torch.device, name: str, priority: Priority) -> Stream:
+    """A new stream of `device`.
+
+    Raises:
+        ValueError: no streams are known for such a device.
+    """
+    if device.type not in STREAMS:
+        raise ValueError(f"There are no streams for {device.type!r}; there are for {', '.join(sorted(STREAMS))}.")
+    return STREAMS[device.type](device, name, priority)

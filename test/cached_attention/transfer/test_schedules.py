@@ -1,0 +1,241 @@
+"""Schedule fuzzer: an engine on the store, each side of which is slow at random, and every byte looked at.
+
+The forward, loads, saves and the computing of page numbers are streams, as on a GPU: nothing is ordered but by
+events. The scheduler runs ahead of all of them. It frees the slots of a request as soon as its forward is
+launched, and gives them to the next. `SCHEDULES` in the environment is the number of seeds.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterable
+from functools import cache, partial
+from hashlib import sha256
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from cached_attention.chain import Chain, PageRun
+from cached_attention.checksum import page_checksum
+from cached_attention.layout import DevicePool
+from cached_attention.store import CachedAttentionStore
+from cached_attention.transfer import jobs
+from cached_attention.transfer.cpu_stream import CpuStream
+from cached_attention.transfer.streams import STREAMS, Event, Op, Priority, make_stream
+
+SCHEDULES = int(os.environ.get("SCHEDULES", "300"))
+MOST_UNTIL_FOUND = 200
+PAGE = 2
+LAYERS = 3
+DEVICE_PAGES = 14
+HOST_PAGES = 9
+PASSES = 10
+PROMPTS = ["aaaaaa", "aaabbb", "aacccc", "ddd", "ddeeee", "f"]
+CPU = torch.device("cpu")
+
+
+class DelayedStream(CpuStream):
+    """Waits a while, often not at all, before each op."""
+
+    chance: ClassVar[random.Random]
+    slowness: ClassVar[dict[str, float]]
+    """Seconds, at most, by name of the stream."""
+    deaf: ClassVar[str] = ""
+    """The planted bug: name of the stream that waits for nothing."""
+
+    def __init__(self, device: torch.device, name: str, priority: Priority) -> None:
+        self._name = name
+        self._own_chance = random.Random(self.chance.random())
+        super().__init__(device, name, priority)
+
+    def run(self, ops: Iterable[Op]) -> list[Event]:
+        return super().run([partial(self._late, op) for op in ops])
+
+    def wait(self, event: Event) -> None:
+        if self._name != self.deaf:
+            super().wait(event)
+
+    def _late(self, op: Op) -> None:
+        if (slowness := self.slowness[self._name]) and self._own_chance.random() < 0.5:
+            time.sleep(self._own_chance.random() * slowness)
+        op()
+
+
+@cache
+def keys_of(prompt: str) -> list[bytes]:
+    return [sha256(prompt[: i + 1].encode()).digest() for i in range(len(prompt))]
+
+
+@cache
+def content(key: bytes, layer: int, component: int) -> np.ndarray:
+    """`[bytes of a page]`: what one component of page `key` must be, wherever it is."""
+    return np.random.default_rng([*key[:8], layer, component]).integers(0, 256, PAGE * 24, np.uint8)
+
+
+class Plan(NamedTuple):
+    prompt: str
+    pages: list[int]
+    """On the device, one per page of the prompt."""
+    loaded: int
+    """How many of them, from the first, are loaded."""
+
+
+class Engine:
+    """Runs prompts at random, one batch of one or two requests after the other."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        sides = ("schedule", "forward", "load", "save", "scheduler")
+        DelayedStream.chance = self.chance
+        DelayedStream.slowness = {side: self.chance.choice([0, 0, 1e-4, 1e-3]) for side in sides}
+        self.slowness = DelayedStream.slowness["scheduler"]
+        buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 24, dtype=torch.uint8) for _ in "kv"] for _ in range(LAYERS)]
+        pool = DevicePool(buffers, PAGE)
+        self.pages = [[buffer.numpy() for buffer in layer] for layer in pool.layers]
+        self.store = CachedAttentionStore(pool, HOST_PAGES * pool.layout.stride)
+        self.store._transfers._sealed = True
+        self.forward, self.schedule = (make_stream(CPU, name, Priority.LOW) for name in ("forward", "schedule"))
+        self.free = list(range(DEVICE_PAGES))
+        self.saving: list[list[int]] = []
+        """Device pages of each save that was not reported."""
+        self.batch = 0
+        self.mismatches: list[str] = []
+
+    def run(self) -> list[str]:
+        try:
+            for _ in range(PASSES):
+                self.one_pass()
+                if self.slowness and self.chance.random() < 0.5:
+                    time.sleep(self.chance.random() * self.slowness)
+            self.drain()
+            self.look_at_all()
+            self.store.check_invariants()
+        finally:
+            self.forward.close()
+            self.schedule.close()
+            self.store.close()
+        return self.mismatches
+
+    def one_pass(self) -> None:
+        """Plan a batch, start its loads, launch its forward, save what is new, free what is not needed."""
+        self.poll()
+        plans = [plan for name in "rs"[: self.chance.randint(1, 2)] if (plan := self.admit(name))]
+        self.batch += 1
+        layers = self.store.start_load(self.batch, self.ready()).layers if self.store.has_queued_loads else None
+        self.forward.wait(self.schedule.record())
+        for layer in range(LAYERS):
+            if layers is not None:
+                layers[layer].wait(self.forward)
+            self.forward.run([partial(self.compute, plan, layer) for plan in plans])
+        if layers is not None and not self.store.finish_load(self.batch, self.forward):
+            self.mismatches.append("a load failed")
+        for plan in plans:
+            self.end(*plan)
+        self.store.end_pass()
+
+    def admit(self, request: str) -> Plan | None:
+        prompt = self.chance.choice(PROMPTS)
+        keys = keys_of(prompt)
+        if len(self.free) < len(keys):
+            return None
+        self.chance.shuffle(self.free)
+        loaded = self.store.reserve(request, Chain(list(keys)))
+        pages = [self.free.pop() for _ in keys]
+        if loaded and not self.store.queue_load(request, keys[:loaded], self.slots(pages[:loaded])):
+            self.mismatches.append("what was reserved could not be loaded")
+        return Plan(prompt, pages, loaded)
+
+    def slots(self, pages: list[int]) -> torch.Tensor:
+        """Token slots as the allocator leaves them on a GPU: to be computed, nonsense until then."""
+        slots = torch.zeros(len(pages) * PAGE, dtype=torch.int64)
+        true = torch.tensor([page * PAGE + i for page in pages for i in range(PAGE)])
+        self.schedule.run([partial(np.copyto, slots.numpy(), true.numpy())])
+        return slots
+
+    def ready(self) -> list[Event]:
+        return [self.schedule.record(), self.forward.record()]
+
+    def compute(self, plan: Plan, layer: int) -> None:
+        """One layer: look at what was loaded, write what is new, look at all of it."""
+        prompt, pages, loaded = plan
+        self.look_at(prompt, pages[:loaded], layer)
+        for key, page in list(zip(keys_of(prompt), pages, strict=True))[loaded:]:
+            for component, buffer in enumerate(self.pages[layer]):
+                buffer[page] = content(key, layer, component)
+        self.look_at(prompt, pages, layer)
+
+    def look_at(self, prompt: str, pages: list[int], layer: int) -> None:
+        for key, page in zip(keys_of(prompt), pages, strict=False):
+            for component, buffer in enumerate(self.pages[layer]):
+                if not np.array_equal(buffer[page], content(key, layer, component)):
+                    self.mismatches.append(f"{prompt}, device page {page}, layer {layer}")
+
+    def end(self, prompt: str, pages: list[int], loaded: int) -> None:
+        """Its forward is launched, no more. Pages that are saved stay locked until that is reported."""
+        keys = keys_of(prompt)
+        first = self.chance.randint(0, loaded)
+        if first < len(keys):
+            parent = keys[first - 1] if first else None
+            run = PageRun(parent, first, list(keys[first:]), self.slots(pages[first:]))
+            self.store.save(run, self.ready())
+            self.saving.append(pages[first:])
+        self.free += pages[:first]
+
+    def poll(self) -> None:
+        for _ in range(self.store.poll()):
+            self.store.pop_save()
+            self.free += self.saving.pop(0)
+
+    def drain(self) -> None:
+        self.forward.record().synchronize()
+        while self.saving:
+            self.store._saves.wait()
+            self.poll()
+        assert sorted(self.free) == list(range(DEVICE_PAGES))
+
+    def look_at_all(self) -> None:
+        """Every page that the store says it has, one prompt at a time."""
+        for number, prompt in enumerate(PROMPTS):
+            keys = keys_of(prompt)
+            if not (count := self.store.reserve(prompt, Chain(list(keys)))):
+                continue
+            slots = torch.arange(count * PAGE)
+            assert self.store.queue_load(prompt, keys[:count], slots)
+            self.store.start_load(-1 - number)
+            assert self.store.finish_load(-1 - number)
+            for layer in range(LAYERS):
+                self.look_at(prompt, list(range(count)), layer)
+            for row in map(self.store._index.find, keys[:count]):
+                record = self.store.host.record(self.store._in_host.slot[row])
+                if self.store._index.checksum[row] != page_checksum(self.store._index.key(row), record):
+                    self.mismatches.append(f"{prompt}: a checksum")
+
+
+@pytest.fixture
+def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STREAMS, "cpu", DelayedStream)
+    monkeypatch.setattr(DelayedStream, "deaf", "")
+    monkeypatch.setattr(jobs, "SAVED_AT_ONCE", 1)
+    monkeypatch.setattr(jobs, "MAKE_WAY", 1e-3)
+
+
+def test_no_schedule_makes_a_wrong_byte(delayed: None) -> None:
+    for seed in range(SCHEDULES):
+        assert Engine(seed).run() == [], f"seed {seed}"
+
+
+def found_at(seeds: int) -> int | None:
+    return next((seed for seed in range(seeds) if Engine(seed).run()), None)
+
+
+@pytest.mark.parametrize("deaf", ["load", "save", "forward"])
+def test_a_stream_that_waits_for_nothing_is_found_out(
+    delayed: None, monkeypatch: pytest.MonkeyPatch, deaf: str
+) -> None:
+    """Loads into slots that are still used, saves of what is not written, reads of what is not there."""
+    monkeypatch.setattr(DelayedStream, "deaf", deaf)
+    assert found_at(MOST_UNTIL_FOUND) is not None
