@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Sequence
 from hashlib import sha256
@@ -16,6 +15,7 @@ from cached_attention.chain import Chain, PageRun
 from cached_attention.layout import DevicePool
 from cached_attention.position.rotation import Rotation
 from cached_attention.store import CachedAttentionStore
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad
 
 SAVE_TIMEOUT_S = 120.0
 POLL_S = 5e-5
@@ -25,23 +25,12 @@ POLL_S = 5e-5
 class Arrival:
     """Who waits for the layers of one load. This is all that a forward knows of it."""
 
-    def __init__(self, layers: int) -> None:
-        self._landed = [threading.Event() for _ in range(layers)]
-        self._error: BaseException | None = None
-
-    def complete(self, layer: int) -> None:
-        self._landed[layer].set()
-
-    def fail(self, error: BaseException) -> None:
-        self._error = error
-        for landed in self._landed:
-            landed.set()
+    def __init__(self, load: LayerWiseLoad) -> None:
+        self._layers = load.layers
 
     def wait(self, layer: int) -> None:
-        """Return when the current stream may read `layer`; raises what the load raised."""
-        self._landed[layer].wait()
-        if self._error is not None:
-            raise self._error
+        """Let the current stream wait until `layer` is there; without streams, the thread."""
+        self._layers[layer].wait()
 
 
 class StoredPages:
@@ -107,14 +96,26 @@ class StoredPages:
         reserved = self._store.reserve(request, Chain(keys))
         if reserved != len(keys) or not self._store.queue_load(request, keys, slots):
             raise RuntimeError(f"the store has {reserved} of {len(keys)} pages")
-        arrival = Arrival(self._pool.layout.num_layers)
-        self._store.start_load(number, arrival)
+        arrival = Arrival(self._store.start_load(number, self._on_stream()))
         self._store.end_pass()
         return number, arrival
 
+    def _on_stream(self) -> list[torch.cuda.Event]:
+        """What the load waits for: all that the current stream was given."""
+        if self._pool.device.type == "cpu":
+            return []
+        event = torch.cuda.Event()
+        event.record()
+        return [event]
+
     def finish_load(self, number: int) -> None:
-        """Return when the load touches no memory any more; to be called when all layers were waited for."""
-        self._store.finish_load(number)
+        """To be called when all layers were waited for.
+
+        Raises:
+            RuntimeError: the copies failed.
+        """
+        if not self._store.finish_load(number):
+            raise RuntimeError("the load failed: what was read from the pool is worthless")
 
     def load(self, keys: list[bytes], slots: torch.Tensor) -> None:
         """Load, and return when all bytes are in the pool."""
