@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shlex
 import shutil
 import signal
 import statistics
@@ -82,7 +84,9 @@ class Bench:
         command += ["--max-running-requests", str(args.concurrency), "--enable-cached-attention"]
         command += ["--cached-attention-host-size", args.host_size, "--cached-attention-disk-path"]
         command += [str(self._disk), "--cached-attention-disk-size", args.disk_size, *more]
-        env = {"PYTHONPATH": str(SLOW_READS), "SLOW_READS": str(self._pace)}
+        command += shlex.split(args.server_args)
+        path = os.pathsep.join(filter(None, (str(SLOW_READS), os.environ.get("PYTHONPATH"))))
+        env = {"PYTHONPATH": path, "SLOW_READS": str(self._pace)}
         log = self._logs / f"disk-{time.monotonic_ns()}.log"
         with Server(self._model, command, env=env, log=log) as running:
             running.generate(self.words(args.history), 1)
@@ -191,6 +195,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--quick-read-s", type=float, default=0.02, help="of which one conversation takes 100 times"
     )
     parser.add_argument("--rounds", type=int, default=1, help="of the queue")
+    parser.add_argument("--server-args", default="", help="more arguments for every server, in one string")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="of .json and .png; default: out/disk-SCENARIO")
     args = parser.parse_args(arguments)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import signal
 import statistics
 import sys
@@ -116,6 +117,7 @@ class Conversations:
 def measure(args: argparse.Namespace) -> list[Overflow]:
     command = ["--page-size", str(PAGE), "--max-total-tokens", str(16 * args.window), "--enable-cached-attention"]
     command += ["--allow-auto-truncate", "--cached-attention-host-size", args.host_size]
+    command += shlex.split(args.server_args)
     with Server(args.model_path, command, log=args.output.parent / "logs" / "overflow.log") as server:
         users = Conversations(server, args)
         users.warm_up()
@@ -131,6 +133,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=60, help="tokens of a turn")
     parser.add_argument("--answer", type=int, default=130, help="tokens of an answer")
     parser.add_argument("--host-size", default="2GB")
+    parser.add_argument("--server-args", default="", help="more arguments for the server, in one string")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("out/overflow"), help="of .json and .png")
     args = parser.parse_args(arguments)

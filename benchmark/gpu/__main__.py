@@ -1,0 +1,83 @@
+"""Runs one experiment and says of each bound whether it holds.
+
+    python -m benchmark.gpu kernels
+    python -m benchmark.gpu server --shape llama-2-13b --parts first-token
+
+Without a GPU every experiment runs on a tiny model, to show that it runs: its numbers are no claim. Writes
+OUTPUT/EXPERIMENT.json, and OUTPUT/table.md with a line per experiment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from rich.console import Console
+
+from benchmark.gpu.outcome import NOT_A_CLAIM, Outcome
+from benchmark.gpu.setting import SHAPES, Setting
+from benchmark.server import ServerError
+
+EXPERIMENTS = ("kernels", "overlap", "server", "truncate", "disk")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Setting:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU where there is one")
+    parser.add_argument("--shape", choices=SHAPES, help="default: llama-3-8b on a GPU, tiny without")
+    parser.add_argument("--parts", default="", help="of the experiment, separated by commas; default: all")
+    parser.add_argument("--output", type=Path, default=Path("out/gpu"), help="directory of the results")
+    args = parser.parse_args(arguments)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shape = args.shape or ("tiny" if device == "cpu" else "llama-3-8b")
+    parts = tuple(filter(None, args.parts.split(",")))
+    known = getattr(_experiment(args.experiment), "PARTS", ())
+    if not set(parts) <= set(known):
+        parser.error(f"--parts is {args.parts!r}; {args.experiment} has {', '.join(known) or 'none'}")
+    return Setting(args.experiment, device, shape, args.output, parts)
+
+
+def _experiment(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmark.gpu.{name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when every bound was measured and holds, or when there is no GPU whose bounds they are."""
+    setting = parse(arguments)
+    outcome = Outcome(setting.name, setting.device)
+    try:
+        _experiment(setting.experiment).run(setting, outcome)
+    except (ServerError, OSError) as failure:
+        outcome.notes.append(f"ended early: {failure}")
+        print(f"{setting.name}: {failure}", file=sys.stderr)
+        outcome.save(setting.output)
+        return 1
+    path = outcome.save(setting.output)
+    _report(outcome, path)
+    return 0 if outcome.passed or not outcome.is_claim else 1
+
+
+def _report(outcome: Outcome, path: Path) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if not outcome.is_claim:
+        console.print(NOT_A_CLAIM)
+    for line in (*outcome.verdicts, *outcome.notes):
+        console.print(f"  {line}")
+    console.print(f"saved {path} and {path.with_name('table.md')}")
+
+
+if __name__ == "__main__":
+    # Servers are in process groups of their own: leave in a way that stops them.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Do pages move bit for bit, and how much of what a pinned copy moves per second?
+
+Saves and loads go through a store, as an engine drives it. The limit is one copy of the same bytes between pinned
+memory and the device, in turns with ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmark.gpu.bound import Bound
+from benchmark.gpu.outcome import Outcome
+from benchmark.gpu.setting import Setting
+from benchmark.gpu.stored import StoredPages
+from benchmark.throughput import Comparison, Contest
+from cached_attention.layout import DevicePool
+from cached_attention.position.delta_table import delta_table
+from cached_attention.position.rotation import Rotation, rotate
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+LOAD_64 = Bound("load, pages of 64 tokens, to a pinned copy", 0.90, at_least=True)
+LOAD_16 = Bound("load, pages of 16 tokens, to a pinned copy", 0.80, at_least=True)
+EXACT = Bound("bytes that differ after save, load and rotation", 0, unit="")
+THETA = 10_000.0
+
+
+def run(setting: Setting, outcome: Outcome) -> None:
+    moved, rounds = (2 << 30, 15) if setting.on_gpu else (8 << 20, 2)
+    wrong, ratios = 0, {}
+    for page_size in tqdm(PAGE_SIZES, "page sizes", unit="size"):
+        bench = Moves(setting, page_size, moved)
+        with bench.stored:
+            wrong += bench.check(outcome)
+            for direction, contest in bench.contests().items():
+                comparison = Comparison("host", direction, page_size, bench.page_bytes, bench.moved_bytes)
+                for _ in contest.run(comparison, rounds):
+                    pass
+                outcome.rows.append(_row(comparison))
+                ratios[direction, page_size] = comparison.ratio
+        outcome.save(setting.output)
+    outcome.add(LOAD_64.judge(ratios["load", 64]), LOAD_16.judge(ratios["load", 16]), EXACT.judge(wrong))
+
+
+def _row(comparison: Comparison) -> dict[str, Any]:
+    speeds = {
+        "ours_gb_per_s": comparison.ours_bytes_per_s / 1e9,
+        "pinned_copy_gb_per_s": comparison.raw_bytes_per_s / 1e9,
+    }
+    return asdict(comparison) | speeds | {"ratio": comparison.ratio}
+
+
+class Moves:
+    """A pool of noise, a store below it, and copies of the same bytes without either.
+
+    Args:
+        size: bytes that are moved; a whole number of pages of it is.
+    """
+
+    def __init__(self, setting: Setting, page_size: int, size: int) -> None:
+        shape = setting.shape
+        self._device, self._page_size = setting.device, page_size
+        self.page_bytes = setting.kv_bytes * page_size
+        self._pages = max(2, size // self.page_bytes)
+        self.moved_bytes = self._pages * self.page_bytes
+        slots = self._pages * page_size
+        generator = torch.Generator(self._device).manual_seed(0)
+        sizes = (shape.layers, 2, slots, shape.kv_heads, setting.head_dim)
+        self._kv = torch.empty(sizes, dtype=setting.dtype, device=self._device).normal_(generator=generator)
+        self._rotation = rotation(setting.head_dim)
+        pool = DevicePool([list(layer) for layer in self._kv], page_size)
+        self.stored = StoredPages(pool, self._pages, [self._rotation] * shape.layers)
+        shuffled = torch.randperm(self._pages, generator=torch.Generator().manual_seed(1))
+        self._order: list[int] = shuffled.tolist()
+        self._source, self._target = (self.stored.slots(order) for order in (self._order, self._order[::-1]))
+        self._keys: list[bytes] = []
+        self._moved: list[bytes] = []
+        self._pinned = torch.zeros(self.moved_bytes, dtype=torch.uint8, pin_memory=setting.on_gpu)
+        self._flat = torch.zeros(self.moved_bytes, dtype=torch.uint8, device=self._device)
+
+    def check(self, outcome: Outcome) -> int:
+        """Save in one order, load in another; returns how many bytes are not what torch makes of them."""
+        before = self._kv.clone()
+        self._rename()
+        self.stored.save(self._keys, self._source)
+        wrong = 0
+        for drop in (0, 1, self._pages // 2):
+            count = self._differing(before, drop)
+            found = {"page_tokens": self._page_size, "moved_by_tokens": -drop * self._page_size}
+            outcome.rows.append({"check": "bytes that differ", **found, "bytes": count})
+            wrong += count
+        self._kv.copy_(before)
+        return wrong
+
+    def contests(self) -> dict[str, Contest]:
+        less = self.page_bytes
+        return {
+            "save": Contest(self._save, lambda: self._copy(self._pinned, self._flat), self._rename),
+            "load": Contest(self._load, lambda: self._copy(self._flat, self._pinned)),
+            "load, rotated": Contest(
+                self._load_moved, lambda: self._copy(self._flat[less:], self._pinned[less:]), self._truncate
+            ),
+        }
+
+    def _differing(self, before: torch.Tensor, drop: int) -> int:
+        self._kv.zero_()
+        self._synchronize()
+        keys = self.stored.moved_chain(self._keys, drop) if drop else self._keys
+        self.stored.load(keys, self._target[: len(keys) * self._page_size])
+        expected = self._by_page(before)[:, :, self._order[drop:]]
+        if drop:
+            table = delta_table(self._rotation, [-drop * self._page_size]).to(self._device)
+            for keys_and_values in expected:
+                keys_and_values[0] = rotate(keys_and_values[0], table, self._rotation)
+        loaded = self._by_page(self._kv)[:, :, self._order[::-1][: len(keys)]]
+        return int((loaded.view(torch.uint8) != expected.view(torch.uint8)).sum())
+
+    def _by_page(self, kv: torch.Tensor) -> torch.Tensor:
+        return kv.unflatten(2, (self._pages, self._page_size))
+
+    def _rename(self) -> None:
+        self.stored.forget()
+        self._keys = self.stored.new_chain(self._pages)
+
+    def _truncate(self) -> None:
+        self._moved = self.stored.moved_chain(self._keys, drop=1)
+
+    def _save(self) -> None:
+        self.stored.save(self._keys, self._source)
+
+    def _load(self) -> None:
+        self.stored.load(self._keys, self._target)
+
+    def _load_moved(self) -> None:
+        self.stored.load(self._moved, self._target[self._page_size :])
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        if self._kv.is_cuda:
+            torch.cuda.synchronize(self._device)
+
+
+def rotation(head_dim: int, theta: float = THETA) -> Rotation:
+    """Of Llama: halves of a head turn together."""
+    return Rotation(tuple(theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)))

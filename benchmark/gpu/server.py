@@ -1,0 +1,259 @@
+"""What does a user get from real servers: stock SGLang that computes again, stock SGLang with HiCache, and ours?
+
+Parts: `first-token` (a hit on the device, one in host memory, and none, one request at a time, on our server),
+`multiturn`, `zero-hit` (nothing can be reused), `decode` (gaps between the tokens of long answers while other
+prompts are computed and saved), `equality` (our answers, token for token, against a server whose device holds
+everything).
+
+Weights are random (--load-format dummy), but for `equality`, whose model is small and made so that every answer
+depends on all of its context. Servers that are compared are alive at once and take turns; where the GPU does not
+hold all of them, ours meets the others a few at a time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmark.client import Round
+from benchmark.configuration import Pools, configurations, fitting_pools
+from benchmark.fleet import Fleet, Plan, run_rounds, schedule
+from benchmark.gpu.bound import Bound
+from benchmark.gpu.loads import LOADS, PAGE, Load
+from benchmark.gpu.outcome import Outcome
+from benchmark.gpu.setting import FOR_GPU, Setting
+from benchmark.gpu.traffic import DEVICE, HOST, RECOMPUTE, FirstToken, Prompts
+from benchmark.model import make_model
+from benchmark.multiturn import vocabulary_of
+from benchmark.summary import agreement, by_configuration, paired_ratios, summarise, total_throughput
+from benchmark.workload import WorkloadShape
+
+OURS, STOCK, HICACHE, LARGE = "cached-attention", "stock", "hicache", "device"
+FIRST_TOKEN, MULTITURN, ZERO_HIT, DECODE, EQUALITY = PARTS = (
+    "first-token",
+    "multiturn",
+    "zero-hit",
+    "decode",
+    "equality",
+)
+SEED = 0
+START_S = 300.0
+BESIDE = 6 << 30
+"""Bytes of GPU memory that a server takes besides weights and KV: context, CUDA graphs, activations."""
+LONG_TALKS = WorkloadShape(6, 3, history=1_500, new=48, output=24)
+SHORT_TALKS = WorkloadShape(3, 2, history=300, new=16, output=8)
+"""Of `equality`, on a GPU and without: half of them fit the device, so that they come back from host memory."""
+EXACT_ARGS = ("--attention-backend=triton", *FOR_GPU)
+"""FlashInfer has no modules for the small model's heads until it compiles some."""
+
+TTFT = Bound("TTFT of returning turns to HiCache's", 1.0)
+THROUGHPUT = Bound("multi-turn throughput to HiCache's", 1.0, at_least=True)
+IDLE = Bound("throughput to stock's with nothing to reuse", 0.98, at_least=True)
+GAP = Bound("gap between tokens while saving to stock's, the higher of mean and median", 1.03)
+EQUAL = Bound("answers that differ from a large device pool's", 0, unit="")
+TELLING = Bound("answers that are unlike all others", 0.9, at_least=True, unit="")
+
+
+def run(setting: Setting, outcome: Outcome) -> None:
+    load = LOADS[setting.shape_name]
+    if any(map(setting.runs, (FIRST_TOKEN, MULTITURN, ZERO_HIT, DECODE))):
+        compare(setting, load, outcome)
+    if setting.runs(EQUALITY):
+        compare_answers(setting, outcome)
+    _add_what_is_missing(setting, load, outcome)
+
+
+def _add_what_is_missing(setting: Setting, load: Load, outcome: Outcome) -> None:
+    """Bounds of the parts that were asked for and could not be measured."""
+    bounds = {
+        FIRST_TOKEN: (load.first_token,),
+        MULTITURN: (TTFT, THROUGHPUT),
+        ZERO_HIT: (IDLE,),
+        DECODE: (GAP,),
+        EQUALITY: (EQUAL, TELLING),
+    }
+    judged = {verdict.bound for verdict in outcome.verdicts}
+    wanted = [bound for part in filter(setting.runs, PARTS) for bound in bounds[part]]
+    outcome.add(*(bound.judge(None) for bound in wanted if bound not in judged))
+
+
+def compare(setting: Setting, load: Load, outcome: Outcome) -> None:
+    """All parts that are a matter of time."""
+    pools = load.pools()
+    for number, names in enumerate(groups(others(setting), room(setting, pools))):
+        chosen = configurations(names, pools, setting.server_args)
+        outcome.notes += [f"{one.name}: {' '.join(one.args)}" for one in chosen]
+        logs = setting.output / "logs" / setting.name / str(number)
+        with Fleet(setting.model(load.context), chosen, logs, START_S) as fleet:
+            if number == 0 and setting.runs(FIRST_TOKEN):
+                measure_first_tokens(setting, load, pools, fleet.urls[OURS], outcome)
+            measure_in_turns(setting, load, fleet.urls, outcome)
+
+
+def others(setting: Setting) -> list[str]:
+    """Whom ours meets in the parts that run. HiCache needs a GPU."""
+    hicache = [HICACHE] if setting.on_gpu and setting.runs(MULTITURN) else []
+    return [STOCK, *hicache] if any(map(setting.runs, (MULTITURN, ZERO_HIT, DECODE))) else []
+
+
+def groups(others: Sequence[str], most: int) -> list[list[str]]:
+    """Ours beside all of `others`, never more than `most` servers at once.
+
+    Raises:
+        ValueError: `most` is too small for a comparison.
+    """
+    if most < min(len(others), 1) + 1:
+        raise ValueError(
+            f"the device holds {most} of these servers: use a GPU with more memory, or a smaller shape."
+        )
+    size = max(1, most - 1)
+    return [[*others[first : first + size], OURS] for first in range(0, len(others), size)] or [[OURS]]
+
+
+def room(setting: Setting, pools: Pools) -> int:
+    """Servers that the device holds at once."""
+    if not setting.on_gpu:
+        return len(PARTS)
+    free, _ = torch.cuda.mem_get_info()
+    return int(free // (setting.weight_bytes + pools.small_device * setting.kv_bytes + BESIDE))
+
+
+def measure_in_turns(setting: Setting, load: Load, urls: dict[str, str], outcome: Outcome) -> None:
+    plan = Plan(load.multiturn, load.rounds, SEED, load.concurrency, setting.shape.vocabulary)
+    if setting.runs(MULTITURN) and len(urls) > 1:
+        judge_multiturn(run_rounds(urls, plan), outcome)
+        outcome.save(setting.output)
+    pair = {name: urls[name] for name in (STOCK, OURS) if name in urls}
+    if len(pair) < 2:
+        return
+    if setting.runs(ZERO_HIT):
+        judge_zero_hit(run_rounds(pair, replace(plan, shape=load.zero_hit, rounds=2 * load.rounds)), outcome)
+        outcome.save(setting.output)
+    if setting.runs(DECODE):
+        turns = list(schedule(list(pair), 2 * load.rounds))
+        judge_gaps(
+            [
+                load.mixture.play(pair[name], name, index, SEED, plan.vocabulary)
+                for index, name in tqdm(turns, "answers while others arrive", unit="round")
+            ],
+            outcome,
+        )
+        outcome.save(setting.output)
+
+
+def measure_first_tokens(setting: Setting, load: Load, pools: Pools, url: str, outcome: Outcome) -> None:
+    prompts = Prompts(url, setting.shape.vocabulary, pools.small_device, PAGE, SEED)
+    for new in load.news:  # Not kept: what is compiled at first use counts for nobody.
+        list(prompts.first_tokens(load.history, new))
+    samples = [
+        sample
+        for new in tqdm(load.news, "first tokens", unit="length")
+        for _ in range(5 if setting.on_gpu else 1)
+        for sample in prompts.first_tokens(load.history, new)
+    ]
+    outcome.rows += [{"part": FIRST_TOKEN, **asdict(sample)} for sample in samples]
+    outcome.add(load.first_token.judge(worst_first_token(samples, load)))
+    outcome.save(setting.output)
+
+
+def worst_first_token(samples: Sequence[FirstToken], load: Load) -> float | None:
+    """What the bound is about, of medians; None where a history was never in the tier where it was wanted."""
+    numbers = []
+    for new in load.news:
+        times = [
+            [one.ttft_s for one in samples if (one.kind, one.new) == (kind, new)]
+            for kind in (DEVICE, HOST, RECOMPUTE)
+        ]
+        if not all(times):
+            return None
+        device, host, recompute = map(statistics.median, times)
+        numbers.append(1 - host / recompute if load.first_token.at_least else host / device)
+    return min(numbers) if load.first_token.at_least else max(numbers)
+
+
+def judge_multiturn(rounds: Sequence[Round], outcome: Outcome) -> None:
+    group = by_configuration(rounds)
+    summaries = {name: summarise(of_one) for name, of_one in group.items()}
+    outcome.rows += [{"part": MULTITURN, **asdict(summary)} for summary in summaries.values()]
+    outcome.rows += [_row(MULTITURN, one) for one in rounds]
+    if STOCK in group:
+        ratio = summaries[OURS].ttft.mean / summaries[STOCK].ttft.mean
+        outcome.notes.append(f"TTFT of returning turns to stock's: {ratio:.3f}x")
+    if HICACHE in group:
+        outcome.add(TTFT.judge(summaries[OURS].ttft.mean / summaries[HICACHE].ttft.mean))
+        outcome.add(THROUGHPUT.judge(statistics.median(paired_ratios(group[OURS], group[HICACHE]))))
+
+
+def judge_zero_hit(rounds: Sequence[Round], outcome: Outcome) -> None:
+    group = by_configuration(rounds)
+    outcome.rows += [_row(ZERO_HIT, one) for one in rounds]
+    outcome.add(IDLE.judge(statistics.median(paired_ratios(group[OURS], group[STOCK]))))
+
+
+def judge_gaps(rounds: Sequence[Round], outcome: Outcome) -> None:
+    """Both servers compute the same prompts meanwhile; only ours saves them. The first round does not count."""
+    group = by_configuration(one for one in rounds if one.index)
+    gaps = {name: [_gaps(one) for one in of_one] for name, of_one in group.items()}
+    outcome.rows += [_row(DECODE, one) | {"gap_s": _spread(_gaps(one))} for one in rounds]
+    ratios = [
+        statistics.median(
+            middle(ours) / middle(stock) for ours, stock in zip(gaps[OURS], gaps[STOCK], strict=True)
+        )
+        for middle in (statistics.mean, statistics.median)
+    ]
+    outcome.add(GAP.judge(max(ratios)))
+
+
+def _gaps(one: Round) -> list[float]:
+    return [gap for turn in one.turns for gap in turn.itl_s]
+
+
+def _spread(gaps: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(gaps, n=100)
+    return {"mean": statistics.mean(gaps), "p50": cuts[49], "p99": cuts[98]}
+
+
+def _row(part: str, one: Round) -> dict[str, Any]:
+    turns = [{key: value for key, value in asdict(turn).items() if key != "itl_s"} for turn in one.turns]
+    return {
+        "part": part,
+        "configuration": one.configuration,
+        "round": one.index,
+        "wall_s": one.wall_s,
+        "tokens_per_s": total_throughput(one),
+        "turns": turns,
+    }
+
+
+def compare_answers(setting: Setting, outcome: Outcome) -> None:
+    """One request at a time, so that both servers compute the same batches, on the same cached prefixes."""
+    models = setting.output / "models"
+    if setting.on_gpu:
+        model, shape = make_model(models / "telling-100m", "100m", 4_096, "bfloat16"), LONG_TALKS
+    else:
+        model, shape = make_model(models / "telling-tiny", "tiny", 4_096, "float32"), SHORT_TALKS
+    pools = fitting_pools(shape, concurrency=1, device_fraction=0.5, host_gb=2, page_size=PAGE)
+    chosen = configurations((OURS, LARGE), pools, EXACT_ARGS if setting.on_gpu else ())
+    with Fleet(model, chosen, setting.output / "logs" / setting.name / EQUALITY, START_S) as fleet:
+        rounds = run_rounds(fleet.urls, Plan(shape, 1, SEED, 1, vocabulary_of(str(model))))
+    judge_answers(rounds, outcome)
+    outcome.save(setting.output)
+
+
+def judge_answers(rounds: Sequence[Round], outcome: Outcome) -> None:
+    group = by_configuration(rounds)
+    found = agreement(group[OURS], group[LARGE])
+    answers = [turn.output_ids for one in group[LARGE] for turn in one.turns]
+    outcome.rows += [_row(EQUALITY, one) for one in rounds] + [{"part": EQUALITY, **asdict(found)}]
+    from_host = sum(turn.cached.get("host", 0) for one in group[OURS] for turn in one.turns)
+    outcome.notes.append(
+        f"equality: {found.compared} answers, {from_host} prompt tokens of them from host memory"
+    )
+    # Nothing came back from host memory: then equal answers say nothing.
+    outcome.add(EQUAL.judge(len(found.mismatches) if from_host else None))
+    outcome.add(TELLING.judge(len(set(answers)) / len(answers)))
