@@ -9,6 +9,7 @@ from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
+from cached_attention.stats import Reason, StoreStats
 from cached_attention.tiers.disk_index import RecordColumns
 from cached_attention.tiers.host_slots import HostSlots
 
@@ -23,6 +24,7 @@ class Hierarchy:
 
     Args:
         order: makes the order in which pages leave host memory, and that in which they leave the disk.
+        stats: what leaves host memory, and why, is counted there.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Hierarchy:
         *,
         has_disk: bool,
         order: Callable[[PageIndex, Residency, WaitingOrder, NextUse], EvictionOrder] = EvictionOrder,
+        stats: StoreStats | None = None,
     ) -> None:
         self.host = host
         self.index = PageIndex("host", "disk", "dirty")
@@ -43,7 +46,7 @@ class Hierarchy:
         self.has_disk = has_disk
         self.epoch = 0
         """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
-        self.evicted = 0
+        self.stats = stats or StoreStats()
 
     def is_kept(self, key: PageKey) -> bool:
         """Whether the page is in any tier, or on its way there."""
@@ -142,7 +145,7 @@ class Hierarchy:
         self._leave_host_run(run[:leaving])
         for row in run[leaving:]:
             self.offer(row)
-        self.evicted += leaving
+        self.stats.left("host", Reason.ROOM, leaving)
         return leaving > 0
 
     def _leave_host_run(self, run: list[int]) -> None:
@@ -236,6 +239,17 @@ class Hierarchy:
         self.unpin(row)
         return freed
 
+    def forget(self, row: int) -> list[int]:
+        """A client said that the page is of no use any more. Returns the disk slots that are free by it."""
+        slots: list[int] = []
+        if row in self.in_host:
+            self.leave_host(row)
+            self.stats.left("host", Reason.HINT, 1)
+        if row in self.on_disk:
+            slots = self.leave_disk(row)
+            self.stats.left("disk", Reason.HINT, 1)
+        return slots
+
     def give_up(self, row: int) -> None:
         """The bytes of an admitted page will never arrive."""
         self.epoch += 1
@@ -277,11 +291,12 @@ class Hierarchy:
 
     def expire(self, count: int, limit: float) -> int:
         """Drop from host memory up to `count` pages that were last used before `limit`."""
-        for expired in range(count):
-            if (row := self.host_order.take(limit)) is None:
-                return expired
+        expired = 0
+        while expired < count and (row := self.host_order.take(limit)) is not None:
             self.leave_host(row)
-        return count
+            expired += 1
+        self.stats.left("host", Reason.TTL, expired)
+        return expired
 
     def _leave(self, row: int, order: EvictionOrder) -> int:
         """`row` leaves the tier of `order`; returns its slot there."""

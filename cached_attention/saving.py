@@ -10,7 +10,7 @@ from cached_attention.aliases import Aliases
 from cached_attention.chain import PageRun
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE
-from cached_attention.stats import StoreStats
+from cached_attention.stats import Direction, StoreStats
 from cached_attention.transfer.jobs import Event, PageSave, Transfers
 
 
@@ -61,6 +61,7 @@ class Saves:
         rows = [self._pages.index.find(run.keys[page]) for page in admitted]
         slots = [self._pages.in_host.slot[row] for row in rows]
         landed = self._transfers.save(run.select(admitted, self._page_size), slots, after)
+        self._stats.watch(Direction.SAVE, "host", landed, len)
         self._running.append(PageSave(rows, whole, landed))
 
     def _admit(self, run: PageRun) -> tuple[list[int], bool]:

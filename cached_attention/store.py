@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +24,7 @@ from cached_attention.migration import Migration
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.position.rotation import Rotation
 from cached_attention.saving import Saves
-from cached_attention.stats import StoreStats
+from cached_attention.stats import Direction, Reason, StoreStats
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
@@ -101,7 +101,7 @@ class CachedAttentionStore:
         self._adopt()
 
     def _start_empty(self, epoch: int) -> None:
-        self._pages = Hierarchy(self.host, has_disk=self.disk is not None)
+        self._pages = Hierarchy(self.host, has_disk=self.disk is not None, stats=self.stats)
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
         self._migration = None if self.disk is None else self._migrate(self.disk)
@@ -131,8 +131,7 @@ class CachedAttentionStore:
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
-        counts = asdict(self.stats) | {
-            "evicted": self._pages.evicted,
+        counts = self.stats.counters() | {
             "host_pages": self.host.capacity,
             "host_pages_used": self._in_host.pages,
             "aliases": self._aliases.named,
@@ -256,10 +255,9 @@ class CachedAttentionStore:
             if row == NOWHERE or not self._pages.is_idle(row):
                 break
             dropped += 1
-            if row in self._in_host:
-                self._pages.leave_host(row)
-            if self.disk is not None and row in self._pages.on_disk:
-                self.disk.remove(self._pages.leave_disk(row))
+            slots = self._pages.forget(row)
+            if self.disk is not None:
+                self.disk.remove(slots)
         return dropped
 
     def chain_to(self, last: PageKey) -> Chain:
@@ -373,8 +371,8 @@ class CachedAttentionStore:
         """
         loads, self._queued = list(self._queued.values()), {}
         future = self._transfers.load([load.pages for load in loads], after, progress)
-        self._loading[batch] = future, loads
-        self.stats.loaded += sum(len(load.pages.host_slots) for load in loads)
+        pages = sum(len(load.pages.host_slots) for load in loads)
+        self._loading[batch] = self.stats.watch(Direction.LOAD, "host", future, lambda _: pages), loads
 
     def finish_load(self, batch: int) -> None:
         """Wait until `batch` no longer touches memory, then let its pages go."""
@@ -416,9 +414,9 @@ class CachedAttentionStore:
 
     def _expire(self, limit: float) -> None:
         """Drop pages that were last used before `limit`, a few at a time."""
-        self.stats.expired += self._pages.expire(EXPIRED_AT_ONCE, limit)
+        self._pages.expire(EXPIRED_AT_ONCE, limit)
         if self._migration is not None:
-            self.stats.expired += self._migration.expire(EXPIRED_AT_ONCE, limit)
+            self._migration.expire(EXPIRED_AT_ONCE, limit)
 
     # Life and death
 
@@ -431,6 +429,7 @@ class CachedAttentionStore:
     def reset(self) -> None:
         """Forget every page in every tier, after waiting for the transfers that run."""
         self._wait()
+        self.stats.left("host", Reason.FLUSH, self._in_host.pages)
         if self._migration is not None:
             self._migration.clear()
         self.host.clear()

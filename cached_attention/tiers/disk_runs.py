@@ -64,4 +64,6 @@ def read_run(
     health.succeeded()
     for number, (_, (place, page)) in enumerate(run):
         good = number < whole and page_checksum(page.key, page.buffer[:page_bytes]) == page.checksum
+        if not good:
+            health.found_damage()
         yield place, ReadOutcome.READ if good else ReadOutcome.LOST
