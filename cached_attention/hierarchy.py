@@ -52,6 +52,19 @@ class Hierarchy:
         """Whether the page is in any tier, or on its way there."""
         return self.index.is_resident(key)
 
+    def tiers_with(self, key: PageKey) -> list[str]:
+        """Names of the tiers that the page is in."""
+        row = self.index.find(key)
+        return [tier.name for tier in (self.in_host, self.on_disk) if row != NOWHERE and row in tier]
+
+    def path_to(self, last: PageKey) -> list[PageKey]:
+        """The pages up to a known one, which is the last; empty where it is unknown."""
+        keys, row = [], self.index.find(last)
+        while row != NOWHERE:
+            keys.append(self.index.key(row))
+            row = self.index.parent[row]
+        return keys[::-1]
+
     def loadable(self, keys: Sequence[PageKey], known: int) -> int:
         """How many leading pages can be loaded from host memory now, of which `known` could when last asked."""
         find, ready = self.index.find, self.in_host.ready

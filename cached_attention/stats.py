@@ -127,9 +127,7 @@ class StoreStats:
         if self.observer is not None:
             self.observer.load_waited(seconds)
 
-    def watch(
-        self, direction: Direction, tier: str, future: Future[T], moved: Callable[[T], int]
-    ) -> Future[T]:
+    def watch(self, direction: Direction, tier: str, future: Future[T], moved: Callable[[T], int]) -> Future[T]:
         """Count a transfer that was just begun when it ends, on the thread that ends it; returns `future`.
 
         `moved`: pages, from the future's result. What failed or moved nothing is not counted.

@@ -262,11 +262,11 @@ class CachedAttentionStore:
 
     def chain_to(self, last: PageKey) -> Chain:
         """The chain of a known page; empty where `last` is unknown."""
-        keys, row = [], self._index.find(last)
-        while row != NOWHERE:
-            keys.append(self._index.key(row))
-            row = self._index.parent[row]
-        return Chain(keys[::-1])
+        return Chain(self._pages.path_to(last))
+
+    def tiers_with(self, key: PageKey) -> list[str]:
+        """Names of the tiers that the page is in."""
+        return self._pages.tiers_with(key)
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         """The engine computed `tokens` new tokens in `seconds`."""

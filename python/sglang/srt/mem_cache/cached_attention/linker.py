@@ -25,6 +25,7 @@ from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 from .identity import ModelIdentity
+from .load_wait import TimedLoadCounter
 from .pools import device_pool
 from .rotary import UnsupportedRotationError, key_rotations
 
@@ -84,7 +85,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.forward_stream = forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
         self.pools = {PoolName.KV: self._pool}
-        self.layer_done_counter = LayerWiseLoadCounter(self._pool.layout.num_layers)
+        layers = self._pool.layout.num_layers
+        self.layer_done_counter = TimedLoadCounter(layers, lambda waited: self.store.stats.load_waited(waited))
 
     def open(self, model: torch.nn.Module, hf_config: Any) -> None:
         """Make the store of `model`, and open its pages on disk.
