@@ -76,7 +76,7 @@ class Activity:
         if tokens := new.plain["tokens"]:
             tiers = ", ".join(f"{tier} {hits / tokens:.0%}" for tier, hits in new.hits.items())
             reused = f"{new.hits.total() / tokens:.0%} reused" + (f" ({tiers})" if tiers else "")
-            yield f"{new.plain['prompts']:,} prompts of {tokens:,} tokens, {reused}"
+            yield f"prompts {new.plain['prompts']:,}, {tokens:,} tokens, {reused}"
         for (direction, tier), pages in new.moved.items():
             size = pages * self._page_bytes
             what = str(direction) if tier == "host" else f"{direction} {tier}"
@@ -85,10 +85,10 @@ class Activity:
             reasons = ", ".join(f"{reason} {pages:,}" for (at, reason), pages in new.gone.items() if at == tier)
             yield f"pages that left {tier}: {reasons}"
         if count := new.plain["given up"]:
-            yield f"{count:,} requests computed rather than wait"
+            yield f"requests that computed rather than wait {count:,}"
         if count := new.plain["declined"]:
-            yield f"{count:,} pages not saved"
+            yield f"pages not saved {count:,}"
         if count := new.plain["lost"]:
-            yield f"{count:,} damaged pages"
+            yield f"damaged pages {count:,}"
         if count := new.plain["truncated"]:
-            yield f"{count:,} prompts truncated"
+            yield f"truncated prompts {count:,}"

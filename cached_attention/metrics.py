@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cached_attention.stats import StoreStats
-from cached_attention.store import CachedAttentionStore
+
+if TYPE_CHECKING:
+    from cached_attention.store import CachedAttentionStore
 
 PREFIX = "sglang:cached_attention_"
 LOWER_TIERS = ("disk",)
@@ -162,8 +164,10 @@ METRICS: tuple[Metric, ...] = (
         "Pages in host memory that are still to be written to disk.",
         lambda r: r.counters.get("dirty", 0),
     ),
-    _gauge(
-        "aliases", "Pages that share the bytes of another, after truncation.", lambda r: r.counters["aliases"]
+    _counter(
+        "aliased_pages_total",
+        "Pages of truncated prompts that took the bytes of what they were before, at another position.",
+        lambda r: r.counters["aliases"],
     ),
     Metric(
         "evicted_pages_total",
