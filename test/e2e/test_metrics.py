@@ -14,7 +14,7 @@ import pytest
 
 from cached_attention.metrics import METRICS, PREFIX, Kind
 
-CONVERSATIONS, PAGE = 8, 64
+CONVERSATIONS, TURNS, PAGE = 8, 4, 64
 DEADLINE = 60.0
 """Seconds until what has happened must have been published."""
 
@@ -26,9 +26,9 @@ def served(
     """A server whose conversations fit neither the device nor host memory, and the talk held with it."""
     disk = disk_tier(tmp_path_factory.mktemp("disk"), "2GB")
     args = ("--max-total-tokens", "2048", *disk, "--enable-metrics")
-    with start(models(), *args, host_size="12MB") as server:
+    with start(models(), *args, host_size="20MB") as server:
         talk = town(CONVERSATIONS)
-        talk.hold(server, 3, (1, 3))
+        talk.hold(server, TURNS, (1, 3))
         yield server, talk
 
 
@@ -102,7 +102,7 @@ def test_the_hottest_conversations_are_named_by_nothing_of_theirs(served: Any, s
     server, talk = served
     hottest = store_states(server)[0]["hottest"]
     assert len(hottest) == CONVERSATIONS
-    assert [known["turns"] for known in hottest] == [3] * CONVERSATIONS
+    assert [known["turns"] for known in hottest] == [TURNS] * CONVERSATIONS
     assert {known["tokens"] for known in hottest} == {
         (len(conversation.tokens) - 1) // PAGE * PAGE for conversation in talk.conversations
     }
