@@ -21,9 +21,9 @@ for as long as the server lives.
 """
 
 USE = """
-Prometheus 2 asks for the OpenMetrics format, in which a name has no colon: there it is `sglang_cached_attention_...`,
-like SGLang's own. Where it is asked for plain text (`scrape_protocols: [PrometheusText0.0.4]`, from 2.49 on) the
-colon stays. The dashboard takes either.
+Prometheus 2 asks for the OpenMetrics format, in which a name has no colon: there it is
+`sglang_cached_attention_...`, like SGLang's own. Where it is asked for plain text
+(`scrape_protocols: [PrometheusText0.0.4]`, from 2.49 on) the colon stays. The dashboard takes either.
 
 ## A dashboard, a terminal, the log
 
