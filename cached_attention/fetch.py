@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.policy.waiting import Pace
+from cached_attention.stats import Direction, Reason
 from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
 from cached_attention.tiers.page_disk import PageDisk
 
@@ -55,8 +56,6 @@ class Fetch:
         self.page_bytes = disk.stride
         self._reads: list[_Read] = []
         self._holds: dict[str, _Hold] = {}
-        self.fetched = 0
-        self.lost = 0
 
     @property
     def held(self) -> int:
@@ -115,6 +114,7 @@ class Fetch:
     def _read(self, rows: list[int]) -> _Read:
         ahead = self.bytes_in_flight
         future = self._disk.read([self._page_read(row) for row in rows])
+        self._pages.stats.watch(Direction.FETCH, "disk", future, lambda pages: pages.count(ReadOutcome.READ))
         read = _Read(rows, future, self._clock(), ahead)
         self._reads.append(read)
         return read
@@ -179,13 +179,14 @@ class Fetch:
         for row, outcome in zip(read.rows, outcomes, strict=True):
             if outcome is ReadOutcome.READ:
                 self._pages.land(row, clean=True)
-                self.fetched += 1
+                self._pages.stats.fetched += 1
             else:
                 self._pages.give_up(row)
                 if outcome is ReadOutcome.LOST:
                     removed += self._pages.lose(row)
-                    self.lost += 1
+                    self._pages.stats.lost += 1
             self._pages.unpin(row)
+        self._pages.stats.left("disk", Reason.DAMAGE, len(removed))
         self._disk.remove(removed)
 
     def wait(self) -> None:

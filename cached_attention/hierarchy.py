@@ -10,6 +10,7 @@ from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
 from cached_attention.residency import ResidencyFeed
+from cached_attention.stats import Reason, StoreStats
 from cached_attention.tiers.disk_rows import RecordColumns
 from cached_attention.tiers.host_slots import HostSlots
 
@@ -25,6 +26,7 @@ class Hierarchy:
     Args:
         order: makes the order in which pages leave host memory, and that in which they leave the disk.
         feed: is told what becomes usable in a tier and what leaves it.
+        stats: what leaves host memory, and why, is counted there.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Hierarchy:
         has_disk: bool,
         order: Callable[[PageIndex, Residency, WaitingOrder, NextUse], EvictionOrder] = EvictionOrder,
         feed: ResidencyFeed | None = None,
+        stats: StoreStats | None = None,
     ) -> None:
         self.host = host
         self.index = PageIndex("host", "disk", "dirty")
@@ -47,13 +50,26 @@ class Hierarchy:
         self.has_disk = has_disk
         self.epoch = 0
         """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
-        self.evicted = 0
         self.feed = feed or ResidencyFeed()
         self.feed.follow(self)
+        self.stats = stats or StoreStats()
 
     def is_kept(self, key: PageKey) -> bool:
         """Whether the page is in any tier, or on its way there."""
         return self.index.is_resident(key)
+
+    def tiers_with(self, key: PageKey) -> list[str]:
+        """Names of the tiers that the page is in."""
+        row = self.index.find(key)
+        return [tier.name for tier in (self.in_host, self.on_disk) if row != NOWHERE and row in tier]
+
+    def path_to(self, last: PageKey) -> list[PageKey]:
+        """The pages up to a known one, which is the last; empty where it is unknown."""
+        keys, row = [], self.index.find(last)
+        while row != NOWHERE:
+            keys.append(self.index.key(row))
+            row = self.index.parent[row]
+        return keys[::-1]
 
     def loadable(self, keys: Sequence[PageKey], known: int) -> int:
         """How many leading pages can be loaded from host memory now, of which `known` could when last asked."""
@@ -149,7 +165,7 @@ class Hierarchy:
         self._leave_host_run(run[:leaving])
         for row in run[leaving:]:
             self.offer(row)
-        self.evicted += leaving
+        self.stats.left("host", Reason.ROOM, leaving)
         return leaving > 0
 
     def _leave_host_run(self, run: list[int]) -> None:
@@ -251,6 +267,17 @@ class Hierarchy:
         self.unpin(row)
         return freed
 
+    def forget(self, row: int) -> list[int]:
+        """A client said that the page is of no use any more. Returns the disk slots that are free by it."""
+        slots: list[int] = []
+        if row in self.in_host:
+            self.leave_host(row)
+            self.stats.left("host", Reason.HINT, 1)
+        if row in self.on_disk:
+            slots = self.leave_disk(row)
+            self.stats.left("disk", Reason.HINT, 1)
+        return slots
+
     def give_up(self, row: int) -> None:
         """The bytes of an admitted page will never arrive."""
         self.epoch += 1
@@ -293,11 +320,12 @@ class Hierarchy:
 
     def expire(self, count: int, limit: float) -> int:
         """Drop from host memory up to `count` pages that were last used before `limit`."""
-        for expired in range(count):
-            if (row := self.host_order.take(limit)) is None:
-                return expired
+        expired = 0
+        while expired < count and (row := self.host_order.take(limit)) is not None:
             self.leave_host(row)
-        return count
+            expired += 1
+        self.stats.left("host", Reason.TTL, expired)
+        return expired
 
     def _leave(self, row: int, order: EvictionOrder) -> int:
         """`row` leaves the tier of `order`; returns its slot there."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cached_attention.hierarchy import Hierarchy
+from cached_attention.stats import Direction, StoreStats
 from cached_attention.transfer.jobs import Transfers
 from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
 from cached_attention.transfer.streams import Event
@@ -21,14 +23,21 @@ class _Batch(NamedTuple):
     load: LayerWiseLoad
     pinned: list[int]
     """As in `_QueuedLoad`, one per request."""
+    started: float
+    """By the monotonic clock, in seconds."""
 
 
 class Loads:
-    """Keeps the pages of loads in host memory from when they are queued until they have landed."""
+    """Keeps the pages of loads in host memory from when they are queued until they have landed.
 
-    def __init__(self, pages: Hierarchy, transfers: Transfers) -> None:
+    Args:
+        stats: what has landed is counted there, when `poll` sees it.
+    """
+
+    def __init__(self, pages: Hierarchy, transfers: Transfers, stats: StoreStats) -> None:
         self._pages = pages
         self._transfers = transfers
+        self._stats = stats
         self.queued: dict[str, _QueuedLoad] = {}
         self._running: dict[int, _Batch] = {}
         """By number: their forwards were not launched."""
@@ -59,7 +68,7 @@ class Loads:
         """See `CachedAttentionStore.start_load`."""
         queued, self.queued = list(self.queued.values()), {}
         load = self._transfers.load([load.pages for load in queued], after)
-        self._running[number] = _Batch(load, [load.pinned for load in queued])
+        self._running[number] = _Batch(load, [load.pinned for load in queued], time.monotonic())
         return load
 
     def finish(self, number: int, stream: Any) -> bool:
@@ -73,8 +82,14 @@ class Loads:
     def poll(self) -> None:
         """Let go of what has landed. Batches land in order."""
         while self._landing and self._landing[0].load.has_ended:
-            for row in self._landing.pop(0).pinned:
-                self._pages.unpin(row)
+            self._landed(self._landing.pop(0))
+
+    def _landed(self, batch: _Batch) -> None:
+        for row in batch.pinned:
+            self._pages.unpin(row)
+        if batch.load.error is None:
+            seconds = time.monotonic() - batch.started
+            self._stats.transferred(Direction.LOAD, "host", batch.load.pages, seconds)
 
     def wait(self) -> None:
         """Until no load touches memory."""

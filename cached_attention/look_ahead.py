@@ -69,8 +69,6 @@ class LookAhead:
         self._asks: dict[str, _Ask] = {}
         self._open: set[str] = set()
         """Requests of which not all was asked of the disk."""
-        self.recomputed = 0
-        """Pages that were computed again because waiting for them was not worth it."""
 
     @property
     def _limit(self) -> int:
@@ -98,7 +96,7 @@ class LookAhead:
         """`request` runs, or was given up."""
         ask = self._asks.pop(request, None)
         if ask is not None and ask.given_up:
-            self.recomputed += self._missing(request, ask)
+            self._pages.stats.recomputed += self._missing(request, ask)
         self._fetch.release(request)
         self._open.discard(request)
 
@@ -150,6 +148,7 @@ class LookAhead:
         if ask is None or ask.given_up or (ask.is_whole and not self._fetch.is_landing(request)):
             return True
         ask.given_up = not self._decision.is_worth_waiting(self._outstanding(request, ask))
+        self._pages.stats.given_up += ask.given_up
         return ask.given_up
 
     def _missing(self, request: str, ask: _Ask) -> int:

@@ -8,6 +8,7 @@ from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.look_ahead import LookAhead
 from cached_attention.policy.waiting import WaitOrRecompute
+from cached_attention.stats import Reason
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.write_behind import WriteBehind
 
@@ -49,10 +50,13 @@ class Migration:
             "disk_pages": self._disk.capacity_slots,
             "disk_pages_used": self._pages.on_disk.pages,
             "dirty": self._pages.dirty.pages,
-            "fetched": self.fetch.fetched,
-            "lost": self.fetch.lost,
-            "recomputed": self.ahead.recomputed,
+            "fetched": self._pages.stats.fetched,
+            "lost": self._pages.stats.lost,
+            "recomputed": self._pages.stats.recomputed,
+            "look_ahead": self.ahead.depth,
             "disk_errors": self._disk.io_errors,
+            "disk_damaged": self._disk.checksum_failures,
+            "disk_healthy": int(self._disk.healthy),
         }
 
     def poll(self) -> None:
@@ -64,11 +68,13 @@ class Migration:
     def expire(self, count: int, limit: float) -> int:
         """Remove from the disk up to `count` pages that were last used before `limit`; returns how many."""
         slots = self.write_behind.evict(count, limit)
+        self._pages.stats.left("disk", Reason.TTL, len(slots))
         self._disk.remove(slots)
         return len(slots)
 
     def clear(self) -> None:
         """Remove every page from the disk. Walks all pages."""
+        self._pages.stats.left("disk", Reason.FLUSH, self._pages.on_disk.pages)
         self._disk.remove([slot for row in self._pages.rows_on_disk() for slot in self._pages.leave_disk(row)])
 
     def wait(self) -> None:

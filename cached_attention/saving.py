@@ -10,7 +10,7 @@ from cached_attention.aliases import Aliases
 from cached_attention.chain import PageRun
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE
-from cached_attention.stats import StoreStats
+from cached_attention.stats import Direction, StoreStats
 from cached_attention.transfer.jobs import PageSave, Transfers
 from cached_attention.transfer.streams import Event
 
@@ -62,6 +62,7 @@ class Saves:
         rows = [self._pages.index.find(run.keys[page]) for page in admitted]
         slots = [self._pages.in_host.slot[row] for row in rows]
         landed = self._transfers.save(run, admitted, slots, after)
+        self._stats.watch(Direction.SAVE, "host", landed, len)
         self._running.append(PageSave(rows, whole, landed))
 
     def _admit(self, run: PageRun) -> tuple[list[int], bool]:

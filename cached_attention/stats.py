@@ -1,19 +1,152 @@
-"""What a store counts."""
+"""What a store counts. Counts only grow, for as long as the store lives; `reset` empties tiers, not counts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Direction(StrEnum):
+    """Of pages, seen from host memory; the tier that goes with it is the lower one of the two."""
+
+    SAVE = "save"
+    """From the device to host memory."""
+    LOAD = "load"
+    """From host memory to the device."""
+    DEMOTE = "demote"
+    """From host memory to a tier below."""
+    FETCH = "fetch"
+    """From a tier below to host memory."""
+
+
+class Reason(StrEnum):
+    """Why pages left a tier."""
+
+    ROOM = "room"
+    """Others needed it."""
+    TTL = "ttl"
+    """Not used for longer than the time to live."""
+    HINT = "hint"
+    """A client said that the conversation is over."""
+    DAMAGE = "damage"
+    """What was read back is not what was written, or could not be read."""
+    FLUSH = "flush"
+    """The whole cache was emptied."""
+
+
+@dataclass
+class Flow:
+    """What moved between two tiers, in one direction."""
+
+    pages: int = 0
+    transfers: int = 0
+    seconds: float = 0.0
+    """From when each transfer was asked for until it had landed, added up; transfers may overlap."""
+
+
+class Observer(Protocol):
+    """Is told of single durations, in seconds, as they are counted. To be quick."""
+
+    def transferred(self, direction: Direction, tier: str, seconds: float) -> None:
+        """Any thread."""
+
+    def load_waited(self, seconds: float) -> None:
+        """The thread that calls the store."""
 
 
 @dataclass
 class StoreStats:
-    """Counts since the store was made, in pages."""
+    """Counts since the store was made, in pages unless said otherwise."""
 
-    loaded: int = 0
     saved: int = 0
     declined: int = 0
     """Not saved: host memory was full of pages in use, or the page before was not in the store."""
     failed: int = 0
     """Saves whose copy failed."""
-    expired: int = 0
-    """Not used for longer than the time to live."""
+    fetched: int = 0
+    lost: int = 0
+    """Damaged, foreign or unreadable when they were read back."""
+    recomputed: int = 0
+    """Computed again because waiting for them was not worth it."""
+    given_up: int = 0
+    """Requests that so decided."""
+    prompts: int = 0
+    """Requests whose prompt ran."""
+    prompt_tokens: int = 0
+    hit_tokens: Counter[str] = field(default_factory=Counter)
+    """Of those, by the tier that they came from, `device` included; the rest was computed."""
+    truncated_prompts: int = 0
+    truncated_tokens: int = 0
+    load_waits: int = 0
+    """Batches that had pages to load."""
+    load_wait: float = 0.0
+    """Seconds that they waited for layers: the part of loading that computing did not hide."""
+    gone: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    """Pages that left a tier, and why."""
+    flows: defaultdict[tuple[Direction, str], Flow] = field(default_factory=lambda: defaultdict(Flow))
+    observer: Observer | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def counters(self) -> dict[str, int]:
+        """What every store counts."""
+        return {
+            "loaded": self.flows[Direction.LOAD, "host"].pages,
+            "saved": self.saved,
+            "declined": self.declined,
+            "failed": self.failed,
+            "expired": sum(pages for (_, reason), pages in self.gone.items() if reason is Reason.TTL),
+            "evicted": self.gone["host", Reason.ROOM],
+        }
+
+    def left(self, tier: str, reason: Reason, pages: int) -> None:
+        if pages:
+            self.gone[tier, reason] += pages
+
+    def prompt_ran(self, tokens: int, hits: dict[str, int]) -> None:
+        """A prompt of `tokens` tokens runs; `hits`: how many of them came from which tier."""
+        self.prompts += 1
+        self.prompt_tokens += tokens
+        self.hit_tokens.update(hits)
+
+    def truncated(self, tokens: int) -> None:
+        self.truncated_prompts += 1
+        self.truncated_tokens += tokens
+
+    def load_waited(self, seconds: float) -> None:
+        """The forward of a batch has waited so long, in all, for pages of its layers."""
+        self.load_waits += 1
+        self.load_wait += seconds
+        if self.observer is not None:
+            self.observer.load_waited(seconds)
+
+    def watch(self, direction: Direction, tier: str, future: Future[T], moved: Callable[[T], int]) -> Future[T]:
+        """Count a transfer that was just begun when it ends, on the thread that ends it; returns `future`.
+
+        `moved`: pages, from the future's result. What failed or moved nothing is not counted.
+        """
+        started = time.monotonic()
+
+        def ended(done: Future[T]) -> None:
+            if not done.cancelled() and done.exception() is None and (pages := moved(done.result())):
+                self.transferred(direction, tier, pages, time.monotonic() - started)
+
+        future.add_done_callback(ended)
+        return future
+
+    def transferred(self, direction: Direction, tier: str, pages: int, seconds: float) -> None:
+        """Pages have landed, `seconds` after that was asked for. Any thread."""
+        with self._lock:
+            flow = self.flows[direction, tier]
+            flow.pages += pages
+            flow.transfers += 1
+            flow.seconds += seconds
+        if self.observer is not None:
+            self.observer.transferred(direction, tier, seconds)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.position.rotation import Rotation
 from cached_attention.residency import ResidencyFeed
 from cached_attention.saving import Saves
-from cached_attention.stats import StoreStats
+from cached_attention.stats import Reason, StoreStats
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import page_copier
@@ -101,7 +100,8 @@ class CachedAttentionStore:
         self._adopt()
 
     def _start_empty(self, epoch: int) -> None:
-        self._pages = Hierarchy(self.host, has_disk=self.disk is not None, feed=self.residency)
+        has_disk = self.disk is not None
+        self._pages = Hierarchy(self.host, has_disk=has_disk, feed=self.residency, stats=self.stats)
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
         self._migration = None if self.disk is None else self._migrate(self.disk)
@@ -110,7 +110,7 @@ class CachedAttentionStore:
         page_size = self.layout.page_size
         self._saves = Saves(self._pages, self._transfers, self._aliases, self.stats, page_size, self._clock)
         self._reserved: dict[str, int] = {}
-        self._loads = Loads(self._pages, self._transfers)
+        self._loads = Loads(self._pages, self._transfers, self.stats)
 
     def _migrate(self, disk: DiskTier) -> Migration:
         return Migration(
@@ -130,8 +130,7 @@ class CachedAttentionStore:
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
-        counts = asdict(self.stats) | {
-            "evicted": self._pages.evicted,
+        counts = self.stats.counters() | {
             "host_pages": self.host.capacity,
             "host_pages_used": self._in_host.pages,
             "aliases": self._aliases.named,
@@ -255,19 +254,18 @@ class CachedAttentionStore:
             if row == NOWHERE or not self._pages.is_idle(row):
                 break
             dropped += 1
-            if row in self._in_host:
-                self._pages.leave_host(row)
-            if self.disk is not None and row in self._pages.on_disk:
-                self.disk.remove(self._pages.leave_disk(row))
+            slots = self._pages.forget(row)
+            if self.disk is not None:
+                self.disk.remove(slots)
         return dropped
 
     def chain_to(self, last: PageKey) -> Chain:
         """The chain of a known page; empty where `last` is unknown."""
-        keys, row = [], self._index.find(last)
-        while row != NOWHERE:
-            keys.append(self._index.key(row))
-            row = self._index.parent[row]
-        return Chain(keys[::-1])
+        return Chain(self._pages.path_to(last))
+
+    def tiers_with(self, key: PageKey) -> list[str]:
+        """Names of the tiers that the page is in."""
+        return self._pages.tiers_with(key)
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         """The engine computed `tokens` new tokens in `seconds`."""
@@ -365,9 +363,7 @@ class CachedAttentionStore:
 
         The copies wait for the events in `after`: all that is on the forward's stream; `LayerWiseLoad` says why.
         """
-        load = self._loads.start(batch, after)
-        self.stats.loaded += load.pages
-        return load
+        return self._loads.start(batch, after)
 
     def finish_load(self, batch: int, stream: Any = None) -> bool:
         """The forward of `batch` was launched: let its stream wait for layers that it did not; see `Event.wait`.
@@ -411,9 +407,9 @@ class CachedAttentionStore:
 
     def _expire(self, limit: float) -> None:
         """Drop pages that were last used before `limit`, a few at a time."""
-        self.stats.expired += self._pages.expire(EXPIRED_AT_ONCE, limit)
+        self._pages.expire(EXPIRED_AT_ONCE, limit)
         if self._migration is not None:
-            self.stats.expired += self._migration.expire(EXPIRED_AT_ONCE, limit)
+            self._migration.expire(EXPIRED_AT_ONCE, limit)
 
     # Life and death
 
@@ -426,6 +422,7 @@ class CachedAttentionStore:
     def reset(self) -> None:
         """Forget every page in every tier, after waiting for the transfers that run."""
         self._wait()
+        self.stats.left("host", Reason.FLUSH, self._in_host.pages)
         if self._migration is not None:
             self._migration.clear()
         self.host.clear()

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE
+from cached_attention.stats import Direction, Reason
 from cached_attention.tiers.disk_pages import PageWrite
 from cached_attention.tiers.page_disk import PageDisk
 
@@ -67,7 +68,9 @@ class WriteBehind:
         while len(self._writes) < batches and self._disk.healthy:
             if not (rows := self._choose()):
                 break
-            self._writes.append((rows, self._disk.write([self._page_write(row) for row in rows])))
+            future = self._disk.write([self._page_write(row) for row in rows])
+            self._pages.stats.watch(Direction.DEMOTE, "disk", future, _written)
+            self._writes.append((rows, future))
 
     def _choose(self) -> list[int]:
         rows: list[int] = []
@@ -94,6 +97,7 @@ class WriteBehind:
             if not slots:
                 return False
             self._make_room_at = now + ROOM_PAUSE
+            self._pages.stats.left("disk", Reason.ROOM, len(slots))
             self._disk.remove(slots)
         return True
 
@@ -147,3 +151,7 @@ class WriteBehind:
                 left = self._pages.dirty.pages + self.rows_in_flight
                 logger.info("CachedAttention: %d pages are still to be written to disk.", left)
         return self._pages.dirty.pages + self.rows_in_flight
+
+
+def _written(slots: list[int | None]) -> int:
+    return len(slots) - slots.count(None)

@@ -138,6 +138,11 @@ class DiskTier:
         return self._read_health.errors + self._write_health.errors
 
     @property
+    def checksum_failures(self) -> int:
+        """Pages that were read back, and were damaged, short or foreign."""
+        return self._read_health.damaged
+
+    @property
     def capacity_slots(self) -> int:
         return self._slots.capacity
 

@@ -32,6 +32,8 @@ class Health:
     ) -> None:
         self.healthy = True
         self.errors = 0
+        self.damaged = 0
+        """Pages that were read, and were not what was written."""
         self.on_outage: Callable[[], None] = lambda: None
         self._name = name
         self._first, self._last = first_probe, last_probe
@@ -61,6 +63,10 @@ class Health:
                 logger.warning("%s: out of service after %d errors in a row.", self._name, self._in_a_row)
         if out:
             self.on_outage()
+
+    def found_damage(self) -> None:
+        with self._lock:
+            self.damaged += 1
 
     def seconds_to_probe(self) -> float | None:
         """None while healthy; 0 or less: probe now."""

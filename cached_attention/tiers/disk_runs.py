@@ -65,4 +65,6 @@ def read_run(
     health.succeeded()
     for number, (_, (place, page)) in enumerate(run):
         good = number < whole and records.accept(page, found[number])
+        if not good:
+            health.found_damage()
         yield place, ReadOutcome.READ if good else ReadOutcome.LOST

@@ -18,6 +18,7 @@ from cached_attention.chain import Chain, PageRun
 from cached_attention.fetch import Fetch
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
+from cached_attention.stats import Direction, Reason
 from cached_attention.store import USE_NOTED, CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
@@ -240,6 +241,48 @@ def test_what_is_not_used_expires_everywhere(tmp_path: Path) -> None:
     assert talk.load("aa") == 2
     assert talk.store.counters()["expired"] == 4  # Two pages, in each tier.
     talk.store.check_invariants()
+    talk.store.close()
+
+
+def test_it_is_counted_what_moves_and_why_pages_leave(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path)
+    stats = talk.store.stats
+    for prompt in ("aaaa", "dddd"):
+        talk.save(prompt)
+        talk.settle()
+    assert talk.load("aaaa") == 4
+    moved = {place: flow.pages for place, flow in stats.flows.items()}
+    fetched = moved[Direction.FETCH, "disk"]
+    assert fetched == talk.store.counters()["fetched"] > 0
+    assert moved == {
+        (Direction.SAVE, "host"): 8,
+        (Direction.DEMOTE, "disk"): 8,
+        (Direction.FETCH, "disk"): fetched,
+        (Direction.LOAD, "host"): 4,
+    }
+    assert stats.gone["host", Reason.ROOM] == talk.store.counters()["evicted"] == 8 + fetched - HOST_PAGES
+    talk.store.drop(Chain(keys_of("aaaa")))
+    assert stats.gone["host", Reason.HINT] == stats.gone["disk", Reason.HINT] == 4
+    before = talk.store.counters()
+    talk.store.reset()
+    assert stats.gone["host", Reason.FLUSH] == before["host_pages_used"]
+    assert stats.gone["disk", Reason.FLUSH] == before["disk_pages_used"] == 4
+    after = talk.store.counters()
+    assert (after["fetched"], after["saved"], after["evicted"]) == (fetched, 8, before["evicted"])
+    talk.store.close()
+
+
+def test_a_damaged_record_is_counted(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path)
+    talk.save("aa")
+    talk.restart()
+    for file in talk.store.disk.path.glob("*"):
+        if file.name.startswith("pages"):
+            file.write_bytes(b"x" * file.stat().st_size)
+    assert talk.load("aa") == 0
+    assert talk.store.counters()["disk_damaged"] == 2
+    assert talk.store.stats.gone["disk", Reason.DAMAGE] == 2
+    assert talk.store.disk.io_errors == 0
     talk.store.close()
 
 

@@ -54,6 +54,21 @@ def test_a_forward_without_loads_or_after_them_waits_for_nothing() -> None:
     assert counter.next_batch() == batch
 
 
+def test_a_batch_tells_once_how_long_its_layers_were_waited_for() -> None:
+    waits: list[float] = []
+    counter = LayerEvents(2, waits.append)
+    counter.wait_until(0)
+    assert not waits, "a batch without loads"
+    batch = counter.next_batch()
+    counter.add(batch, [Asked(), Asked()])
+    counter.set_consumer(batch)
+    for layer in range(2):
+        counter.wait_until(layer)
+    counter.discard(batch)
+    (waited,) = waits
+    assert waited > 0
+
+
 def test_calls_are_as_they_are_where_nothing_is_to_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     def call() -> None: ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from cached_attention.transfer.streams import Event
 
@@ -13,16 +14,22 @@ class LayerEvents:
     Upstream's `LayerWiseLoadCounter` holds the thread that launches the forward until a layer has landed. An
     event may be waited for by a stream before it has happened, so here that thread runs ahead, as it does
     without loads. Without streams the forward is that thread's own work, and it waits.
+
+    Args:
+        waited: told of each batch how many seconds this thread waited for its layers; where there are streams it
+            does not wait, and None is to be given.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, waited: Callable[[float], None] | None = None) -> None:
         self.num_layers = num_layers
+        self._waited = waited
         self.reset()
 
     def reset(self) -> None:
         self.consumer_index = -1
         self._last = -1
         self._layers: dict[int, Sequence[Event]] = {}
+        self._seconds: dict[int, float] = {}
 
     def next_batch(self) -> int:
         self._last += 1
@@ -31,10 +38,14 @@ class LayerEvents:
     def add(self, batch: int, layers: Sequence[Event]) -> None:
         """`layers`: one event per layer of the pool."""
         self._layers[batch] = layers
+        self._seconds[batch] = 0.0
 
     def discard(self, batch: int) -> None:
         """The forward of `batch` was launched."""
         del self._layers[batch]
+        seconds = self._seconds.pop(batch)
+        if self._waited is not None:
+            self._waited(seconds)
 
     def set_consumer(self, index: int) -> None:
         """The forward that is launched next is that of batch `index`; -1: of one without loads."""
@@ -43,4 +54,6 @@ class LayerEvents:
     def wait_until(self, threshold: int) -> None:
         """The current stream is about to read layer `threshold`."""
         if (layers := self._layers.get(self.consumer_index)) is not None:
+            started = time.monotonic()
             layers[threshold].wait()
+            self._seconds[self.consumer_index] += time.monotonic() - started

@@ -77,7 +77,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.forward_stream = forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
         self.pools = {PoolName.KV: self._pool}
-        self.layer_done_counter = LayerEvents(self._pool.layout.num_layers)
+        waited = self._load_waited if self.on_cpu else None
+        self.layer_done_counter = LayerEvents(self._pool.layout.num_layers, waited)
 
     def open(self, model: torch.nn.Module, hf_config: Any) -> None:
         """Make the store of `model`, and open its pages on disk.
@@ -105,6 +106,9 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
         gc.freeze()
         self._announce()
+
+    def _load_waited(self, seconds: float) -> None:
+        self.store.stats.load_waited(seconds)
 
     def _find_rotations(self, model: torch.nn.Module) -> None:
         try:

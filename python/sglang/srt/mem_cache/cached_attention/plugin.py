@@ -181,6 +181,7 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
     """
     from .hints import accept_hints
     from .radix_cache import CachedAttentionRadixCache
+    from .reporting import Reporting
     from .truncation import truncation_of
 
     cache = scheduler.tree_cache
@@ -189,6 +190,7 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         scheduler.enable_lmcache = True
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
         cache.watch(lambda: scheduler.waiting_queue)
+        cache.reporting = Reporting(scheduler, cache.linker.cache_linker.store)
 
 
 def _truncate(req: Any, scheduler: Any, recv_req: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -208,7 +210,10 @@ def _order_known(_result: None, policy: Any, *_args: Any, **_kwargs: Any) -> Non
 def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> None:
     from .radix_cache import CachedAttentionRadixCache
 
-    if isinstance(processor.tree_cache, CachedAttentionRadixCache) and batch.launch_ts and batch.extend_lens:
+    if not isinstance(processor.tree_cache, CachedAttentionRadixCache):
+        return
+    processor.tree_cache.prompts_ran(batch.reqs)
+    if batch.launch_ts and batch.extend_lens:
         processor.tree_cache.prefill_took(sum(batch.extend_lens), time.monotonic() - batch.launch_ts)
 
 

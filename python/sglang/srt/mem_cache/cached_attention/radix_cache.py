@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, InsertParams, InsertResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
@@ -17,9 +19,12 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from .hints import HintReqInput
+    from .reporting import Reporting
 
 CHECK_INVARIANTS = "CACHED_ATTENTION_CHECK_INVARIANTS"
 """Environment variable: `/server_info` walks the whole store and reports what is wrong. For tests."""
+HOTTEST = 10
+"""Conversations that `/server_info` tells of."""
 
 
 class CachedAttentionRadixCache(UnifiedRadixCache):
@@ -29,7 +34,9 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
         self.linker = TreeLink(self, cache_linker)
+        self._counted: WeakSet[Req] = WeakSet()
 
+    reporting: Reporting | None = None
     _queue: Callable[[], Sequence[Req]] = staticmethod(tuple)
 
     def watch(self, queue: Callable[[], Sequence[Req]]) -> None:
@@ -64,6 +71,8 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         self.linker.cache_linker.store.end_pass()
         self._queue_known()
         super().check_hicache_events()
+        if self.reporting is not None:
+            self.reporting.poll()
 
     def insert(self, params: InsertParams) -> InsertResult:
         # The saves that it starts are of pages of this prompt.
@@ -90,6 +99,18 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def prefill_took(self, tokens: int, seconds: float) -> None:
         self.linker.cache_linker.store.prefill_took(tokens, seconds)
 
+    def prompts_ran(self, reqs: Sequence[Req]) -> None:
+        """Some of their prompts was computed. Each is counted once, with the hits that its response will tell."""
+        for req in reqs:
+            if req not in self._counted and not (req.rid or "").startswith(HEALTH_CHECK_RID_PREFIX):
+                self._counted.add(req)
+                hits = {
+                    "device": req.cached_tokens_device,
+                    "host": req.cached_tokens_host,
+                    "disk": req.cached_tokens_storage,
+                }
+                self.linker.cache_linker.store.stats.prompt_ran(len(req.origin_input_ids), hits)
+
     def take_hint(self, hint: HintReqInput) -> None:
         """What a client says of a conversation, see `hints`."""
         self.linker.take_hint(hint)
@@ -100,7 +121,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def describe_store(self) -> dict[str, Any]:
         linker = self.linker.cache_linker
-        state = linker.describe()
+        state = linker.describe() | {"hottest": self.linker.hottest(HOTTEST)}
         if os.environ.get(CHECK_INVARIANTS):
             state |= {"saving": linker.store.saving, "pins": linker.store.pins, "damage": _damage(linker)}
         return state

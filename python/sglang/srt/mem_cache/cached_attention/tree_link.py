@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +21,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from cached_attention.chain import Chain
+from cached_attention.conversations import Conversations
 from cached_attention.index import PageKey
 
 from .hints import HintReqInput, Outlook
@@ -71,6 +73,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self._inserted: RadixKey | None = None
         self._ends: OrderedDict[str, PageKey] = OrderedDict()
         """Of requests that ended lately: the last page of their conversation."""
+        self.conversations = Conversations(time.monotonic)
 
     @property
     def events(self) -> KvEvents | None:
@@ -89,6 +92,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         """Leave in a new request what stays of its prompt."""
         if self.truncation is not None and (prompt := self.truncation.cut_request(req)) is not None:
             self._truncated[req] = prompt
+            self.cache_linker.store.stats.truncated(prompt.dropped)
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         """Add to `result` the pages that the store holds beyond the device's."""
@@ -151,8 +155,25 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         if known.chain.keys:
             self._ends[req.rid] = known.chain.keys[-1]
             self._ends.move_to_end(req.rid)
+            if req.finished():
+                self.conversations.turn_ended(known.chain.keys, req.cached_tokens)
         if len(self._ends) > REMEMBERED:
             self._ends.popitem(last=False)
+
+    def hottest(self, count: int) -> list[dict[str, Any]]:
+        """The conversations that were continued most: their turns, pages and tiers."""
+        store = self.cache_linker.store
+        return [
+            {
+                "conversation": known.name,
+                "turns": known.turns,
+                "tokens": known.pages * self.cache.page_size,
+                "reused_tokens": known.reused_tokens,
+                "idle_s": round(known.idle, 1),
+                "tiers": store.tiers_with(known.last),
+            }
+            for known in self.conversations.hottest(count)
+        ]
 
     def take_hint(self, hint: HintReqInput) -> None:
         store, chain = self.cache_linker.store, self._hinted(hint)

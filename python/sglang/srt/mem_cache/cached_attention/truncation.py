@@ -77,6 +77,11 @@ class TruncatedPrompt:
         self.extra_key = self._namespace(plan)
 
     @property
+    def dropped(self) -> int:
+        """Tokens."""
+        return self._plan.dropped
+
+    @property
     def kept(self) -> array[int]:
         return self._plan.keep(self._tokens)
 

@@ -1,0 +1,102 @@
+"""The store's metrics on SGLang's own `/metrics`, beside and labelled like the scheduler's."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from cached_attention.metrics import LOAD_WAIT_SECONDS, METRICS, TRANSFER_SECONDS, Kind, Metric, read, tiers_of
+from cached_attention.stats import Direction
+from cached_attention.store import CachedAttentionStore
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
+
+PERIOD = 1.0
+"""Seconds between two publications; Prometheus scrapes less often."""
+
+
+class StoreMetrics:
+    """Publishes what one rank's store counts. To be made once SGLang has set up its multi-process directory.
+
+    Args:
+        collector: the scheduler's; its labels and its classes of metrics, which an embedding application may
+            have replaced, are used.
+    """
+
+    def __init__(self, store: CachedAttentionStore, collector: SchedulerMetricsCollector) -> None:
+        import prometheus_client  # Chooses its storage when it is imported.
+
+        self._store = store
+        self._labels: dict[str, Any] = dict(collector.labels)
+        self._tiers = tiers_of(store)
+        self._classes = {
+            Kind.COUNTER: collector._counter_cls or prometheus_client.Counter,
+            Kind.GAUGE: collector._gauge_cls or prometheus_client.Gauge,
+            Kind.HISTOGRAM: collector._histogram_cls or prometheus_client.Histogram,
+        }
+        self._families = {metric.name: self._family(metric) for metric in METRICS}
+        self._children: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._told: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._next = 0.0
+        store.stats.observer = self
+
+    def _family(self, metric: Metric) -> Any:
+        extra: dict[str, Any] = {}
+        if metric.kind is Kind.GAUGE:
+            extra["multiprocess_mode"] = "mostrecent"
+        elif metric.kind is Kind.HISTOGRAM:
+            extra["buckets"] = metric.buckets
+        names = [*self._labels, *metric.labels]
+        return self._classes[metric.kind](
+            name=metric.full_name, documentation=metric.help, labelnames=names, **extra
+        )
+
+    def _child(self, metric: Metric, values: tuple[str, ...]) -> Any:
+        key = metric.name, values
+        if key not in self._children:
+            labels = self._labels | dict(zip(metric.labels, values, strict=True))
+            self._children[key] = self._families[metric.name].labels(**labels)
+        return self._children[key]
+
+    def transferred(self, direction: Direction, tier: str, seconds: float) -> None:
+        self._child(TRANSFER_SECONDS, (str(direction), tier)).observe(seconds)
+
+    def load_waited(self, seconds: float) -> None:
+        self._child(LOAD_WAIT_SECONDS, ()).observe(seconds)
+
+    def poll(self) -> None:
+        """To be called often, on the scheduler's thread; publishes when it is time."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + PERIOD
+            self.publish()
+
+    def publish(self) -> None:
+        self._tiers |= tiers_of(self._store)
+        reading = read(self._store, self._tiers)
+        for metric in METRICS:
+            for labels, value in metric.read(reading).items():
+                self._tell(metric, labels, value)
+
+    def _tell(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
+        key = metric.name, labels
+        told = self._told.get(key)
+        if value == told:
+            return
+        self._told[key] = value
+        child = self._child(metric, labels)
+        if metric.kind is Kind.GAUGE:
+            child.set(value)
+        else:
+            # Less than before: counted by a disk tier that was opened anew.
+            child.inc(value if told is None or value < told else value - told)
+
+
+def store_metrics(scheduler: Scheduler, store: CachedAttentionStore) -> StoreMetrics | None:
+    """None without `--enable-metrics`, and on ranks that SGLang leaves out as well."""
+    context = scheduler.metrics_collector_context
+    if not context.current_scheduler_metrics_enabled or context.collector is None:
+        return None
+    return StoreMetrics(store, context.collector)
