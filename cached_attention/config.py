@@ -118,6 +118,8 @@ class CachedAttentionConfig:
     """Directory of the disk tier; None: no disk tier."""
     disk_size: int = 0
     """Bytes that the disk tier never exceeds, over all ranks of the machine."""
+    remote: str | None = None
+    """URL of a store that is shared with other servers, see `parse_remote`; None: no remote tier."""
     disk_min_uses: int = 1
     """A page is written to disk once it was used this often."""
     look_ahead: int = DEFAULT_LOOK_AHEAD

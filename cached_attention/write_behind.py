@@ -28,6 +28,21 @@ FLUSH_REPORT = 2.0
 """Seconds between log lines of a long flush."""
 
 
+def page_write(pages: Hierarchy, row: int) -> PageWrite:
+    """The record of `row`, which is in host memory, under the key that it was saved under."""
+    index, origin = pages.index, pages.index.origin(row)
+    parent = index.parent[origin]
+    return PageWrite(
+        key=index.key(origin),
+        parent=None if parent == NOWHERE else index.key(parent),
+        base_position=index.position[row],
+        checksum=index.checksum[origin],
+        last_use=index.last_use[row],
+        uses=index.uses[row],
+        buffer=pages.host.slot_bytes(pages.in_host.slot[row]),
+    )
+
+
 class WriteBehind:
     """Copies dirty pages to disk. All calls come from one thread; `poll` never waits.
 
@@ -67,7 +82,7 @@ class WriteBehind:
         while len(self._writes) < batches and self._disk.healthy:
             if not (rows := self._choose()):
                 break
-            self._writes.append((rows, self._disk.write([self._page_write(row) for row in rows])))
+            self._writes.append((rows, self._disk.write([page_write(self._pages, row) for row in rows])))
 
     def _choose(self) -> list[int]:
         rows: list[int] = []
@@ -103,19 +118,6 @@ class WriteBehind:
         while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
             slots += self._pages.leave_disk(victim)
         return slots
-
-    def _page_write(self, row: int) -> PageWrite:
-        index, origin = self._pages.index, self._pages.index.origin(row)
-        parent = index.parent[origin]
-        return PageWrite(
-            key=index.key(origin),
-            parent=None if parent == NOWHERE else index.key(parent),
-            base_position=index.position[row],
-            checksum=index.checksum[origin],
-            last_use=index.last_use[row],
-            uses=index.uses[row],
-            buffer=self._pages.host.slot_bytes(self._pages.in_host.slot[row]),
-        )
 
     def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
         unneeded: list[int] = []

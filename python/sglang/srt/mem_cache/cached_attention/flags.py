@@ -22,6 +22,8 @@ from cached_attention.config import (
     parse_share,
     parse_size,
 )
+from cached_attention.tiers.remote_address import parse_remote
+from cached_attention.tiers.remote_client import check_installed
 
 LINKER_MODULE = "sglang.srt.mem_cache.cached_attention.linker"
 LINKER_CLASS = "CachedAttentionLinker"
@@ -59,6 +61,13 @@ DISK_SIZE = Flag(
     None,
     "What the directory never exceeds, over all ranks on this machine: a size such as 2TB, or a share of the "
     "disk space that is free at start-up such as 0.5. Required with --cached-attention-disk-path.",
+)
+REMOTE = Flag(
+    "cached_attention_remote",
+    None,
+    "Share conversations with other servers through a Mooncake store: mooncake://HOST:PORT of its master, with "
+    "the options segment=SIZE (memory of this machine that is lent to the store, 4GB by default), "
+    "protocol=tcp|rdma, device=NAME, metadata=URL, host=ADDRESS (of this machine).",
 )
 DISK_MIN_USES = Flag(
     "cached_attention_disk_min_uses",
@@ -106,6 +115,7 @@ FLAGS = (
     HOST_SIZE,
     DISK_PATH,
     DISK_SIZE,
+    REMOTE,
     DISK_MIN_USES,
     LOOK_AHEAD,
     WAIT,
@@ -174,6 +184,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], free_memory),
         disk_path=None if path is None else str(Path(path).absolute()),
         disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
+        remote=_remote(settings[REMOTE], free_memory),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
         wait=Wait(_choice(WAIT, settings[WAIT], [choice.value for choice in Wait])),
@@ -193,6 +204,14 @@ def _disk_size(path: Path, size: str) -> int:
         )
     ours = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
     return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + ours)
+
+
+def _remote(url: str | None, free_memory: int) -> str | None:
+    if url is None:
+        return None
+    address = parse_remote(REMOTE.option, url, free_memory)
+    check_installed(REMOTE.option)
+    return address.url
 
 
 def _whole_number(flag: Flag, text: str | int, least: int = 1) -> int:
