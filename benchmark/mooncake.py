@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from benchmark.server import free_port
+from cached_attention.tiers.remote_client import RemoteError, load_mooncake
 
 START_SECONDS = 60.0
 
@@ -19,9 +20,9 @@ START_SECONDS = 60.0
 def missing() -> str | None:
     """Why no master and no client can run on this machine; None where they can."""
     try:
-        import mooncake.store  # noqa: F401
-    except ImportError as error:
-        return f"Mooncake does not load: {error}"
+        load_mooncake()
+    except RemoteError as error:
+        return str(error)
     return None
 
 

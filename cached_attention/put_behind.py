@@ -12,6 +12,8 @@ from cached_attention.write_behind import page_write
 
 BATCH_PAGES = 32
 BATCHES_IN_FLIGHT = 2
+REFUSED_PAUSE = 0.5
+"""Seconds without puts after one was refused: a full store makes room, a new master learns of its servers."""
 SHARE = 0.1
 """Part of the host slots that puts may hold at most: such pages cannot be evicted."""
 
@@ -19,12 +21,13 @@ SHARE = 0.1
 class PutBehind:
     """Shares what was saved, as fast as the network takes it. All calls come from one thread; `poll` never waits.
 
-    A page that is evicted before its turn is not shared. While the store is out of reach pages wait.
+    A page that is evicted before its turn is not shared. While the store is full or out of reach pages wait.
     """
 
     def __init__(self, pages: Hierarchy, remote: RemoteTier) -> None:
         self._pages = pages
         self._remote = remote
+        self._resume_at = 0.0
         self._puts: deque[tuple[list[int], Future[list[int | None]]]] = deque()
         self._most = max(1, min(BATCH_PAGES, int(SHARE * pages.host.capacity / BATCHES_IN_FLIGHT)))
 
@@ -41,10 +44,14 @@ class PutBehind:
         """Take note of what was put, and put more."""
         while self._puts and self._puts[0][1].done():
             self._settle(*self._puts.popleft())
-        while len(self._puts) < BATCHES_IN_FLIGHT and self._remote.healthy and (rows := self._choose()):
+        while len(self._puts) < BATCHES_IN_FLIGHT and self._may_put and (rows := self._choose()):
             for row in rows:
                 self._pages.pin(row)
             self._puts.append((rows, self._remote.write([page_write(self._pages, row) for row in rows])))
+
+    @property
+    def _may_put(self) -> bool:
+        return self._remote.healthy and time.monotonic() >= self._resume_at
 
     def _choose(self) -> list[int]:
         rows: list[int] = []
@@ -59,8 +66,9 @@ class PutBehind:
             key = self._pages.index.key(self._pages.index.origin(row))
             if put is not None:
                 self._pages.remote.add([key])
-            elif not self._remote.healthy:
+            else:
                 self._pages.remote.offer(key)
+                self._resume_at = time.monotonic() + REFUSED_PAUSE
             self._pages.unpin(row)
 
     def wait(self) -> None:
@@ -71,10 +79,10 @@ class PutBehind:
             self._settle(rows, future)
 
     def flush(self, timeout: float) -> int:
-        """Put what waits for at most `timeout` seconds; returns the pages that still wait."""
+        """Put what waits for at most `timeout` seconds, or until a put is refused; returns the pages that wait."""
         deadline = time.monotonic() + timeout
         self.poll()
-        while self.waiting and self._remote.healthy and time.monotonic() < deadline:
+        while self.waiting and self._may_put and time.monotonic() < deadline:
             time.sleep(0.005)
             self.poll()
         return self.waiting

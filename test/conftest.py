@@ -9,9 +9,9 @@ import pytest
 from benchmark.mooncake import Master, missing
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def master() -> Iterator[Master]:
-    """A Mooncake store of its own, on this machine."""
+    """A Mooncake store on this machine; who kills it starts it again."""
     if (reason := missing()) is not None:
         pytest.skip(reason)
     with Master(client_ttl=3) as running:

@@ -49,6 +49,21 @@ def check_installed(flag: str) -> None:
         )
 
 
+def load_mooncake() -> type[Any]:
+    """Mooncake's client class.
+
+    Raises:
+        RemoteError: it does not load.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        from mooncake.store import MooncakeDistributedStore
+    except ImportError as error:
+        raise RemoteError(f"Mooncake does not load ({error}); Debian has libibverbs1 for it") from error
+    return MooncakeDistributedStore
+
+
 class RemoteClient:
     """One connection to a Mooncake store. All calls wait for the network; any thread may make them.
 
