@@ -67,6 +67,11 @@ class Master:
                 return
         raise RuntimeError(f"mooncake_master did not start: see {self.log}")
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the master does not run"
+        return self._process.pid
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()

@@ -79,7 +79,7 @@ class PutBehind:
             self._settle(rows, future)
 
     def flush(self, timeout: float) -> int:
-        """Put what waits for at most `timeout` seconds, or until a put is refused; returns the pages that wait."""
+        """Put what waits, for at most `timeout` seconds or until a put is refused; returns what still waits."""
         deadline = time.monotonic() + timeout
         self.poll()
         while self.waiting and self._may_put and time.monotonic() < deadline:
