@@ -120,6 +120,8 @@ class CachedAttentionConfig:
     """Bytes that the disk tier never exceeds, over all ranks of the machine."""
     encryption_key: str | None = None
     """Where the key of the disk tier is, see `cached_attention.encryption.key_place`; None: not encrypted."""
+    remote: str | None = None
+    """URL of a store that is shared with other servers, see `parse_remote`; None: no remote tier."""
     disk_min_uses: int = 1
     """A page is written to disk once it was used this often."""
     look_ahead: int = DEFAULT_LOOK_AHEAD

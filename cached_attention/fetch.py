@@ -1,4 +1,4 @@
-"""Pages on their way from disk to host memory, for requests that wait, head of the chain first."""
+"""Pages on their way to host memory, from disk or the remote store, for requests that wait, head first."""
 
 from __future__ import annotations
 
@@ -6,24 +6,42 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.index import PageKey
+from cached_attention.index import NOWHERE, PageKey
 from cached_attention.policy.waiting import Pace
 from cached_attention.stats import Direction, Reason
 from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
-from cached_attention.tiers.page_disk import PageDisk
+from cached_attention.tiers.page_disk import PageDisk, PageSource, SharedPages
+
+
+class Remote(NamedTuple):
+    """Where pages come from that are not on disk."""
+
+    tier: SharedPages
+    pace: Pace
+    """Learns how long its reads take, in bytes."""
+    page_tokens: int
+
+
+class InFlight(NamedTuple):
+    """Bytes that were asked for and have not come."""
+
+    disk: int
+    remote: int
 
 
 @dataclass(eq=False)
 class _Read:
-    """Pages asked of the disk in one call."""
+    """Pages asked of one tier in one call."""
 
     rows: list[int]
+    is_remote: bool
     future: Future[list[ReadOutcome]]
     started: float
     ahead_bytes: int
-    """In flight when it was asked for."""
+    """In flight from the same tier when it was asked for."""
 
 
 @dataclass
@@ -31,7 +49,7 @@ class _Hold:
     """What is held for a request: the pinned rows of its chain that were not ready when it asked."""
 
     started: float
-    ahead_bytes: int
+    ahead: InFlight
     first_page: int
     rows: list[int] = field(default_factory=list)
     reads: list[_Read] = field(default_factory=list)
@@ -40,20 +58,29 @@ class _Hold:
 class Fetch:
     """Reads pages into host memory and keeps them there until the request that asked runs or leaves.
 
-    All calls come from one thread; none waits for the disk but `wait`.
+    All calls come from one thread; none waits for a tier but `wait`.
 
     Args:
-        pace: learns how long reads take, in bytes.
+        disk, remote: at least one of them.
+        pace: learns how long reads from disk take, in bytes.
     """
 
     def __init__(
-        self, pages: Hierarchy, disk: PageDisk, pace: Pace, clock: Callable[[], float] = time.monotonic
+        self,
+        pages: Hierarchy,
+        disk: PageDisk | None,
+        pace: Pace,
+        clock: Callable[[], float] = time.monotonic,
+        remote: Remote | None = None,
     ) -> None:
         self._pages = pages
         self._disk = disk
         self._pace = pace
         self._clock = clock
-        self.page_bytes = disk.stride
+        self._remote = remote
+        source: PageSource | None = disk if remote is None else remote.tier
+        assert source is not None, "pages come from nowhere"
+        self.page_bytes = source.stride
         self._reads: list[_Read] = []
         self._holds: dict[str, _Hold] = {}
 
@@ -72,8 +99,9 @@ class Fetch:
         return bool(self._reads)
 
     @property
-    def bytes_in_flight(self) -> int:
-        return sum(len(read.rows) for read in self._reads) * self.page_bytes
+    def in_flight(self) -> InFlight:
+        remote = sum(len(read.rows) for read in self._reads if read.is_remote) * self.page_bytes
+        return InFlight(sum(len(read.rows) for read in self._reads) * self.page_bytes - remote, remote)
 
     def holds_for(self, request: str) -> bool:
         return request in self._holds
@@ -92,32 +120,49 @@ class Fetch:
         hold = self._holds.get(request)
         for page in range(first, end):
             row = index.find(keys[page])
-            if row not in self._pages.in_host:
+            if row != NOWHERE and row not in self._pages.in_host:
                 self._pages.join(row)
             if row not in self._pages.in_host:
                 parent = keys[page - 1] if page else None
-                admitted = self._pages.admit(keys[page], parent, index.position[row], rank)
+                admitted = self._pages.admit(keys[page], parent, self._position(row, page), rank)
                 if admitted is None:
                     end = page
                     break
+                row = admitted
                 missing.append(row)
             if not self._pages.in_host.ready[row]:
                 if hold is None:
-                    hold = _Hold(self._clock(), self.bytes_in_flight, page)
+                    hold = _Hold(self._clock(), self.in_flight, page)
                     self._holds[request] = hold
                 self._pages.pin(row)
                 hold.rows.append(row)
-        if missing and hold is not None:
-            hold.reads.append(self._read(missing))
+        if hold is not None:
+            hold.reads += self._read_all(missing)
         return end
 
-    def _read(self, rows: list[int]) -> _Read:
-        ahead = self.bytes_in_flight
-        future = self._disk.read([self._page_read(row) for row in rows])
-        self._pages.stats.watch(Direction.FETCH, "disk", future, lambda pages: pages.count(ReadOutcome.READ))
-        read = _Read(rows, future, self._clock(), ahead)
-        self._reads.append(read)
-        return read
+    def _position(self, row: int, page: int) -> int:
+        """Base position of a page, which may be known by its place in the chain only."""
+        if row != NOWHERE and row in self._pages.on_disk:
+            return self._pages.index.position[row]
+        assert self._remote is not None, "a page to fetch is in no tier"
+        return page * self._remote.page_tokens
+
+    def _read_all(self, rows: Sequence[int]) -> list[_Read]:
+        near = [row for row in rows if row in self._pages.on_disk]
+        far = [row for row in rows if row not in self._pages.on_disk]
+        reads: list[_Read] = []
+        if near and self._disk is not None:
+            reads.append(self._read(near, self._disk, is_remote=False))
+        if far and self._remote is not None:
+            reads.append(self._read(far, self._remote.tier, is_remote=True))
+        self._reads += reads
+        return reads
+
+    def _read(self, rows: list[int], source: PageSource, *, is_remote: bool) -> _Read:
+        future = source.read([self._page_read(row) for row in rows])
+        tier = "remote" if is_remote else "disk"
+        self._pages.stats.watch(Direction.FETCH, tier, future, lambda pages: pages.count(ReadOutcome.READ))
+        return _Read(rows, is_remote, future, self._clock(), self.in_flight[is_remote])
 
     def _page_read(self, row: int) -> PageRead:
         index = self._pages.index
@@ -135,10 +180,10 @@ class Fetch:
         hold = self._holds.get(request)
         return 0 if hold is None else sum(map(self._lands, hold.rows))
 
-    def begun(self, request: str) -> tuple[float, int] | None:
+    def begun(self, request: str) -> tuple[float, InFlight] | None:
         """When the fetch for `request` began, and the bytes that were in flight then; None if it did not."""
         hold = self._holds.get(request)
-        return None if hold is None else (hold.started, hold.ahead_bytes)
+        return None if hold is None else (hold.started, hold.ahead)
 
     def arrived(self, request: str) -> tuple[int, int]:
         """Of what `request` asked for: the place in its chain of the first page, and how many are there."""
@@ -174,20 +219,35 @@ class Fetch:
             outcomes = read.future.result()
         if ReadOutcome.READ in outcomes:
             amount = read.ahead_bytes + len(read.rows) * self.page_bytes
-            self._pace.observe(amount, self._clock() - read.started)
+            pace = self._remote.pace if read.is_remote and self._remote is not None else self._pace
+            pace.observe(amount, self._clock() - read.started)
         removed: list[int] = []
         for row, outcome in zip(read.rows, outcomes, strict=True):
             if outcome is ReadOutcome.READ:
-                self._pages.land(row, clean=True)
-                self._pages.stats.fetched += 1
+                self._land(row, read.is_remote)
             else:
                 self._pages.give_up(row)
                 if outcome is ReadOutcome.LOST:
-                    removed += self._pages.lose(row)
-                    self._pages.stats.lost += 1
+                    removed += self._lose(row, read.is_remote)
             self._pages.unpin(row)
-        self._pages.stats.left("disk", Reason.DAMAGE, len(removed))
-        self._disk.remove(removed)
+        if self._disk is not None:
+            self._pages.stats.left("disk", Reason.DAMAGE, len(removed))
+            self._disk.remove(removed)
+
+    def _land(self, row: int, is_remote: bool) -> None:
+        self._pages.stats.fetched += 1
+        if is_remote and self._remote is not None:
+            buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
+            self._pages.index.checksum[row] = self._remote.tier.checksum(buffer)
+        self._pages.land(row, clean=not is_remote)
+
+    def _lose(self, row: int, is_remote: bool) -> list[int]:
+        """The page is not where it was thought to be; returns the slots on disk that are free by it."""
+        self._pages.stats.lost += 1
+        if not is_remote:
+            return self._pages.lose(row)
+        self._pages.remote.discard(self._pages.index.key(row))
+        return []
 
     def wait(self) -> None:
         """Until the disk touches no page of the arena; nothing is held any more."""

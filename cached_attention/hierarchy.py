@@ -9,6 +9,7 @@ from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
+from cached_attention.remote_pages import REMEMBERED, RemotePages
 from cached_attention.residency import ResidencyFeed
 from cached_attention.stats import Reason, StoreStats
 from cached_attention.tiers.disk_rows import RecordColumns
@@ -34,11 +35,14 @@ class Hierarchy:
         host: HostSlots,
         *,
         has_disk: bool,
+        has_remote: bool = False,
         order: Callable[[PageIndex, Residency, WaitingOrder, NextUse], EvictionOrder] = EvictionOrder,
         feed: ResidencyFeed | None = None,
         stats: StoreStats | None = None,
     ) -> None:
         self.host = host
+        self.remote = RemotePages(max(REMEMBERED, 4 * host.capacity) if has_remote else 0)
+        """Such pages need no row here."""
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
         self.waiting = WaitingOrder()
@@ -55,21 +59,18 @@ class Hierarchy:
         self.stats = stats or StoreStats()
 
     def is_kept(self, key: PageKey) -> bool:
-        """Whether the page is in any tier, or on its way there."""
+        """Whether the page is in any tier of this server, or on its way there."""
         return self.index.is_resident(key)
 
     def tiers_with(self, key: PageKey) -> list[str]:
         """Names of the tiers that the page is in."""
         row = self.index.find(key)
-        return [tier.name for tier in (self.in_host, self.on_disk) if row != NOWHERE and row in tier]
+        here = [tier.name for tier in (self.in_host, self.on_disk) if row != NOWHERE and row in tier]
+        return [*here, "remote"] if key in self.remote else here
 
-    def path_to(self, last: PageKey) -> list[PageKey]:
-        """The pages up to a known one, which is the last; empty where it is unknown."""
-        keys, row = [], self.index.find(last)
-        while row != NOWHERE:
-            keys.append(self.index.key(row))
-            row = self.index.parent[row]
-        return keys[::-1]
+    def is_restorable(self, key: PageKey) -> bool:
+        """Whether the page is in any tier, or on its way there."""
+        return self.index.is_resident(key) or key in self.remote
 
     def loadable(self, keys: Sequence[PageKey], known: int) -> int:
         """How many leading pages can be loaded from host memory now, of which `known` could when last asked."""
@@ -78,12 +79,18 @@ class Hierarchy:
 
     def restorable(self, keys: Sequence[PageKey], known: int) -> int:
         """How many leading pages have bytes in some tier, of which `known` had when last asked."""
-        find, ready, slot = self.index.find, self.in_host.ready, self.on_disk.slot
+        find, ready, slot, remote = self.index.find, self.in_host.ready, self.on_disk.slot, self.remote
         return reach(
             keys,
             known,
-            lambda key: (row := find(key)) != NOWHERE and (bool(ready[row]) or slot[row] != NOWHERE),
+            lambda key: (
+                ((row := find(key)) != NOWHERE and (bool(ready[row]) or slot[row] != NOWHERE)) or key in remote
+            ),
         )
+
+    def last_row(self, keys: Sequence[PageKey]) -> int:
+        """Of the last of `keys` that is known here; NOWHERE where none is."""
+        return next((row for row in map(self.index.find, reversed(keys)) if row != NOWHERE), NOWHERE)
 
     def pin(self, row: int) -> None:
         self.index.pin(row)
@@ -210,6 +217,7 @@ class Hierarchy:
             self.feed.entered(sharer, self.in_host)
         if not clean:
             self.soil(row)
+            self.remote.offer(self.index.key(self.index.origin(row)))
 
     def soil(self, row: int) -> None:
         """Say that the page in host memory is wanted on disk, unless its bytes are there or on their way."""
@@ -317,6 +325,22 @@ class Hierarchy:
     def rows_on_disk(self) -> list[int]:
         """Walks all rows."""
         return [row for row in self.index.rows() if row in self.on_disk]
+
+    def drop(self, keys: Sequence[PageKey]) -> tuple[int, list[int]]:
+        """Let the chain leave every tier of this server, its tail first, up to a page that is needed.
+
+        Returns how many pages left, and the slots on disk that are free by it.
+        """
+        dropped, slots = 0, list[int]()
+        for key in reversed(keys):
+            row = self.index.find(key)
+            if row == NOWHERE and key in self.remote:
+                continue
+            if row == NOWHERE or not self.is_idle(row):
+                break
+            dropped += 1
+            slots += self.forget(row)
+        return dropped, slots
 
     def expire(self, count: int, limit: float) -> int:
         """Drop from host memory up to `count` pages that were last used before `limit`."""

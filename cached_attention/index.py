@@ -105,6 +105,14 @@ class PageIndex:
         assert key is not None, f"row {row} is free"
         return key
 
+    def path(self, row: int) -> list[PageKey]:
+        """The keys of the chain that ends with `row`; none where it is NOWHERE."""
+        keys = []
+        while row != NOWHERE:
+            keys.append(self.key(row))
+            row = self.parent[row]
+        return keys[::-1]
+
     def is_resident(self, key: PageKey) -> bool:
         """Whether `key` has a slot in any tier."""
         row = self.find(key)

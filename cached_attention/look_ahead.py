@@ -24,6 +24,8 @@ class _Ask:
     keys: Sequence[PageKey]
     """The restorable part of its chain."""
     first: int
+    remote: int
+    """Pages of it that are in the remote store only."""
     next: int
     """The first page that was not asked of the disk yet."""
     held_since: float | None = None
@@ -89,7 +91,8 @@ class LookAhead:
         known = self._asks.get(request)
         if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
             return
-        self._asks[request] = _Ask(keys, loadable, loadable)
+        remote = sum(not self._pages.is_kept(key) for key in keys[loadable:])
+        self._asks[request] = _Ask(keys, loadable, remote, loadable)
         self._open.add(request)
 
     def leave(self, request: str) -> None:
@@ -120,7 +123,7 @@ class LookAhead:
     def _forget_lost(self, ask: _Ask, end: int) -> int:
         """What was lost since it was asked for, and all after it, is not waited for; `end`, or less."""
         for page in range(ask.next, min(end, len(ask.keys))):
-            if not self._pages.is_kept(ask.keys[page]):
+            if not self._pages.is_restorable(ask.keys[page]):
                 ask.keys = ask.keys[:page]
                 break
         return min(end, len(ask.keys))
@@ -158,10 +161,11 @@ class LookAhead:
     def _outstanding(self, request: str, ask: _Ask) -> Outstanding:
         now = self._clock()
         ask.held_since = now if ask.held_since is None else ask.held_since
-        since, ahead = self._fetch.begun(request) or (ask.held_since, self._fetch.bytes_in_flight)
+        since, ahead = self._fetch.begun(request) or (ask.held_since, self._fetch.in_flight)
         return Outstanding(
             waited=now - since,
-            total_bytes=ask.pages * self._fetch.page_bytes,
-            ahead_bytes=ahead,
+            total_bytes=(ask.pages - ask.remote) * self._fetch.page_bytes,
+            ahead_bytes=ahead.disk,
             missing_tokens=self._missing(request, ask) * self._page_tokens,
+            remote_bytes=ask.remote * self._fetch.page_bytes + ahead.remote if ask.remote else 0,
         )

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from cached_attention.store import CachedAttentionStore
 
 PREFIX = "sglang:cached_attention_"
-LOWER_TIERS = ("disk",)
+OWN_TIERS = ("host", "disk")
+"""Of this server alone, so that it knows how full they are."""
+LOWER_TIERS = ("disk", "remote")
 """Below host memory, fastest first."""
 
 Values = Mapping[tuple[str, ...], float]
@@ -37,11 +39,12 @@ class Reading(NamedTuple):
     """Tiers that the server was started with, or had since."""
 
     def fill(self, key: str, scale: int = 1) -> Values:
-        """By tier: the counter `{tier}_{key}` times `scale`; 0 for a tier that is gone."""
-        return {(tier,): self.counters.get(f"{tier}_{key}", 0) * scale for tier in self.has_had}
+        """By own tier: the counter `{tier}_{key}` times `scale`; 0 for a tier that is gone."""
+        own = (tier for tier in OWN_TIERS if tier in self.has_had)
+        return {(tier,): self.counters.get(f"{tier}_{key}", 0) * scale for tier in own}
 
     def below(self, key: str) -> Values:
-        """As `fill`, of tiers below host memory only."""
+        """As `fill`, of the tiers below host memory."""
         return {(tier,): self.counters.get(f"{tier}_{key}", 0) for tier in self.has_had if tier in LOWER_TIERS}
 
 
@@ -122,7 +125,7 @@ METRICS: tuple[Metric, ...] = (
     _by_tier(
         "hit_tokens_total",
         "Of the prompts' tokens, those that were not computed, by the tier that they came from: "
-        "device, host, or disk when they were read from there for the request.",
+        "device, host, or, when they were read for the request, disk or remote; disk where a server has both.",
         _hits,
         Kind.COUNTER,
     ),
@@ -207,4 +210,5 @@ def read(store: CachedAttentionStore, has_had: frozenset[str]) -> Reading:
 
 def tiers_of(store: CachedAttentionStore) -> frozenset[str]:
     """Host memory, and the tiers below that the store has now."""
-    return frozenset({"host"} | ({"disk"} if store.disk is not None else set()))
+    below = {"disk": store.disk, "remote": store.remote}
+    return frozenset({"host", *(tier for tier, opened in below.items() if opened is not None)})

@@ -1,31 +1,39 @@
-"""All that moves between host memory and one disk tier."""
+"""All that moves between host memory and the tiers below it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
-from cached_attention.fetch import Fetch
+from cached_attention.chain import reach
+from cached_attention.fetch import Fetch, Remote
 from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import PageKey
 from cached_attention.look_ahead import LookAhead
+from cached_attention.lookups import Lookups
 from cached_attention.policy.waiting import WaitOrRecompute
+from cached_attention.put_behind import PutBehind
 from cached_attention.stats import Reason
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.remote import RemoteTier
 from cached_attention.write_behind import WriteBehind
 
 
 class Migration:
-    """Fetch, its look-ahead and write-behind over one disk tier. All calls come from one thread.
+    """Fetch and its look-ahead over all tiers, write-behind to each. All calls come from one thread.
 
     Args:
+        disk, remote: at least one of them.
         look_ahead: waiting requests whose pages are fetched before they run.
-        min_uses: a page is written once it was used this often.
+        min_uses: a page is written to disk once it was used this often.
         page_tokens: tokens per page.
     """
 
     def __init__(
         self,
         pages: Hierarchy,
-        disk: DiskTier,
+        disk: DiskTier | None,
+        remote: RemoteTier | None,
         decision: WaitOrRecompute,
         *,
         look_ahead: int,
@@ -35,49 +43,123 @@ class Migration:
     ) -> None:
         self._pages = pages
         self._disk = disk
-        self.fetch = Fetch(pages, disk, decision.fetching)
+        self._remote = remote
+        source = None if remote is None else Remote(remote, decision.remote, page_tokens)
+        self.fetch = Fetch(pages, disk, decision.fetching, remote=source)
         self.ahead = LookAhead(pages, self.fetch, decision, look_ahead, page_tokens)
-        self.write_behind = WriteBehind(pages, disk, min_uses, clock)
+        self.write_behind = None if disk is None else WriteBehind(pages, disk, min_uses, clock)
+        self._put_behind = None if remote is None else PutBehind(pages, remote)
+        self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
+        self._outages = -1
 
     @property
     def pins(self) -> int:
         """Pins held for requests, reads and writes."""
-        return self.fetch.pins + self.write_behind.rows_in_flight
+        writers = (self.write_behind, self._put_behind)
+        return self.fetch.pins + sum(writer.rows_in_flight for writer in writers if writer is not None)
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
-        return {
-            "disk_pages": self._disk.capacity_slots,
-            "disk_pages_used": self._pages.on_disk.pages,
-            "dirty": self._pages.dirty.pages,
-            "fetched": self._pages.stats.fetched,
-            "lost": self._pages.stats.lost,
-            "recomputed": self._pages.stats.recomputed,
-            "look_ahead": self.ahead.depth,
-            "disk_errors": self._disk.io_errors,
-            "disk_damaged": self._disk.checksum_failures,
-            "disk_healthy": int(self._disk.healthy),
-        }
+        stats = self._pages.stats
+        counts = {"fetched": stats.fetched, "lost": stats.lost, "recomputed": stats.recomputed}
+        counts["look_ahead"] = self.ahead.depth
+        if self._disk is not None:
+            counts |= {
+                "disk_pages": self._disk.capacity_slots,
+                "disk_pages_used": self._pages.on_disk.pages,
+                "dirty": self._pages.dirty.pages,
+                "disk_errors": self._disk.io_errors,
+                "disk_damaged": self._disk.checksum_failures,
+                "disk_healthy": int(self._disk.healthy),
+            }
+        if self._remote is not None and self._lookups is not None:
+            counts |= {f"remote_{name}": count for name, count in vars(self._remote.stats).items()}
+            counts |= {
+                "remote_lookups": self._lookups.asked,
+                "remote_known": len(self._pages.remote),
+                "remote_unshared": self._pages.remote.unshared,
+                "remote_errors": self._remote.errors,
+                "remote_healthy": int(self._remote.healthy),
+            }
+        return counts
+
+    def arrive(self, request: str, keys: Sequence[PageKey], loadable: int, restorable: int) -> None:
+        """`request` waits with the chain `keys`.
+
+        Args:
+            loadable, restorable: leading pages of it in host memory, and in any tier.
+        """
+        if restorable > loadable:
+            self.ahead.ask(request, keys[:restorable], loadable)
+        if self._lookups is not None:
+            self._lookups.ask(request, keys, restorable)
+
+    def leave(self, request: str) -> None:
+        """`request` runs, or was given up."""
+        self.ahead.leave(request)
+        if self._lookups is not None:
+            self._lookups.leave(request)
+
+    def is_ready(self, request: str) -> bool:
+        """Whether `request` may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
+        return (self._lookups is None or self._lookups.is_ready(request)) and self.ahead.is_ready(request)
 
     def poll(self) -> None:
         """Take note of what has ended, and start more; never waits."""
         self.fetch.poll()
+        self._poll_lookups()
         self.ahead.advance()
-        self.write_behind.poll(self.fetch.is_reading, self.fetch.held)
+        if self.write_behind is not None:
+            self.write_behind.poll(self.fetch.is_reading, self.fetch.held)
+        if self._put_behind is not None:
+            self._put_behind.poll()
+
+    def _poll_lookups(self) -> None:
+        if self._remote is None or self._lookups is None:
+            return
+        if self._outages != self._remote.outages:
+            self._outages = self._remote.outages
+            self._pages.remote.clear()
+            self._pages.epoch += 1
+        for request, keys in self._lookups.poll():
+            loadable, restorable = self._pages.loadable(keys, 0), self._pages.restorable(keys, 0)
+            self.ahead.ask(request, keys[:restorable], loadable)
+
+    def forget(self, keys: Sequence[PageKey]) -> None:
+        """Remove from the store what this server has dropped of a chain; others may have put the rest."""
+        if self._remote is not None:
+            dropped = keys[reach(keys, 0, self._pages.is_kept) :]
+            for key in dropped:
+                self._pages.remote.discard(key)
+            self._remote.remove(dropped)
 
     def expire(self, count: int, limit: float) -> int:
         """Remove from the disk up to `count` pages that were last used before `limit`; returns how many."""
+        if self._disk is None or self.write_behind is None:
+            return 0
         slots = self.write_behind.evict(count, limit)
         self._pages.stats.left("disk", Reason.TTL, len(slots))
         self._disk.remove(slots)
         return len(slots)
 
     def clear(self) -> None:
-        """Remove every page from the disk. Walks all pages."""
-        self._pages.stats.left("disk", Reason.FLUSH, self._pages.on_disk.pages)
-        self._disk.remove([slot for row in self._pages.rows_on_disk() for slot in self._pages.leave_disk(row)])
+        """Remove every page from the disk; what is shared with others stays. Walks all pages."""
+        if self._disk is not None:
+            self._pages.stats.left("disk", Reason.FLUSH, self._pages.on_disk.pages)
+            rows = self._pages.rows_on_disk()
+            self._disk.remove([slot for row in rows for slot in self._pages.leave_disk(row)])
+
+    def flush(self, timeout: float) -> int:
+        """Write and share what is to be, for at most `timeout` seconds; returns the pages not on disk then."""
+        deadline = time.monotonic() + timeout
+        left = 0 if self.write_behind is None else self.write_behind.flush(timeout)
+        if self._put_behind is not None:
+            self._put_behind.flush(deadline - time.monotonic())
+        return left
 
     def wait(self) -> None:
-        """Until the disk touches no page of the arena; nothing is held for requests any more."""
+        """Until no tier touches a page of the arena; nothing is held for requests any more."""
         self.fetch.wait()
-        self.write_behind.wait()
+        for writer in (self.write_behind, self._put_behind):
+            if writer is not None:
+                writer.wait()

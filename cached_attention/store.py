@@ -29,6 +29,7 @@ from cached_attention.saving import Saves
 from cached_attention.stats import Reason, StoreStats
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.remote import RemoteTier
 from cached_attention.transfer.copier import page_copier
 from cached_attention.transfer.jobs import Transfers
 from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
@@ -53,6 +54,7 @@ class CachedAttentionStore:
         device: the engine's KV pool.
         host_size: bytes of host memory, at least one page.
         disk: a tier just opened, with the pages it holds; the store closes it.
+        remote: a tier shared with other servers, just made; the store opens and closes it.
         rotations: per layer how its keys are rotated, None where they are not; without, no page is ever loaded
             at another position than its own.
         min_uses: a page goes to disk once it was used this often.
@@ -71,6 +73,7 @@ class CachedAttentionStore:
         device: DevicePool,
         host_size: int,
         disk: DiskTier | None = None,
+        remote: RemoteTier | None = None,
         *,
         rotations: Sequence[Rotation | None] | None = None,
         min_uses: int = 1,
@@ -83,6 +86,7 @@ class CachedAttentionStore:
         self.layout = device.layout
         self.host = HostTier(self.layout, host_size, device.device)
         self.disk = disk
+        self.remote = remote
         self.stats = StoreStats()
         self._min_uses = min_uses
         self._ttl = ttl
@@ -93,18 +97,22 @@ class CachedAttentionStore:
         self._can_rotate = rotations is not None
         self._device_pages = device.num_pages
         copier = page_copier(device, self.host, rotations)
-        page_size, sealed = self.layout.page_size, disk is not None
+        page_size, sealed = self.layout.page_size, disk is not None or remote is not None
         self._transfers = Transfers(copier, self.host, device.device, page_size, sealed=sealed)
         self.residency = ResidencyFeed()
+        if remote is not None:
+            remote.open(self.host)
         self._start_empty(epoch=0)
         self._adopt()
 
     def _start_empty(self, epoch: int) -> None:
-        has_disk = self.disk is not None
-        self._pages = Hierarchy(self.host, has_disk=has_disk, feed=self.residency, stats=self.stats)
+        has_disk, has_remote = self.disk is not None, self.remote is not None
+        self._pages = Hierarchy(
+            self.host, has_disk=has_disk, has_remote=has_remote, feed=self.residency, stats=self.stats
+        )
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
-        self._migration = None if self.disk is None else self._migrate(self.disk)
+        self._migration = self._migrate()
         self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
         self._hints = Hints()
         page_size = self.layout.page_size
@@ -112,10 +120,13 @@ class CachedAttentionStore:
         self._reserved: dict[str, int] = {}
         self._loads = Loads(self._pages, self._transfers, self.stats)
 
-    def _migrate(self, disk: DiskTier) -> Migration:
+    def _migrate(self) -> Migration | None:
+        if self.disk is None and self.remote is None:
+            return None
         return Migration(
             self._pages,
-            disk,
+            self.disk,
+            self.remote,
             self._decision,
             look_ahead=self._look_ahead,
             min_uses=self._min_uses,
@@ -199,9 +210,9 @@ class CachedAttentionStore:
             self._pages.note_prompt(request, chain.keys, self._clock())
         self._pages.waiting.append(request)
         if pages:
-            self._pages.want(request, self._index.find(chain.keys[pages - 1]))
-        if self._migration is not None and pages > loadable:
-            self._migration.ahead.ask(request, chain.keys[:pages], loadable)
+            self._pages.want(request, self._pages.last_row(chain.keys[:pages]))
+        if self._migration is not None:
+            self._migration.arrive(request, chain.keys, loadable, pages)
         return pages
 
     def reorder(self, requests: Sequence[str]) -> None:
@@ -213,11 +224,11 @@ class CachedAttentionStore:
         """`request` runs or was given up: nothing is held for it any more."""
         self._pages.unwant(request, self._clock())
         if self._migration is not None:
-            self._migration.ahead.leave(request)
+            self._migration.leave(request)
 
     def is_ready(self, request: str) -> bool:
-        """Whether nothing is on its way from the disk for `request`, or it is quicker to compute it again."""
-        return self._migration is None or self._migration.ahead.is_ready(request)
+        """Whether nothing is on its way to host memory for `request`, or it is quicker to compute it again."""
+        return self._migration is None or self._migration.is_ready(request)
 
     def expect(self, chain: Chain, seconds: float) -> int:
         """The next turn of the conversation `chain` is expected in `seconds`; returns its restorable pages.
@@ -246,22 +257,18 @@ class CachedAttentionStore:
         Pages that others continue, that are loaded or saved at the moment, or that a waiting request wants
         stay.
         """
-        dropped = 0
         if chain.keys:
             self.leave(self._hints.discard(Hints.name(chain.keys[-1])))
-        for key in reversed(chain.keys):
-            row = self._index.find(key)
-            if row == NOWHERE or not self._pages.is_idle(row):
-                break
-            dropped += 1
-            slots = self._pages.forget(row)
-            if self.disk is not None:
-                self.disk.remove(slots)
+        dropped, slots = self._pages.drop(chain.keys)
+        if self.disk is not None:
+            self.disk.remove(slots)
+        if self._migration is not None:
+            self._migration.forget(chain.keys)
         return dropped
 
     def chain_to(self, last: PageKey) -> Chain:
         """The chain of a known page; empty where `last` is unknown."""
-        return Chain(self._pages.path_to(last))
+        return Chain(self._index.path(self._index.find(last)))
 
     def tiers_with(self, key: PageKey) -> list[str]:
         """Names of the tiers that the page is in."""
@@ -417,7 +424,7 @@ class CachedAttentionStore:
         """Write to disk what is not there, for at most `timeout` seconds; returns the pages left out."""
         self._saves.wait()
         self.poll()
-        return 0 if self._migration is None else self._migration.write_behind.flush(timeout)
+        return 0 if self._migration is None else self._migration.flush(timeout)
 
     def reset(self) -> None:
         """Forget every page in every tier, after waiting for the transfers that run."""
@@ -448,7 +455,8 @@ class CachedAttentionStore:
         self._migration.wait()
         self._pages.forget_disk()
         self.disk.close()
-        self.disk = self._migration = None
+        self.disk = None
+        self._migration = self._migrate()
 
     def _adopt(self) -> None:
         if self.disk is not None:
@@ -458,9 +466,10 @@ class CachedAttentionStore:
         """Wait for the transfers that run and stop their threads; the disk keeps what it has."""
         self._wait()
         self._transfers.close()
+        for tier in (self.disk, self.remote):
+            if tier is not None:
+                tier.close()
         self.host.close()
-        if self.disk is not None:
-            self.disk.close()
 
     def _wait(self) -> None:
         self._saves.wait()

@@ -29,6 +29,21 @@ FLUSH_REPORT = 2.0
 """Seconds between log lines of a long flush."""
 
 
+def page_write(pages: Hierarchy, row: int) -> PageWrite:
+    """The record of `row`, which is in host memory, under the key that it was saved under."""
+    index, origin = pages.index, pages.index.origin(row)
+    parent = index.parent[origin]
+    return PageWrite(
+        key=index.key(origin),
+        parent=None if parent == NOWHERE else index.key(parent),
+        base_position=index.position[row],
+        checksum=index.checksum[origin],
+        last_use=index.last_use[row],
+        uses=index.uses[row],
+        buffer=pages.host.slot_bytes(pages.in_host.slot[row]),
+    )
+
+
 class WriteBehind:
     """Copies dirty pages to disk. All calls come from one thread; `poll` never waits.
 
@@ -68,8 +83,8 @@ class WriteBehind:
         while len(self._writes) < batches and self._disk.healthy:
             if not (rows := self._choose()):
                 break
-            future = self._disk.write([self._page_write(row) for row in rows])
-            self._pages.stats.watch(Direction.DEMOTE, "disk", future, _written)
+            future = self._disk.write([page_write(self._pages, row) for row in rows])
+            self._pages.stats.watch(Direction.DEMOTE, "disk", future, written)
             self._writes.append((rows, future))
 
     def _choose(self) -> list[int]:
@@ -108,19 +123,6 @@ class WriteBehind:
             slots += self._pages.leave_disk(victim)
         return slots
 
-    def _page_write(self, row: int) -> PageWrite:
-        index, origin = self._pages.index, self._pages.index.origin(row)
-        parent = index.parent[origin]
-        return PageWrite(
-            key=index.key(origin),
-            parent=None if parent == NOWHERE else index.key(parent),
-            base_position=index.position[row],
-            checksum=index.checksum[origin],
-            last_use=index.last_use[row],
-            uses=index.uses[row],
-            buffer=self._pages.host.slot_bytes(self._pages.in_host.slot[row]),
-        )
-
     def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
         unneeded: list[int] = []
         for row, slot in zip(rows, future.result(), strict=True):
@@ -153,5 +155,5 @@ class WriteBehind:
         return self._pages.dirty.pages + self.rows_in_flight
 
 
-def _written(slots: list[int | None]) -> int:
+def written(slots: list[int | None]) -> int:
     return len(slots) - slots.count(None)

@@ -56,11 +56,13 @@ class Outstanding:
     waited: float
     """Seconds since its fetch began."""
     total_bytes: int
-    """Of its fetch, what landed included."""
+    """Of its fetch from disk, what landed included."""
     ahead_bytes: int
-    """Of other fetches that were begun before."""
+    """Of other fetches from disk that were begun before."""
     missing_tokens: int
     """Tokens to compute if it does not wait."""
+    remote_bytes: int = 0
+    """Of its fetch from the remote store, and of those that were begun before."""
 
 
 class WaitOrRecompute:
@@ -72,7 +74,8 @@ class WaitOrRecompute:
     the disk turns out slow, that is seen, and the next request passes at once. Since the fetch goes on
     while a request is queued, the disk is seen to recover as well.
 
-    The prior is that of an NVMe disk (100 us, 2 GB/s) and of a GPU (20 ms, 10,000 tokens per second).
+    The prior is that of an NVMe disk (100 us, 2 GB/s), of a network (1 ms, 1 GB/s) and of a GPU (20 ms,
+    10,000 tokens per second).
 
     Args:
         always: wait until `CEILING`, whatever was measured.
@@ -81,6 +84,7 @@ class WaitOrRecompute:
     def __init__(self, always: bool = False) -> None:
         self._always = always
         self.fetching = Pace(latency=1e-4, rate=2e9)
+        self.remote = Pace(latency=1e-3, rate=1e9)
         self.computing = Pace(latency=0.02, rate=1e4)
 
     def is_worth_waiting(self, fetch: Outstanding) -> bool:
@@ -88,6 +92,8 @@ class WaitOrRecompute:
             return fetch.waited < CEILING
         compute = self.computing.seconds(fetch.missing_tokens)
         expected = self.fetching.seconds(fetch.ahead_bytes + fetch.total_bytes)
+        if fetch.remote_bytes:  # Both come at once.
+            expected = max(expected, self.remote.seconds(fetch.remote_bytes))
         if expected - fetch.waited >= compute:
             return False
         patience = max(OVERDUE * expected, TOLERATED * compute)

@@ -21,6 +21,8 @@ class Health:
     Args:
         name: of the store and direction, for the log.
         first_probe, last_probe: seconds between probes, at first and at most.
+        errors_in_a_row: so many put it out of service.
+        healthy: whether it is in service at first; where it is not, it is probed at once.
     """
 
     def __init__(
@@ -29,8 +31,11 @@ class Health:
         first_probe: float = 1.0,
         last_probe: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        errors_in_a_row: int = ERRORS_IN_A_ROW,
+        healthy: bool = True,
     ) -> None:
-        self.healthy = True
+        self.healthy = healthy
         self.errors = 0
         self.damaged = 0
         """Pages that were read, and were not what was written."""
@@ -38,6 +43,7 @@ class Health:
         self._name = name
         self._first, self._last = first_probe, last_probe
         self._clock = clock
+        self._errors_in_a_row = errors_in_a_row
         self._lock = threading.Lock()
         self._in_a_row = 0
         self._distance = first_probe
@@ -54,8 +60,8 @@ class Health:
         with self._lock:
             self.errors += 1
             self._in_a_row += 1
-            self._warn(error)
-            out = self.healthy and self._in_a_row >= ERRORS_IN_A_ROW
+            self.warn(error)
+            out = self.healthy and self._in_a_row >= self._errors_in_a_row
             if out:
                 self.healthy = False
                 self._distance = self._first
@@ -77,12 +83,13 @@ class Health:
             if works:
                 self.healthy = True
                 self._in_a_row = 0
-                logger.warning("%s: back in service.", self._name)
+                logger.warning("%s: %s in service.", self._name, "back" if self.errors else "now")
             else:
                 self._distance = min(2 * self._distance, self._last)
                 self._probe_at = self._clock() + self._distance
 
-    def _warn(self, error: BaseException) -> None:
+    def warn(self, error: BaseException) -> None:
+        """Say it, unless something was said lately."""
         now = self._clock()
         if now < self._quiet_until:
             self._unsaid += 1

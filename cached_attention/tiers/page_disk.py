@@ -9,19 +9,29 @@ from typing import Protocol
 from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
 
 
-class PageDisk(Protocol):
-    """No method waits for the disk. See `DiskTier`."""
+class PageSource(Protocol):
+    """Where pages are read from; no method waits. See `DiskTier` and `RemoteTier`."""
 
     stride: int
-    """Bytes of one page on the disk."""
+    """Bytes of one page in host memory."""
+
+    def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]: ...
+
+
+class SharedPages(PageSource, Protocol):
+    """Where pages are read from whose checksum only the record itself tells. See `RemoteTier`."""
+
+    def checksum(self, buffer: memoryview) -> int: ...
+
+
+class PageDisk(PageSource, Protocol):
+    """No method waits for the disk. See `DiskTier`."""
 
     @property
     def healthy(self) -> bool: ...
 
     @property
     def free_slots(self) -> int: ...
-
-    def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]: ...
 
     def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]: ...
 

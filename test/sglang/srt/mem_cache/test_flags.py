@@ -15,6 +15,8 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from cached_attention.config import ConfigError
+from cached_attention.tiers import remote_client
+from cached_attention.tiers.remote_address import parse_remote
 
 MODEL = ["--model-path", "some/model"]
 ON = [*MODEL, "--enable-cached-attention"]
@@ -47,6 +49,20 @@ def test_command_line() -> None:
     args = prepare_server_args([*ON, "--cached-attention-host-size", "200MB"])
     assert host_size(args) == 200 * 10**6
     assert args.page_size == 64
+
+
+def test_the_remote_tier() -> None:
+    extra = ["--cached-attention-remote", "mooncake://10.0.0.1:50051?segment=64MiB"]
+    config = prepare_server_args([*ON, *extra]).unified_cache_external_linker_config["linker_extra_config"]
+    address = parse_remote("--remote", config["remote"])
+    assert (address.master, address.segment) == ("10.0.0.1:50051", 64 << 20)
+
+
+def test_a_remote_tier_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_client, "find_spec", lambda _: None)
+    given = {"enable_cached_attention": True, "cached_attention_remote": "mooncake://m:50051?segment=0"}
+    with pytest.raises(ConfigError, match=r"pip install 'sglang-cached-attention\[remote\]'"):
+        flags.fold(given)
 
 
 def test_the_disk_tier(tmp_path: Path) -> None:

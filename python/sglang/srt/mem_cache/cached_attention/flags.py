@@ -24,6 +24,8 @@ from cached_attention.config import (
 )
 from cached_attention.encryption import FORMS, KEY_VARIABLE, key_place, read_key
 from cached_attention.permissions import check_private
+from cached_attention.tiers.remote_address import parse_remote
+from cached_attention.tiers.remote_client import check_installed
 
 LINKER_MODULE = "sglang.srt.mem_cache.cached_attention.linker"
 LINKER_CLASS = "CachedAttentionLinker"
@@ -67,6 +69,13 @@ ENCRYPTION_KEY_FILE = Flag(
     None,
     "Encrypt what is written to --cached-attention-disk-path with AES-256-GCM and the key in this file: "
     f"{FORMS}, mode 0600. Or set ${KEY_VARIABLE}.",
+)
+REMOTE = Flag(
+    "cached_attention_remote",
+    None,
+    "Share conversations with other servers through a Mooncake store: mooncake://HOST:PORT of its master, with "
+    "the options segment=SIZE (memory of this machine that is lent to the store, 4GB by default), "
+    "protocol=tcp|rdma, device=NAME, metadata=URL, host=ADDRESS (of this machine).",
 )
 DISK_MIN_USES = Flag(
     "cached_attention_disk_min_uses",
@@ -115,6 +124,7 @@ FLAGS = (
     DISK_PATH,
     DISK_SIZE,
     ENCRYPTION_KEY_FILE,
+    REMOTE,
     DISK_MIN_USES,
     LOOK_AHEAD,
     WAIT,
@@ -185,6 +195,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         disk_path=None if path is None else str(Path(path).absolute()),
         disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
         encryption_key=_encryption_key(path, settings[ENCRYPTION_KEY_FILE]),
+        remote=_remote(settings[REMOTE], free_memory),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
         wait=Wait(_choice(WAIT, settings[WAIT], [choice.value for choice in Wait])),
@@ -221,6 +232,14 @@ def _disk_size(path: Path, size: str) -> int:
             raise ConfigError(f"{DISK_PATH.option}: {error}") from error
     ours = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
     return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + ours)
+
+
+def _remote(url: str | None, free_memory: int) -> str | None:
+    if url is None:
+        return None
+    address = parse_remote(REMOTE.option, url, free_memory)
+    check_installed(REMOTE.option)
+    return address.url
 
 
 def _whole_number(flag: Flag, text: str | int, least: int = 1) -> int:

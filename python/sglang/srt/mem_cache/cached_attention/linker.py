@@ -24,6 +24,8 @@ from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.remote import RemoteTier
+from cached_attention.tiers.remote_address import LEAST_SEGMENT, parse_remote
 
 from .identity import ModelIdentity
 from .kv_events import KvEvents
@@ -94,6 +96,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self._pool,
             config.host_size // ranks,
             self._open_disk(),
+            self._reach_remote(),
             rotations=self.rotations,
             min_uses=config.disk_min_uses,
             ttl=config.ttl or None,
@@ -126,6 +129,18 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             ttl=self._config.ttl or None,
             encryption=read_key(self._config.encryption_key) if self._config.encryption_key else None,
         )
+
+    def _reach_remote(self) -> RemoteTier | None:
+        """In the background: a server serves whether or not the store can be reached."""
+        if self._config.remote is None:
+            return None
+        address = parse_remote("--cached-attention-remote", self._config.remote)
+        segment = address.segment // self._identity.ranks_per_machine
+        segment = max(segment, LEAST_SEGMENT) if address.segment else 0
+        logger.info(
+            "CachedAttention: remote tier at %s, which this rank lends %s.", address.master, format_size(segment)
+        )
+        return RemoteTier(address, segment, self._identity.fingerprint())
 
     def _reopen_disk(self) -> DiskTier | None:
         """A server that runs goes on without a disk tier rather than stop."""
@@ -215,15 +230,22 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return self.store.pop_save()
 
     def reset(self) -> None:
-        """Forget everything. After a weight update the disk keeps the old pages, for the old weights."""
+        """Forget everything. After a weight update the disk keeps the old pages, for the old weights.
+
+        The remote store keeps all: other servers use it.
+        """
         if self._config.disk_path is not None and (self.store.disk is None or self._identity.has_changed()):
             self.store.replace_disk(self._reopen_disk)
         else:
             self.store.reset()
+        if self.store.remote is not None:
+            self.store.remote.serve(self._identity.fingerprint())
         self.layer_done_counter.reset()
 
     def weights_updated(self) -> None:
-        """Leave the disk alone until the next `reset`: until then the KV may be of old and new weights."""
+        """Leave disk and remote store alone until the next `reset`: the KV may be of old and new weights."""
+        if self.store.remote is not None:
+            self.store.remote.pause()
         if self.store.disk is not None:
             logger.info("CachedAttention: weights were updated; the disk tier waits for the cache to be flushed.")
             self.store.detach_disk()

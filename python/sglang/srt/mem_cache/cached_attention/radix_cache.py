@@ -101,15 +101,18 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def prompts_ran(self, reqs: Sequence[Req]) -> None:
         """Some of their prompts was computed. Each is counted once, with the hits that its response will tell."""
+        store = self.linker.cache_linker.store
+        # SGLang has one number for all that is below host memory.
+        below = "remote" if store.disk is None and store.remote is not None else "disk"
         for req in reqs:
             if req not in self._counted and not (req.rid or "").startswith(HEALTH_CHECK_RID_PREFIX):
                 self._counted.add(req)
                 hits = {
                     "device": req.cached_tokens_device,
                     "host": req.cached_tokens_host,
-                    "disk": req.cached_tokens_storage,
+                    below: req.cached_tokens_storage,
                 }
-                self.linker.cache_linker.store.stats.prompt_ran(len(req.origin_input_ids), hits)
+                store.stats.prompt_ran(len(req.origin_input_ids), hits)
 
     def take_hint(self, hint: HintReqInput) -> None:
         """What a client says of a conversation, see `hints`."""

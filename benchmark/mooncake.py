@@ -1,0 +1,88 @@
+"""A real Mooncake master as a context manager, for tests and benchmarks of the remote tier."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from benchmark.server import free_port
+from cached_attention.tiers.remote_client import RemoteError, load_mooncake
+
+START_SECONDS = 60.0
+
+
+def missing() -> str | None:
+    """Why no master and no client can run on this machine; None where they can."""
+    try:
+        load_mooncake()
+    except RemoteError as error:
+        return str(error)
+    return None
+
+
+class Master:
+    """A master on a free port of this machine, which forgets all objects when it ends.
+
+    Args:
+        client_ttl: seconds after which a server that is gone is noticed.
+    """
+
+    def __init__(self, log: Path | None = None, client_ttl: int = 10) -> None:
+        self.port = free_port()
+        self.log = log or Path(tempfile.mkstemp(prefix="mooncake-", suffix=".log")[1])
+        self._client_ttl = client_ttl
+        self._process: subprocess.Popen | None = None
+
+    def url(self, segment: str) -> str:
+        """For `--cached-attention-remote`."""
+        return f"mooncake://127.0.0.1:{self.port}?segment={segment}"
+
+    def start(self) -> None:
+        """Returns when it takes connections.
+
+        Raises:
+            RuntimeError: it does not start; its log tells why.
+        """
+        # Their own metrics take a port each, which is theirs only.
+        flags = {"rpc_port": self.port, "rpc_address": "127.0.0.1", "metrics_port": free_port()}
+        flags |= {"client_ttl": self._client_ttl, "logtostderr": "true"}
+        command = [str(Path(sys.executable).with_name("mooncake_master"))]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, *(f"--{name}={value}" for name, value in flags.items())], stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                time.sleep(0.05)
+            else:
+                return
+        raise RuntimeError(f"mooncake_master did not start: see {self.log}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the master does not run"
+        return self._process.pid
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()

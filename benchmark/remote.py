@@ -1,0 +1,303 @@
+"""What does a page cost in the remote tier, and what does that come to with 10, 100 and 1,000 servers?
+
+    python -m benchmark.remote [--page-mib 8] [--pages 64] [--rounds 5] [--output DIR]
+
+Starts a Mooncake master and a process that lends memory, and measures over TCP on this machine:
+
+- put and get of pages, in batches as the store makes them, against one memcpy of the same bytes,
+- one lookup, by the number of pages that it asks for,
+- what the master's memory grows by per page, over --objects small ones.
+
+Then works out a fleet from it: see docs/remote.md for the assumptions, which are options. Prints tables and
+saves a figure and the numbers in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmark.mooncake import Master, missing
+from benchmark.report import machine
+from cached_attention.checksum import page_checksum
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.layout import PageLayout
+from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.remote import RemoteTier
+from cached_attention.tiers.remote_address import parse_remote
+
+LENDER = """
+import sys, time
+from cached_attention.tiers.remote_address import parse_remote
+from cached_attention.tiers.remote_client import RemoteClient
+address = parse_remote("--remote", sys.argv[1])
+client = RemoteClient(address, address.segment)
+client.connect([])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+FLEETS = (10, 100, 1000)
+LOOKUP_PAGES = (1, 16, 256, 2048)
+PAGE_TOKENS = 64
+
+
+@dataclass
+class Costs:
+    """Of one page, in seconds and bytes."""
+
+    page_bytes: int
+    put: float
+    get: float
+    memcpy: float
+    lookup: dict[int, float] = field(default_factory=dict)
+    """Seconds of one call, by the pages that it asks for."""
+    master_bytes: float = 0.0
+    """Memory of the master."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one server does."""
+
+    requests: float
+    """Per second."""
+    new_tokens: int
+    """Of a request, prompt and answer, that no page holds yet."""
+    history_tokens: int
+    moved: float
+    """Share of the requests whose history comes from another server."""
+    lent: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class FleetCosts:
+    servers: int
+    index_pages: float
+    index_bytes: float
+    """Of the master."""
+    calls: float
+    """Per second, at the master."""
+    put_bytes: float
+    """Per second and server, out and in alike."""
+    get_bytes: float
+
+    @classmethod
+    def of(cls, servers: int, load: Load, costs: Costs) -> Self:
+        pages = servers * load.lent / costs.page_bytes
+        new, old = load.new_tokens / PAGE_TOKENS, load.history_tokens / PAGE_TOKENS
+        # A put takes two calls (begin, end), a get one, each for up to 16 pages; a request asks once.
+        calls = load.requests * (1 + 2 * -(-new // 16) + load.moved * -(-old // 16))
+        return cls(
+            servers,
+            pages,
+            pages * costs.master_bytes,
+            servers * calls,
+            load.requests * new * costs.page_bytes,
+            load.requests * load.moved * old * costs.page_bytes,
+        )
+
+
+class Bench:
+    """A member that lends nothing, so that every page crosses to the lender's process."""
+
+    def __init__(self, master: Master, page_bytes: int, pages: int, segment: int) -> None:
+        layout = PageLayout(PAGE_TOKENS, ((page_bytes // 2, page_bytes // 2),))
+        self.pages = pages
+        self.host = HostTier(layout, pages * layout.stride)
+        self.host.arena.random_(0, 255)
+        self._lender = subprocess.Popen(
+            [sys.executable, "-c", LENDER, master.url(str(segment))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self._lender.stdout is not None
+        self._lender.stdout.readline()
+        fingerprint = Fingerprint("bench", "w", "bfloat16", PAGE_TOKENS, layout.component_bytes, {}, {})
+        self.tier = RemoteTier(parse_remote("--remote", master.url("0")), 0, fingerprint)
+        self.tier.open(self.host)
+        while not self.tier.healthy:
+            time.sleep(0.01)
+
+    def put(self, first: int) -> float:
+        """Seconds."""
+        writes = [self._write(first, slot) for slot in range(self.pages)]
+        begun = time.perf_counter()
+        done = self.tier.write(writes).result()
+        seconds = time.perf_counter() - begun
+        assert None not in done, "the store is full: lend more"
+        return seconds
+
+    def get(self, first: int) -> float:
+        """Seconds, the check of every page included."""
+        buffers = [self.host.slot_bytes(slot) for slot in range(self.pages)]
+        reads = [PageRead(key(first + slot), -1, 0, buffer) for slot, buffer in enumerate(buffers)]
+        begun = time.perf_counter()
+        outcomes = self.tier.read(reads).result()
+        seconds = time.perf_counter() - begun
+        assert set(outcomes) == {ReadOutcome.READ}, outcomes
+        return seconds
+
+    def lookup(self, pages: int) -> float:
+        keys = [key(-1 - page) for page in range(pages)]
+        begun = time.perf_counter()
+        self.tier.exist(keys).result()
+        return time.perf_counter() - begun
+
+    def memcpy(self) -> float:
+        source, target = self.host.arena.numpy(), np.empty_like(self.host.arena.numpy())
+        target[:] = source
+        begun = time.perf_counter()
+        target[:] = source
+        return time.perf_counter() - begun
+
+    def clear(self) -> None:
+        self.tier._client._call.remove_all(True)
+
+    def close(self) -> None:
+        self.tier.close()
+        self._lender.kill()
+        self._lender.wait()
+
+    def _write(self, first: int, slot: int) -> PageWrite:
+        name = key(first + slot)
+        checksum = page_checksum(name, self.host.record(slot))
+        return PageWrite(name, None, 0, checksum, 0.0, 1, self.host.slot_bytes(slot))
+
+
+def key(number: int) -> bytes:
+    return hashlib.sha256(b"%d" % number).digest()
+
+
+def measure(page_bytes: int, pages: int, rounds: int) -> Costs:
+    seconds: dict[str, list[float]] = {"put": [], "get": [], "memcpy": []}
+    with Master() as master:
+        bench = Bench(master, page_bytes, pages, segment=max(64 << 20, 4 * pages * page_bytes))
+        try:
+            for first in tqdm(range(0, (rounds + 1) * pages, pages), "put, get, memcpy", file=sys.stderr):
+                seconds["put"].append(bench.put(first))
+                seconds["get"].append(bench.get(first))
+                seconds["memcpy"].append(bench.memcpy())
+                bench.clear()
+            lookups = {
+                asked: statistics.median(bench.lookup(asked) for _ in range(10 * rounds))
+                for asked in LOOKUP_PAGES
+            }
+        finally:
+            bench.close()
+    # The first round connects.
+    put, get, memcpy = (statistics.median(found[1:]) / pages for found in seconds.values())
+    return Costs(page_bytes, put, get, memcpy, lookups)
+
+
+def master_bytes(objects: int) -> float:
+    """What the master grows by per object."""
+    pages = 1000
+    with Master() as master:
+        bench = Bench(master, 64, pages, segment=max(64 << 20, 1024 * objects))
+        process = psutil.Process(master.pid)
+        try:
+            bench.put(0)
+            before = process.memory_info().rss
+            for first in tqdm(range(pages, objects + pages, pages), "objects", file=sys.stderr):
+                bench.put(first)
+            return (process.memory_info().rss - before) / objects
+        finally:
+            bench.close()
+
+
+def tell(costs: Costs, fleets: list[FleetCosts], load: Load, console: Console) -> None:
+    one = Table("", "us", "GB/s", title=f"A page of {costs.page_bytes / 2**20:g} MiB, TCP on this machine")
+    for name, seconds in (("put", costs.put), ("get, checked", costs.get), ("memcpy", costs.memcpy)):
+        one.add_row(name, f"{seconds * 1e6:.0f}", f"{costs.page_bytes / seconds / 1e9:.2f}")
+    for asked, seconds in costs.lookup.items():
+        one.add_row(f"lookup of {asked:,} pages at once", f"{seconds * 1e6:.0f}", "")
+    console.print(one)
+    console.print(f"Memory of the master: {costs.master_bytes:.0f} bytes per page.")
+    title = (
+        f"Each server: {load.requests:g} requests/s of {load.new_tokens} new tokens, {load.moved:.0%} of them "
+        f"with {load.history_tokens} tokens from elsewhere; {load.lent / 1e9:g} GB lent"
+    )
+    columns = ("servers", "pages", "master's memory", "calls/s", "put per server", "get per server")
+    many = Table(*columns, title=title)
+    for fleet in fleets:
+        many.add_row(
+            f"{fleet.servers:,}",
+            f"{fleet.index_pages / 1e6:.2f} M",
+            f"{fleet.index_bytes / 1e9:.2g} GB",
+            f"{fleet.calls:,.0f}",
+            f"{fleet.put_bytes / 1e6:.0f} MB/s",
+            f"{fleet.get_bytes / 1e6:.0f} MB/s",
+        )
+    console.print(many)
+
+
+def draw(costs: Costs, fleets: list[FleetCosts], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    names = {"put": costs.put, "get, checked": costs.get, "memcpy": costs.memcpy}
+    left.bar(list(names), [costs.page_bytes / seconds / 1e9 for seconds in names.values()], color="#0072b2")
+    left.set(ylabel="GB/s", title=f"pages of {costs.page_bytes / 2**20:g} MiB, TCP on one machine")
+    servers = [fleet.servers for fleet in fleets]
+    right.loglog(servers, [fleet.calls for fleet in fleets], "o-", color="#0072b2", label="calls/s at the master")
+    right.loglog(servers, [fleet.index_pages for fleet in fleets], "s-", color="#cc79a7", label="pages it knows")
+    right.set(xlabel="servers", title="worked out from it")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page-mib", type=float, default=8, help="MiB; 8: 64 tokens of Llama-3-8B (default: 8)")
+    parser.add_argument("--pages", type=int, default=32, help="moved at once (default: 32)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--objects", type=int, default=200_000, help="for the master's memory (default: 200,000)")
+    parser.add_argument("--requests", type=float, default=2, help="per second and server (default: 2)")
+    parser.add_argument("--new-tokens", type=int, default=512, help="of a request (default: 512)")
+    parser.add_argument("--history-tokens", type=int, default=8192, help="of a request (default: 8,192)")
+    parser.add_argument("--moved", type=float, default=0.1, help="share that changes servers (default: 0.1)")
+    parser.add_argument("--lent", type=float, default=256e9, help="bytes per server (default: 256e9)")
+    parser.add_argument("--output", type=Path, default=Path("out/remote"))
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    if (reason := missing()) is not None:
+        sys.exit(f"error: {reason}")
+    load = Load(args.requests, args.new_tokens, args.history_tokens, args.moved, int(args.lent))
+    costs = measure(int(args.page_mib * 2**20), args.pages, args.rounds)
+    costs.master_bytes = master_bytes(args.objects)
+    fleets = [FleetCosts.of(servers, load, costs) for servers in FLEETS]
+    args.output.mkdir(parents=True, exist_ok=True)
+    numbers = {
+        "machine": machine(),
+        "costs": asdict(costs),
+        "load": asdict(load),
+        "fleets": list(map(asdict, fleets)),
+    }
+    (args.output / "remote.json").write_text(json.dumps(numbers, indent=1))
+    draw(costs, fleets, args.output / "remote.png")
+    tell(costs, fleets, load, Console())
+
+
+if __name__ == "__main__":
+    main()

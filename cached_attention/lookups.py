@@ -1,0 +1,100 @@
+"""Asking the remote store for the pages of waiting requests that this server does not have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import PageKey
+from cached_attention.policy.waiting import Outstanding, WaitOrRecompute
+from cached_attention.tiers.remote import RemoteTier
+
+
+@dataclass
+class _Lookup:
+    keys: Sequence[PageKey]
+    """The whole chain."""
+    first: int
+    """The first page that was asked for."""
+    answer: Future[list[int]]
+    held_since: float | None = None
+    """When the scheduler would first have run the request."""
+
+
+class Lookups:
+    """One question per request and length of its chain; the answers come through `poll`.
+
+    All calls come from one thread; none waits.
+
+    Args:
+        page_tokens: tokens per page.
+    """
+
+    def __init__(
+        self,
+        pages: Hierarchy,
+        remote: RemoteTier,
+        decision: WaitOrRecompute,
+        page_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pages = pages
+        self._remote = remote
+        self._decision = decision
+        self._page_tokens = page_tokens
+        self._clock = clock
+        self._open: dict[str, _Lookup] = {}
+        self._asked: dict[str, int] = {}
+        """Per waiting request the length of its chain, in pages, when it was asked for."""
+        self.asked = 0
+
+    def ask(self, request: str, keys: Sequence[PageKey], restorable: int) -> None:
+        """Ask for the pages of the chain `keys` after the first `restorable`, if that was not done before."""
+        if self._asked.get(request) == len(keys) or not self._remote.healthy:
+            return
+        self._asked[request] = len(keys)
+        self._offer(keys[:restorable])
+        if restorable < len(keys):
+            self.asked += 1
+            self._open[request] = _Lookup(keys, restorable, self._remote.exist(keys[restorable:]))
+
+    def _offer(self, keys: Sequence[PageKey]) -> None:
+        """Share again what is in use and not known to be there: the store may have lost it."""
+        index, remote = self._pages.index, self._pages.remote
+        for key in keys:
+            if key not in remote and (row := index.find(key)) in self._pages.in_host:
+                remote.offer(index.key(index.origin(row)))
+
+    def leave(self, request: str) -> None:
+        """`request` runs, or was given up."""
+        self._open.pop(request, None)
+        self._asked.pop(request, None)
+
+    def poll(self) -> list[tuple[str, Sequence[PageKey]]]:
+        """Requests that can have more than when they asked, with their chains."""
+        found: list[tuple[str, Sequence[PageKey]]] = []
+        for request, lookup in [entry for entry in self._open.items() if entry[1].answer.done()]:
+            del self._open[request]
+            (pages,) = lookup.answer.result()
+            if pages:
+                self._pages.remote.add(lookup.keys[lookup.first : lookup.first + pages])
+                found.append((request, lookup.keys))
+        return found
+
+    def is_ready(self, request: str) -> bool:
+        """Whether nothing was asked for `request`, or the answer is not worth waiting for."""
+        lookup = self._open.get(request)
+        if lookup is None:
+            return True
+        now = self._clock()
+        lookup.held_since = now if lookup.held_since is None else lookup.held_since
+        missing = len(lookup.keys) - lookup.first
+        size = missing * self._remote.stride
+        fetch = Outstanding(now - lookup.held_since, 0, 0, missing * self._page_tokens, remote_bytes=size)
+        if self._decision.is_worth_waiting(fetch):
+            return False
+        del self._open[request]
+        return True

@@ -1,0 +1,91 @@
+"""Pages on their way from host memory to the remote store, in the order in which they were saved."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import Future
+
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.stats import Direction
+from cached_attention.tiers.remote import RemoteTier
+from cached_attention.write_behind import page_write, written
+
+BATCH_PAGES = 32
+BATCHES_IN_FLIGHT = 2
+REFUSED_PAUSE = 0.5
+"""Seconds without puts after one was refused: a full store makes room, a new master learns of its servers."""
+SHARE = 0.1
+"""Part of the host slots that puts may hold at most: such pages cannot be evicted."""
+
+
+class PutBehind:
+    """Shares what was saved, as fast as the network takes it. All calls come from one thread; `poll` never waits.
+
+    A page that is evicted before its turn is not shared. While the store is full or out of reach pages wait.
+    """
+
+    def __init__(self, pages: Hierarchy, remote: RemoteTier) -> None:
+        self._pages = pages
+        self._remote = remote
+        self._resume_at = 0.0
+        self._puts: deque[tuple[list[int], Future[list[int | None]]]] = deque()
+        self._most = max(1, min(BATCH_PAGES, int(SHARE * pages.host.capacity / BATCHES_IN_FLIGHT)))
+
+    @property
+    def rows_in_flight(self) -> int:
+        return sum(len(rows) for rows, _ in self._puts)
+
+    @property
+    def waiting(self) -> int:
+        """Pages that are to be put, those that will turn out to be there or gone included."""
+        return self._pages.remote.unshared + self.rows_in_flight
+
+    def poll(self) -> None:
+        """Take note of what was put, and put more."""
+        while self._puts and self._puts[0][1].done():
+            self._settle(*self._puts.popleft())
+        while len(self._puts) < BATCHES_IN_FLIGHT and self._may_put and (rows := self._choose()):
+            for row in rows:
+                self._pages.pin(row)
+            future = self._remote.write([page_write(self._pages, row) for row in rows])
+            self._pages.stats.watch(Direction.DEMOTE, "remote", future, written)
+            self._puts.append((rows, future))
+
+    @property
+    def _may_put(self) -> bool:
+        return self._remote.healthy and time.monotonic() >= self._resume_at
+
+    def _choose(self) -> list[int]:
+        rows: list[int] = []
+        while len(rows) < self._most and (key := self._pages.remote.next_unshared()) is not None:
+            row = self._pages.index.find(key)
+            if row in self._pages.in_host and self._pages.in_host.ready[row]:
+                rows.append(row)
+        return rows
+
+    def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
+        for row, put in zip(rows, future.result(), strict=True):
+            key = self._pages.index.key(self._pages.index.origin(row))
+            if put is not None:
+                self._pages.remote.add([key])
+            else:
+                self._pages.remote.offer(key)
+                self._resume_at = time.monotonic() + REFUSED_PAUSE
+            self._pages.unpin(row)
+
+    def wait(self) -> None:
+        """Until no put touches a page of the arena."""
+        while self._puts:
+            rows, future = self._puts.popleft()
+            future.exception()
+            self._settle(rows, future)
+
+    def flush(self, timeout: float) -> int:
+        """Put what waits, for at most `timeout` seconds or until a put is refused; returns what still waits."""
+        deadline = time.monotonic() + timeout
+        self.poll()
+        while self.waiting and self._may_put and time.monotonic() < deadline:
+            time.sleep(0.005)
+            self.poll()
+        return self.waiting

@@ -1,0 +1,162 @@
+"""Mooncake's client, in the few words that the remote tier needs of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from cached_attention.config import ConfigError
+from cached_attention.tiers.remote_address import RemoteAddress
+
+CONNECT_SECONDS = 2.0
+LOCAL_BUFFER = 16 << 20
+"""Bytes of Mooncake's own staging buffer, which calls that take our addresses do not use."""
+NOT_FOUND = -704
+"""Mooncake's OBJECT_NOT_FOUND."""
+UNREACHABLE = frozenset({-1, -900})
+"""Mooncake's codes where the master did not answer: not set up, RPC_FAIL."""
+SETTINGS = {
+    # What fails is counted and said by us, once in a while; Mooncake has a line for each object.
+    "GLOG_minloglevel": "3",
+    "MC_LOG_LEVEL": "ERROR",
+}
+
+
+class RemoteError(Exception):
+    """The remote store cannot be reached."""
+
+
+class Extent(NamedTuple):
+    """One object and the registered memory that it lies in: the record, then its trailer."""
+
+    key: str
+    addresses: tuple[int, int]
+    sizes: tuple[int, int]
+
+
+def check_installed(flag: str) -> None:
+    """Whether Mooncake is there; not whether it loads, which needs the machine's libibverbs.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if find_spec("mooncake") is None:
+        raise ConfigError(
+            f"{flag} needs a package that is not installed: pip install 'sglang-cached-attention[remote]'"
+        )
+
+
+def load_mooncake() -> type[Any]:
+    """Mooncake's client class.
+
+    Raises:
+        RemoteError: it does not load.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        from mooncake.store import MooncakeDistributedStore
+    except ImportError as error:
+        raise RemoteError(f"Mooncake does not load ({error}); Debian has libibverbs1 for it") from error
+    return MooncakeDistributedStore
+
+
+class RemoteClient:
+    """One connection to a Mooncake store. All calls wait for the network; any thread may make them.
+
+    Where the master does not answer, a call takes up to about 5 s and raises RemoteError.
+
+    Args:
+        segment: bytes that this process lends.
+    """
+
+    def __init__(self, address: RemoteAddress, segment: int) -> None:
+        self._address = address
+        self._segment = segment
+        self._store: Any = None
+
+    @property
+    def connected(self) -> bool:
+        return self._store is not None
+
+    def connect(self, memory: Sequence[tuple[int, int]]) -> None:
+        """Take part in the store; `memory`: address and bytes of what objects are moved from and to."""
+        own_host = self.ping()  # Mooncake's own attempts take a minute and a half.
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        try:
+            from mooncake.store import MooncakeDistributedStore
+        except ImportError as error:
+            raise RemoteError(
+                f"Mooncake does not load ({error}); on Debian: apt-get install libibverbs1"
+            ) from error
+        address, store = self._address, MooncakeDistributedStore()
+        code = store.setup(
+            address.own_host or own_host,
+            address.metadata,
+            self._segment,
+            LOCAL_BUFFER,
+            address.protocol,
+            address.device,
+            address.master,
+        )
+        if code != 0:
+            raise RemoteError(f"Mooncake at {address.master} cannot be set up, error {code}")
+        for start, size in memory:
+            if (code := store.register_buffer(start, size)) != 0:
+                store.close()
+                raise RemoteError(f"Mooncake cannot register {size} bytes, error {code}")
+        self._store = store
+
+    def ping(self) -> str:
+        """Whether the master takes connections; returns the address that it is reached from."""
+        address = self._address
+        try:
+            with socket.create_connection((address.host, address.port), CONNECT_SECONDS) as connection:
+                return connection.getsockname()[0]
+        except OSError as error:
+            raise RemoteError(f"no Mooncake master at {address.master}: {error}") from error
+
+    def exist(self, keys: Sequence[str]) -> list[bool]:
+        return [code == 1 for code in self._checked(self._call.batch_is_exist(list(keys)))]
+
+    def get(self, extents: Sequence[Extent]) -> list[int]:
+        """Fill the memory of each; per object its bytes, or a negative code."""
+        return self._checked(self._call.batch_get_into_multi_buffers(*_columns(extents)))
+
+    def put(self, extents: Sequence[Extent]) -> list[bool]:
+        """Whether each is in the store now; one that was there before stays as it is."""
+        return [code == 0 for code in self._checked(self._call.batch_put_from_multi_buffers(*_columns(extents)))]
+
+    def size(self, key: str) -> int:
+        """Bytes of an object, or a negative code."""
+        return self._checked([self._call.get_size(key)])[0]
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Objects that are read at the moment go as well: their readers check what they got."""
+        self._checked(self._call.batch_remove(list(keys), True))
+
+    def close(self) -> None:
+        """Take back what was lent; what lay there is lost to all."""
+        if (store := self._store) is not None:
+            self._store = None
+            store.close()
+
+    @property
+    def _call(self) -> Any:
+        if self._store is None:
+            raise RemoteError("not connected")
+        return self._store
+
+    def _checked(self, codes: list[int]) -> list[int]:
+        if codes and all(code in UNREACHABLE for code in codes):
+            raise RemoteError(f"the Mooncake master at {self._address.master} does not answer, error {codes[0]}")
+        return codes
+
+
+def _columns(extents: Sequence[Extent]) -> tuple[list[str], list[list[int]], list[list[int]]]:
+    keys = [extent.key for extent in extents]
+    return keys, [list(extent.addresses) for extent in extents], [list(extent.sizes) for extent in extents]

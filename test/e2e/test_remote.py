@@ -1,0 +1,82 @@
+"""Two servers that share a Mooncake store: a conversation moves, and what fails costs hits, not answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmark.mooncake import Master
+from benchmark.server import Server
+
+PATIENCE = 120.0
+CONVERSATIONS, TURNS = 4, 5
+TOKENS = ("--max-total-tokens", "2048")
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def test_conversations_move_between_servers_that_fail(
+    master: Master,
+    models: Callable[..., Path],
+    start: Any,
+    town: Any,
+    answers: Any,
+    matches: Any,
+    store_states: Any,
+) -> None:
+    remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
+    expected = answers(conversations=CONVERSATIONS, turns=TURNS)
+    talk = town(CONVERSATIONS)
+
+    def state(server: Server) -> dict[str, Any]:
+        (counters,) = store_states(server)
+        return counters
+
+    def is_shared(server: Server) -> bool:
+        """Also lets a scheduler that sleeps without requests take its next step."""
+        return state(server)["remote_healthy"] and not state(server)["remote_unshared"]
+
+    def hold(server: Server) -> int:
+        """One turn of everybody; the tokens of it that did not have to be computed."""
+        before = talk.cached("storage")
+        talk.hold(server, 1, (2,))
+        assert matches(talk, expected)
+        return talk.cached("storage") - before
+
+    with ExitStack() as servers:
+        doomed = ExitStack()
+        a = doomed.enter_context(start(models(), *TOKENS, *remote, host_size="80MB", doomed=True))
+        b = servers.enter_context(start(models(), *TOKENS, *remote, host_size="80MB"))
+        hold(a)
+        until(lambda: is_shared(a), "A does not share")
+        assert hold(b) > CONVERSATIONS * 300, "B does not find what A computed"
+
+        # The master dies under load, and then A.
+        until(lambda: is_shared(b), "B does not share")
+        with ThreadPoolExecutor(1) as pool:
+            load = pool.submit(hold, b)
+            master.kill()
+            load.result()
+        a.kill()
+        doomed.close()
+        hold(b)
+        assert matches(talk, expected)
+        assert state(b)["damage"] == ""
+
+        # Both come back, A with nothing in memory.
+        master.start()
+        until(lambda: bool(state(b)["remote_healthy"]), "B does not find the master again")
+        again = servers.enter_context(start(models(), *TOKENS, *remote, host_size="80MB"))
+        for conversation in talk.conversations:
+            b.generate(conversation.tokens, 1)  # What is in use is shared again.
+        until(lambda: is_shared(b), "B does not share any more")
+        assert hold(again) > CONVERSATIONS * 300, "A does not find what B has"
