@@ -66,7 +66,7 @@ class Health:
                 self.healthy = False
                 self._distance = self._first
                 self._probe_at = self._clock() + self._distance
-                logger.warning("%s: out of service after %d errors in a row.", self._name, self._in_a_row)
+                logger.warning("%s: out of service, errors in a row: %d.", self._name, self._in_a_row)
         if out:
             self.on_outage()
 
@@ -83,7 +83,7 @@ class Health:
             if works:
                 self.healthy = True
                 self._in_a_row = 0
-                logger.warning("%s: %s in service.", self._name, "back" if self.errors else "now")
+                logger.warning("%s: back in service." if self.errors else "%s: now in service.", self._name)
             else:
                 self._distance = min(2 * self._distance, self._last)
                 self._probe_at = self._clock() + self._distance
