@@ -42,13 +42,6 @@ def until(reached: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-class Told:
-    def complete(self, layer: int) -> None: ...
-
-    def fail(self, error: BaseException) -> None:
-        raise error
-
-
 class Replica:
     """A server's store over a device pool whose pages have a content by their key."""
 
@@ -99,8 +92,8 @@ class Replica:
             buffer.zero_()
         self.batch += 1
         assert self.store.queue_load(prompt, keys_of(prompt)[:pages], torch.arange(pages * PAGE))
-        self.store.start_load(self.batch, Told())
-        self.store.finish_load(self.batch)
+        self.store.start_load(self.batch)
+        assert self.store.finish_load(self.batch)
         self.store.end_pass()
         for page, key in enumerate(keys_of(prompt)[:pages]):
             for buffer in (buffer for layer in self.buffers for buffer in layer):
