@@ -58,6 +58,10 @@ def test_a_restart_goes_on_where_it_was(
     actual = town(CONVERSATIONS, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST, doomed=end == "kill") as server:
         actual.hold(server, 3, (2,))
+        if end == "stop":
+            with pytest.raises(ServerError, match=f"DirectoryInUseError.*{tmp_path}"):
+                start(models(), *disk(tmp_path), host_size=HOST).__enter__()
+            assert server.ready
         if end == "kill":
             deadline = time.monotonic() + 30
             while (state := store_states(server)[0])["dirty"] or state["pins"]:
@@ -70,6 +74,12 @@ def test_a_restart_goes_on_where_it_was(
     assert matches(actual, expected)
     last = [conversation.cached[-1] for conversation in actual.conversations]
     assert [turn["storage"] for turn in last] == histories(actual)
+    if end == "stop":
+        other = town(2, HISTORY)
+        with start(models(dtype="bfloat16"), *disk(tmp_path), host_size=HOST) as server:
+            other.hold(server, 1)
+        assert other.cached("storage") == other.cached("host") == 0
+        verify(tmp_path)
 
 
 def test_a_crash_at_any_moment_never_answers_wrong(
@@ -85,21 +95,6 @@ def test_a_crash_at_any_moment_never_answers_wrong(
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
         actual.hold(server, 3)
     assert matches(actual, expected)
-    verify(tmp_path)
-
-
-def test_a_directory_belongs_to_one_server_and_one_model(
-    models: Any, start: Any, town: Any, tmp_path: Path, disk: Any
-) -> None:
-    with start(models(), *disk(tmp_path), host_size=HOST) as server:
-        town(2, HISTORY).hold(server, 1)
-        with pytest.raises(ServerError, match=f"DirectoryInUseError.*{tmp_path}"):
-            start(models(), *disk(tmp_path), host_size=HOST).__enter__()
-        assert server.ready
-    other = town(2, HISTORY)
-    with start(models(dtype="bfloat16"), *disk(tmp_path), host_size=HOST) as server:
-        other.hold(server, 1)
-    assert other.cached("storage") == other.cached("host") == 0
     verify(tmp_path)
 
 
@@ -153,5 +148,6 @@ def test_an_engine_flushes_before_it_ends(models: Any, tmp_path: Path) -> None:
     runs = [subprocess.run(command, capture_output=True, text=True, timeout=300, check=False) for _ in range(2)]
     assert all(run.returncode == 0 for run in runs), runs[-1].stdout + runs[-1].stderr
     first = [run.stdout.splitlines()[0] for run in runs]
+    assert all("turn 3: " in run.stdout for run in runs)
     assert "'storage': 0" in first[0]
     assert "'storage': 3456" in first[1]

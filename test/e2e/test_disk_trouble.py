@@ -68,15 +68,6 @@ def test_a_disk_that_is_full_and_then_has_room(
     assert matches(talk, expected)
 
 
-def test_a_read_only_directory_is_refused_in_one_sentence(
-    models: Any, start: Any, tmp_path: Path, disk: Any
-) -> None:
-    with small_file_system(tmp_path / "small") as place:
-        mount("-o", "remount,ro", place)
-        with pytest.raises(Exception, match="Read-only file system"):
-            start(models(), *disk(place / "kv"), host_size=HOST).__enter__()
-
-
 def test_a_directory_that_vanishes_is_a_miss(
     models: Any, start: Any, town: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
 ) -> None:

@@ -123,14 +123,3 @@ def test_top_prints_one_frame(served: Any, store_states: Any) -> None:
     assert rows["disk"]
     assert "fetch disk" in shown.stdout
     assert store_states(server)[0]["hottest"][0]["conversation"] in shown.stdout
-
-
-def test_without_metrics_all_else_is_as_before(models: Any, start: Any, town: Any) -> None:
-    talk = town(2)
-    with start(models(), "--max-total-tokens", "2048", host_size="12MB") as server:
-        talk.hold(server, 2)
-        refused = top(server.url, "--once")
-        assert refused.returncode == 1
-        assert "--enable-metrics" in refused.stderr
-        assert "Traceback" not in refused.stderr
-    assert talk.cached("host") + talk.cached("device") > 0

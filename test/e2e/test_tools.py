@@ -40,6 +40,14 @@ def test_frontend_program(server: Server) -> None:
     assert "summary: cached_tokens=" in run(sys.executable, "examples/frontend.py", "--base-url", server.url)
 
 
+def test_top_says_what_a_server_without_metrics_lacks(server: Server) -> None:
+    command = [str(Path(sys.executable).parent / "cached-attention"), "top", server.url, "--once"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 1
+    assert "--enable-metrics" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_bench_serving(server: Server) -> None:
     output = run("examples/bench_serving.sh", "--base-url", server.url, "--model-path", server.model)
     assert output.count("Serving Benchmark Result") == 2
@@ -54,8 +62,3 @@ def test_bench_serving_under_its_old_name(server: Server) -> None:
         *("--model", server.model, "--tokenizer", server.model),
     )
     assert "Successful requests:                     4" in output
-
-
-def test_offline_engine(models: Any) -> None:
-    output = run(sys.executable, "examples/engine.py", "--model-path", models(), "--host-size", "100MB")
-    assert "turn 3: " in output

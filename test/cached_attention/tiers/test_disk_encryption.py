@@ -248,10 +248,9 @@ def test_it_answers_as_a_plain_store_or_misses(tmp_path_factory, store_in, opera
                 assert tier.flush(30)
         elif name == "damage" and slots[1]:
             path = slot_file(sealed)
-            edit(path, number % path.stat().st_size, b"damage")
-            hit |= {
-                one for one, slot in slots[1].items() if (slot + 1) * STRIDE + 6 > number >= slot * STRIDE - 6
-            }
+            at = number % path.stat().st_size
+            edit(path, at, b"damage")
+            hit |= {one for one, slot in slots[1].items() if (slot + 1) * STRIDE + 6 > at >= slot * STRIDE - 6}
         elif name == "reopen":
             assert all(tier.close() for tier in tiers)
             tiers = [plain.open(), sealed.open()]

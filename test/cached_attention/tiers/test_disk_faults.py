@@ -265,3 +265,12 @@ def test_short_transfers_are_continued(store, faulty_io):
     assert len(slots) == 12
     store.check_serves(tier, slots)
     tier.close()
+
+
+def test_a_read_only_file_system_is_refused(store_in, small_disk):
+    path, mounted = small_disk
+    if not mounted:
+        pytest.skip("file systems cannot be mounted here")
+    subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
+    with pytest.raises(OSError, match="Read-only file system"):
+        store_in(path / "kv").open()
