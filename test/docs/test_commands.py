@@ -66,8 +66,8 @@ def test_every_benchmark_is_on_the_benchmarks_page() -> None:
 def test_servers_take_their_arguments(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that has the memory and the disk."""
     load_plugins()
-    free, usage = psutil.virtual_memory()._replace(available=10**13), psutil.disk_usage("/")._replace(free=10**14)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    usage = psutil.disk_usage("/")._replace(free=10**14)
+    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.flags.free_memory", lambda: 10**13)
     monkeypatch.setattr(psutil, "disk_usage", lambda _path: usage)
     args = prepare_server_args(shlex.split(command)[3:])
     assert args.enable_unified_cache_external_linker

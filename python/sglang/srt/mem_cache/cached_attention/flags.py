@@ -23,6 +23,7 @@ from cached_attention.config import (
     parse_size,
 )
 from cached_attention.encryption import FORMS, KEY_VARIABLE, key_place, read_key
+from cached_attention.free_memory import free_memory
 from cached_attention.permissions import check_private
 from cached_attention.tiers.remote_address import parse_remote
 from cached_attention.tiers.remote_client import check_installed
@@ -186,16 +187,16 @@ def fold(values: MutableMapping[str, Any]) -> None:
 
 
 def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
-    free_memory = psutil.virtual_memory().available
+    available = free_memory()
     path, size = settings[DISK_PATH], settings[DISK_SIZE]
     if (path is None) != (size is None):
         raise ConfigError(f"{DISK_PATH.option} and {DISK_SIZE.option} belong together: give both or none.")
     return CachedAttentionConfig(
-        host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], free_memory),
+        host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], available),
         disk_path=None if path is None else str(Path(path).absolute()),
         disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
         encryption_key=_encryption_key(path, settings[ENCRYPTION_KEY_FILE]),
-        remote=_remote(settings[REMOTE], free_memory),
+        remote=_remote(settings[REMOTE], available),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
         wait=Wait(_choice(WAIT, settings[WAIT], [choice.value for choice in Wait])),
