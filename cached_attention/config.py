@@ -37,7 +37,7 @@ def parse_size(flag: str, text: str | int | float, available: int) -> int:
     """
     match = _SIZE.fullmatch(str(text).strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{flag} is {text!r}: give a size such as 8GB, or a share of free memory such as 0.5.")
+        raise ConfigError(f"{flag} is {text!r}: give a size such as 8GB, or a share of what is free such as 0.5.")
     number, unit = float(match[1]), match[2].upper()
     size = int(number * available) if not unit and number <= 1 else int(number * _UNITS[unit])
     if size <= 0:
