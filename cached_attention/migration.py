@@ -63,11 +63,12 @@ class Migration:
         stats = self._pages.stats
         counts = {"fetched": stats.fetched, "lost": stats.lost, "recomputed": stats.recomputed}
         counts["look_ahead"] = self.ahead.depth
-        if self._disk is not None:
+        if self._disk is not None and self.write_behind is not None:
             counts |= {
                 "disk_pages": self._disk.capacity_slots,
                 "disk_pages_used": self._pages.on_disk.pages,
                 "dirty": self._pages.dirty.pages,
+                "writing": self.write_behind.rows_in_flight,
                 "disk_errors": self._disk.io_errors,
                 "disk_damaged": self._disk.checksum_failures,
                 "disk_healthy": int(self._disk.healthy),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -95,6 +96,26 @@ def store_states() -> Callable[[Server], list[dict[str, Any]]]:
         return [state["cached_attention"] for state in info["internal_states"]]
 
     return states
+
+
+@pytest.fixture(scope="session")
+def settled(store_states: Any) -> Callable[..., dict[str, Any]]:
+    """Waits until no page is on its way to host memory or to disk; the state of the first rank then.
+
+    `also`: more counters that shall be zero, such as "pins".
+    """
+
+    def settled(server: Server, *also: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 120
+        moving = ("saving", "dirty", "writing", *also)
+        states = store_states(server)
+        while any(state.get(name) for state in states for name in moving):
+            assert time.monotonic() < deadline, f"never at rest: {states}"
+            time.sleep(0.1)
+            states = store_states(server)
+        return states[0]
+
+    return settled
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,14 +25,10 @@ def server(request: pytest.FixtureRequest, models: Any, start: Any) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
-def _intact(server: Server, store_states: Any) -> Iterator[None]:
+def _intact(server: Server, settled: Any) -> Iterator[None]:
     """After each test the server is idle, its store is whole and nothing holds a page."""
     yield
-    deadline = time.monotonic() + 60
-    while (states := store_states(server)) and any(state["saving"] or state["pins"] for state in states):
-        assert time.monotonic() < deadline, f"pages are still held: {states}"
-        time.sleep(0.1)
-    assert [state["damage"] for state in states] == [""]
+    assert settled(server, "pins")["damage"] == ""
 
 
 @pytest.fixture

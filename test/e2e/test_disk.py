@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ def test_a_restart_goes_on_where_it_was(
     start: Any,
     town: Any,
     store_states: Any,
+    settled: Any,
     tmp_path: Path,
     disk: Any,
     end: str,
@@ -63,10 +63,7 @@ def test_a_restart_goes_on_where_it_was(
                 start(models(), *disk(tmp_path), host_size=HOST).__enter__()
             assert server.ready
         if end == "kill":
-            deadline = time.monotonic() + 30
-            while (state := store_states(server)[0])["dirty"] or state["pins"]:
-                assert time.monotonic() < deadline, f"not all is on disk: {state}"
-                time.sleep(0.1)
+            settled(server)
             server.kill()
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
         assert store_states(server)[0]["host_pages_used"] == 0
@@ -118,14 +115,20 @@ def update_weights(server: Any, model: Path, flush: bool) -> None:
 
 
 def test_new_weights_never_meet_old_pages(
-    models: Any, start: Any, town: Any, store_states: Any, tmp_path: Path, disk: Any, expected: Any, matches: Any
+    models: Any,
+    start: Any,
+    town: Any,
+    store_states: Any,
+    settled: Any,
+    tmp_path: Path,
+    disk: Any,
+    expected: Any,
+    matches: Any,
 ) -> None:
     first, second, again = town(4, HISTORY), town(4, HISTORY), town(4, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
         first.hold(server, 2)
-        deadline = time.monotonic() + 30
-        while store_states(server)[0]["dirty"] and time.monotonic() < deadline:
-            time.sleep(0.1)
+        settled(server)
         update_weights(server, models(seed=1), flush=False)
         assert "disk_pages" not in store_states(server)[0]
         server.flush_cache()

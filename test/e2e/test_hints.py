@@ -68,16 +68,12 @@ def cached(reply: dict[str, Any]) -> dict[str, int]:
     return {tier: details.get(tier, 0) for tier in ("device", "host", "storage")}
 
 
-def leave_only_the_disk(server: Server, prompt: Any, store_states: Any) -> None:
+def leave_only_the_disk(server: Server, prompt: Any, settled: Any) -> None:
     """Push everything else out of the device and of host memory, once all of it is on disk."""
     for _ in range(4):
-        settle(server, store_states)
+        settled(server)
         server.generate(prompt(1500), 1)
-    settle(server, store_states)
-
-
-def settle(server: Server, store_states: Any) -> None:
-    wait_for(lambda: not store_states(server)[0]["dirty"] and not store_states(server)[0]["saving"])
+    settled(server)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -89,12 +85,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("named_by", ["prompt", "conversation"])
 def test_an_expected_turn_finds_its_pages_in_host_memory(
-    server: Server, prompt: Any, store_states: Any, named_by: str
+    server: Server, prompt: Any, store_states: Any, settled: Any, named_by: str
 ) -> None:
     tokens = prompt(10 * PAGE)
     rid = f"turn-{named_by}"
     server.generate(tokens, 4, rid=rid)
-    leave_only_the_disk(server, prompt, store_states)
+    leave_only_the_disk(server, prompt, settled)
     fetched = store_states(server)[0]["fetched"]
     hint(server, **{named_by: tokens if named_by == "prompt" else rid}, expect_in_s=5)
     wait_for(lambda: store_states(server)[0]["fetched"] >= fetched + 10)
@@ -103,30 +99,32 @@ def test_an_expected_turn_finds_its_pages_in_host_memory(
     assert store_states(server)[0]["pins"] == 0
 
 
-def test_without_a_hint_they_come_from_disk(server: Server, prompt: Any, store_states: Any) -> None:
+def test_without_a_hint_they_come_from_disk(server: Server, prompt: Any, settled: Any) -> None:
     tokens = prompt(10 * PAGE)
     server.generate(tokens, 4)
-    leave_only_the_disk(server, prompt, store_states)
+    leave_only_the_disk(server, prompt, settled)
     assert cached(server.generate(tokens + prompt(30), 4))["storage"] == 10 * PAGE
 
 
-def test_a_kept_conversation_stays_in_host_memory(server: Server, prompt: Any, store_states: Any) -> None:
+def test_a_kept_conversation_stays_in_host_memory(server: Server, prompt: Any, settled: Any) -> None:
     tokens = prompt(10 * PAGE)
     server.generate(tokens, 4)
     hint(server, prompt=tokens, keep=True)
-    leave_only_the_disk(server, prompt, store_states)
+    leave_only_the_disk(server, prompt, settled)
     assert cached(server.generate(tokens + prompt(30), 4))["host"] == 10 * PAGE
     hint(server, prompt=tokens, drop=True)
 
 
-def test_a_dropped_conversation_is_gone_from_every_tier(server: Server, prompt: Any, store_states: Any) -> None:
+def test_a_dropped_conversation_is_gone_from_every_tier(
+    server: Server, prompt: Any, store_states: Any, settled: Any
+) -> None:
     tokens = prompt(10 * PAGE)
     server.generate(tokens, 4, cache_salt="tenant")
-    leave_only_the_disk(server, prompt, store_states)
+    leave_only_the_disk(server, prompt, settled)
     hint(server, prompt=tokens, drop=True)
     assert cached(server.generate(tokens, 4, cache_salt="tenant"))["storage"] == 9 * PAGE, "another tenant's"
-    leave_only_the_disk(server, prompt, store_states)
-    on_disk = store_states(server)[0]["disk_pages_used"]
+    leave_only_the_disk(server, prompt, settled)
+    on_disk = settled(server)["disk_pages_used"]
     hint(server, prompt=tokens, drop=True, cache_salt="tenant")
     wait_for(lambda: store_states(server)[0]["disk_pages_used"] <= on_disk - 10)
     assert sum(cached(server.generate(tokens, 4, cache_salt="tenant")).values()) == 0
@@ -181,24 +179,24 @@ def keys_on_disk(directory: Path) -> set[bytes]:
     return keys
 
 
-def test_tenants_share_no_page_on_disk(server: Server, prompt: Any, store_states: Any, directory: Path) -> None:
+def test_tenants_share_no_page_on_disk(server: Server, prompt: Any, settled: Any, directory: Path) -> None:
     tokens = prompt(10 * PAGE)
     known = [keys_on_disk(directory)]
     for tenant in ("alice", "bob"):
         assert sum(cached(server.generate(tokens, 4, cache_salt=tenant)).values()) == 0
-        settle(server, store_states)
+        settled(server)
         known.append(keys_on_disk(directory))
     assert [len(later - earlier) for earlier, later in pairwise(known)] == [10, 10]
-    leave_only_the_disk(server, prompt, store_states)
+    leave_only_the_disk(server, prompt, settled)
     assert cached(server.generate(tokens, 4, cache_salt="alice"))["storage"] == 9 * PAGE
 
 
-def test_nothing_of_a_prompt_is_in_the_log(server: Server, prompt: Any, store_states: Any) -> None:
+def test_nothing_of_a_prompt_is_in_the_log(server: Server, prompt: Any, settled: Any) -> None:
     word, pattern = "zyzzyva", [917, 333, 918, 334]
     tokens = pattern * 80
     server.generate(tokens, 4, cache_salt=f"{word}-salt")
     server.generate(f" {word}" * 200, 4)
-    leave_only_the_disk(server, prompt, store_states)
+    leave_only_the_disk(server, prompt, settled)
     server.generate(tokens + prompt(30), 4, cache_salt=f"{word}-salt")
     hint(server, prompt=f" {word}" * 200, drop=True)
     with pytest.raises(urllib.error.HTTPError):

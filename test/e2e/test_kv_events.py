@@ -67,7 +67,7 @@ def agree(server: Server, store_states: Any) -> Callable[[Subscriber], bool]:
             subscriber.poll(0.2)
             picture = subscriber.picture
             used = [state["host_pages_used"], state["disk_pages_used"]]
-            idle = not state["dirty"] and not state["saving"] and not state["pins"]
+            idle = not any(state[moving] for moving in ("dirty", "writing", "saving", "pins"))
             if (
                 idle
                 and isinstance(picture, History)

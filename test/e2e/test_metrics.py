@@ -63,9 +63,9 @@ def test_every_metric_is_there_and_carries_the_labels_of_the_scheduler(served: A
     assert all(scheduler.items() <= labels.items() for labels in seen.values())
 
 
-def test_what_moves_is_counted_in_bytes_pages_and_seconds(served: Any, store_states: Any) -> None:
+def test_what_moves_is_counted_in_bytes_pages_and_seconds(served: Any, settled: Any) -> None:
     server, _ = served
-    state = store_states(server)[0]
+    state = settled(server)
     for direction, tier, pages in (
         ("load", "host", state["loaded"]),
         ("save", "host", state["saved"]),
@@ -81,12 +81,9 @@ def test_what_moves_is_counted_in_bytes_pages_and_seconds(served: Any, store_sta
     assert server.metric(f"{PREFIX}load_wait_seconds_count") > 0
 
 
-def test_fill_and_evictions_are_the_stores(served: Any, store_states: Any) -> None:
+def test_fill_and_evictions_are_the_stores(served: Any, settled: Any) -> None:
     server, _ = served
-    deadline = time.monotonic() + DEADLINE
-    while (state := store_states(server)[0])["dirty"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    state = settled(server)
     for tier in ("host", "disk"):
         used, capacity = state[f"{tier}_pages_used"], state[f"{tier}_pages"]
         eventually(lambda tier=tier: server.metric(f"{PREFIX}resident_pages", tier=tier), used)

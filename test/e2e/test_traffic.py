@@ -110,14 +110,11 @@ def disk(tmp_path: Path, disk_tier: Any) -> Any:
 
 
 @pytest.fixture
-def at_rest(store_states: Any) -> Any:
+def at_rest(store_states: Any, settled: Any) -> Any:
     """Waits until nothing is held for anybody, and checks that the store is whole."""
 
     def check(server: Server) -> None:
-        deadline = time.monotonic() + 20
-        while any(state["saving"] or state["pins"] or state["waiting"] for state in store_states(server)):
-            assert time.monotonic() < deadline, f"something is still held: {store_states(server)}"
-            time.sleep(0.2)
+        settled(server, "pins", "waiting")
         assert [state["damage"] for state in store_states(server)] == [""]
 
     return check

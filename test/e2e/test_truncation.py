@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -244,7 +243,7 @@ TURNS, NEW, ANSWER = 12, 160, 30
 
 
 def test_a_conversation_that_overflows_goes_on_at_the_price_of_its_new_tokens(
-    server: Server, words: random.Random, store_states: Any
+    server: Server, words: random.Random, settled: Any
 ) -> None:
     """12 turns, 3 overflows; each turn after the first finds what it keeps, and stores only what is new."""
     server.flush_cache()
@@ -262,16 +261,7 @@ def test_a_conversation_that_overflows_goes_on_at_the_price_of_its_new_tokens(
             reusable = (known - 1) // PAGE * PAGE
             assert reply["meta_info"]["cached_tokens"] >= 0.9 * reusable, f"turn {turn}"
         history += reply["output_ids"]
-        pages = settled(server, store_states)["host_pages_used"]
+        pages = settled(server)["host_pages_used"]
         assert pages - pages_before <= (NEW + ANSWER) // PAGE + 2, f"turn {turn}"
         pages_before = pages
     assert overflows == 3
-
-
-def settled(server: Server, store_states: Any) -> dict[str, Any]:
-    """The store's state once nothing is being saved."""
-    deadline = time.monotonic() + 60
-    while (state := store_states(server)[0])["saving"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return state
