@@ -121,9 +121,10 @@ class Fetch:
         return list(self._holds)
 
     def start(self, request: str, keys: Sequence[PageKey], first: int, end: int, rank: int) -> int:
-        """Fetch the pages `first` to `end` of the restorable chain `keys`, evicting only what `rank` may.
+        """Fetch the pages `first` to `end` of the chain `keys`, evicting only what `rank` may.
 
-        Returns the page up to which they are there or on their way; less than `end` where there is no room.
+        Returns the page up to which they are there or on their way; less than `end` where there is no room for
+        the next one, or it is in no tier.
         """
         missing: list[int] = []
         coming: list[int] = []
@@ -139,18 +140,20 @@ class Fetch:
                 first_coming = min(first_coming, page)
             page += len(rows)
             if len(rows) < len(run):
-                break  # No room.
+                break
         if coming:
             self._hold(request, first_coming, coming).reads += self._read_all(missing)
         return page
 
     def _bring(self, keys: Sequence[PageKey], page: int, rank: int, missing: list[int]) -> list[int]:
-        """The row of one page, which is in host memory or, added to `missing`, has room there; else nothing."""
+        """The row of one page, which is in host memory or, added to `missing`, has room there; else none."""
         row = self._pages.index.find(keys[page])
         if row != NOWHERE and row not in self._pages.in_host:
             self._pages.join(row)
         if row in self._pages.in_host:
             return [row]
+        if not self._pages.is_restorable(keys[page]):
+            return []
         parent = keys[page - 1] if page else None
         admitted = self._pages.admit(keys[page], parent, self._position(row, page), rank)
         if admitted is None:
@@ -231,7 +234,7 @@ class Fetch:
         return hold.first_page, sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
 
     def release(self, request: str) -> None:
-        """Let go of what is held for `request`; reads that nobody else waits for are given up at the next poll."""
+        """Let go of what is held for `request`; what nobody else waits for is given up, as `poll` then sees."""
         hold = self._holds.pop(request, None)
         if hold is None:
             return

@@ -6,6 +6,7 @@ For pages that come from disk, which are most of what a scheduling pass moves.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
@@ -67,7 +68,7 @@ def give_up(pages: Hierarchy, rows: list[int]) -> None:
     """
     index, children = pages.index, pages.in_host.children
     wanted = pages.host_order.demand.is_wanted
-    is_run = all(index.parent[row] == before for before, row in zip(rows, rows[1:], strict=False))
+    is_run = all(index.parent[row] == before for before, row in pairwise(rows))
     is_tail = not children[rows[-1]] and all(children[row] == 1 for row in rows[:-1])
     if is_run and is_tail and pages.are_plain(rows) and not any(map(wanted, rows)):
         pages.leave_host_run(rows[::-1])
