@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 CEILING = 5.0
 """Seconds that a request waits at most, whatever was measured."""
-TOLERATED = 0.05
+TOLERATED = 0.07
 """Part of the recompute time that may be lost in waiting for pages that then do not come."""
 OVERDUE = 2.0
 """A fetch that takes so many times what it was estimated at is no longer waited for."""

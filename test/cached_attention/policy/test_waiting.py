@@ -110,7 +110,7 @@ def test_a_fetch_that_is_overdue_is_not() -> None:
     assert not decision.is_worth_waiting(outstanding(waited=0.5))
 
 
-def test_an_unknown_disk_costs_a_twentieth_of_the_recompute_time_at_most() -> None:
+def test_an_unknown_disk_costs_little_of_the_recompute_time_at_most() -> None:
     decision = WaitOrRecompute()
     for _ in range(100):
         decision.computing.observe(2048, 10.0)
