@@ -32,6 +32,16 @@ class InFlight(NamedTuple):
     remote: int
 
 
+class Arrived(NamedTuple):
+    """What came for a request: pages of its chain, one after the other."""
+
+    first_page: int = 0
+    """Its place in the chain."""
+    pages: int = 0
+    remote_pages: Sequence[int] = ()
+    """Places of those that came from the remote store, in order; the others came from disk."""
+
+
 @dataclass(eq=False)
 class _Read:
     """Pages asked of one tier in one call."""
@@ -53,6 +63,8 @@ class _Hold:
     first_page: int
     rows: list[int] = field(default_factory=list)
     reads: list[_Read] = field(default_factory=list)
+    remote_pages: list[int] = field(default_factory=list)
+    """Places in the chain of those that were asked of the remote store."""
 
 
 class Fetch:
@@ -82,6 +94,8 @@ class Fetch:
         assert source is not None, "pages come from nowhere"
         self.page_bytes = source.stride
         self._reads: list[_Read] = []
+        self._far: set[int] = set()
+        """Rows that are being read from the remote store."""
         self._holds: dict[str, _Hold] = {}
 
     @property
@@ -117,6 +131,7 @@ class Fetch:
         """
         index = self._pages.index
         missing: list[int] = []
+        held: list[tuple[int, int]] = []
         hold = self._holds.get(request)
         for page in range(first, end):
             row = index.find(keys[page])
@@ -136,8 +151,10 @@ class Fetch:
                     self._holds[request] = hold
                 self._pages.pin(row)
                 hold.rows.append(row)
+                held.append((page, row))
         if hold is not None:
             hold.reads += self._read_all(missing)
+            hold.remote_pages += [page for page, row in held if row in self._far]
         return end
 
     def _position(self, row: int, page: int) -> int:
@@ -155,6 +172,7 @@ class Fetch:
             reads.append(self._read(near, self._disk, is_remote=False))
         if far and self._remote is not None:
             reads.append(self._read(far, self._remote.tier, is_remote=True))
+            self._far.update(far)
         self._reads += reads
         return reads
 
@@ -185,12 +203,14 @@ class Fetch:
         hold = self._holds.get(request)
         return None if hold is None else (hold.started, hold.ahead)
 
-    def arrived(self, request: str) -> tuple[int, int]:
-        """Of what `request` asked for: the place in its chain of the first page, and how many are there."""
+    def arrived(self, request: str) -> Arrived:
+        """What of that which `request` asked for is there."""
         hold = self._holds.get(request)
         if hold is None:
-            return 0, 0
-        return hold.first_page, sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
+            return Arrived()
+        pages = sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
+        end = hold.first_page + pages
+        return Arrived(hold.first_page, pages, [page for page in hold.remote_pages if page < end])
 
     def _lands(self, row: int) -> bool:
         return row in self._pages.in_host and not self._pages.in_host.ready[row]
@@ -214,6 +234,8 @@ class Fetch:
             self._settle(read)
 
     def _settle(self, read: _Read) -> None:
+        if read.is_remote:
+            self._far.difference_update(read.rows)
         outcomes = [ReadOutcome.UNAVAILABLE] * len(read.rows)
         if not read.future.cancelled():
             outcomes = read.future.result()
