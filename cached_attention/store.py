@@ -16,6 +16,7 @@ import torch
 from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
+from cached_attention.fetch import Arrived
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
@@ -280,9 +281,9 @@ class CachedAttentionStore:
         """The engine computed `tokens` new tokens in `seconds`."""
         self._decision.computing.observe(tokens, seconds)
 
-    def fetched_span(self, request: str) -> tuple[int, int]:
-        """First page and number of pages that came from the disk for `request`, until it lets go."""
-        return (0, 0) if self._migration is None else self._migration.fetch.arrived(request)
+    def fetched_span(self, request: str) -> Arrived:
+        """What came from the tiers below for `request`, until it lets go."""
+        return Arrived() if self._migration is None else self._migration.fetch.arrived(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
         """Loadable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
