@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmark.load.crowd import Crowd, Habits
+from benchmark.load.crowd import HINT, Crowd, Habits
 from benchmark.load.figure import save_figure
 from benchmark.load.ledger import Ledger
-from benchmark.load.outcome import Outcome, quantiles
+from benchmark.load.outcome import Outcome, growth, quantiles
 from benchmark.load.reference import Comparison, compare
 from benchmark.load.trouble import DiskTrouble
 from benchmark.load.watch import Sample, Watch
@@ -38,6 +38,8 @@ from benchmark.server import Server, ServerError
 from benchmark.workload import WorkloadShape
 
 PAGE = ("--page-size", "64")
+START_S = 900.0
+"""On a busy machine."""
 SHOWN = 5
 """Wrong answers and failures that are printed."""
 
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> Outcome:
         command += shlex.split(args.server_args)
         env = trouble.env | {"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}
         log = args.output.parent / "logs" / "load.log"
-        with Server(args.model_path, command, env=env, log=log) as server:
+        with Server(args.model_path, command, env=env, log=log, timeout_s=START_S) as server:
             ledger, watch, final = asyncio.run(_load(server, trouble, args))
     return Outcome(ledger, watch.samples, final, trouble.faults, watch.flushed, _compare(ledger, args))
 
@@ -107,7 +109,8 @@ async def _later(seconds: float, work: Coroutine[Any, Any, None]) -> None:
 
 def _compare(ledger: Ledger, args: argparse.Namespace) -> Comparison:
     command = [*PAGE, "--max-total-tokens", str(args.reference_tokens)]
-    with Server(args.model_path, command, log=args.output.parent / "logs" / "load-reference.log") as reference:
+    log = args.output.parent / "logs" / "load-reference.log"
+    with Server(args.model_path, command, log=log, timeout_s=START_S) as reference:
         return asyncio.run(compare(reference.url, ledger.kept))
 
 
@@ -165,24 +168,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _table(outcome: Outcome, args: argparse.Namespace) -> Table:
-    ledger = outcome.ledger
     table = Table(title=f"{args.clients} clients, {args.minutes:g} minutes", title_justify="left")
     for name in ("", "measured", "bound", ""):
         table.add_column(name, justify="right" if name else "left")
     for check in outcome.checks():
         table.add_row(check.what, check.measured, check.bound, "holds" if check.holds else "does not hold")
     table.add_section()
-    ttft = quantiles([answer.ttft for answer in ledger.answers])
-    prompts = sum(answer.prompt_tokens for answer in ledger.answers)
-    table.add_row("answers", f"{len(ledger.answers):,}")
-    table.add_row("TTFT " + ", ".join(ttft), ", ".join(f"{value:.1f} s" for value in ttft.values()))
-    for tier, tokens in outcome.cached.items():
-        table.add_row(f"prompt tokens from {tier}", f"{tokens / prompts:.1%}")
-    table.add_row("requests given up", ", ".join(f"{count} {what}" for what, count in ledger.aborts.items()))
-    table.add_row("hints", f"{sum(n for (path, _), n in ledger.statuses.items() if path.endswith('hint')):,}")
-    table.add_row("faults of the disk", str(outcome.faults))
-    table.add_row("ties, see benchmark.load.reference", str(outcome.comparison.ties))
+    for what, measured in _figures(outcome):
+        table.add_row(what, measured)
     return table
+
+
+def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    ledger = outcome.ledger
+    prompts = sum(answer.prompt_tokens for answer in ledger.answers)
+    yield "answers", f"{len(ledger.answers):,}"
+    for name, seconds in quantiles([answer.ttft for answer in ledger.answers]).items():
+        yield f"TTFT {name}", f"{seconds:.1f} s"
+    for tier, tokens in outcome.cached.items():
+        yield f"prompt tokens from {tier}", f"{tokens / prompts:.1%}"
+    for what, count in ledger.aborts.items():
+        yield f"given up: {what}", f"{count:,}"
+    yield "hints", f"{sum(count for (path, _), count in ledger.statuses.items() if path == HINT):,}"
+    yield "faults of the disk", str(outcome.faults)
+    yield "answers that differ in a tie", str(outcome.comparison.ties)
+    for process in outcome.samples[-1].rss:
+        yield f"growth of {process}", f"{growth(outcome.samples, process) / 2**20:+.1f} MiB"
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from benchmark.load.ledger import Answer
 from benchmark.load.outcome import Outcome
@@ -27,11 +27,10 @@ def save_figure(path: Path, outcome: Outcome) -> None:
     _memory(rows[1], outcome.samples)
     _disk(rows[2], outcome.samples)
     for axes in rows:
-        for start, end in _faults(outcome.samples):
+        for start, end in stretches(outcome.samples, lambda sample: bool(sample.fault)):
             axes.axvspan(start, end, color=RED, alpha=0.1, linewidth=0)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(0, None)
-    rows[-1].set_xlabel("seconds; shaded: the disk fails")
+    rows[-1].set_xlabel("seconds; shaded: the disk fails, or reads slowly")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -44,6 +43,7 @@ def _answers(axes: Axes, answers: Sequence[Answer]) -> None:
     centres = [(number + 0.5) * SLICE for number in slices]
     axes.plot(centres, [len(by_slice[number]) / SLICE for number in slices], color=BLUE)
     axes.set_ylabel("answers per second", color=BLUE)
+    axes.set_ylim(0, None)
     times = axes.twinx()
     for level, style in ((50, "-"), (99, ":")):
         values = [np.percentile(by_slice[number], level) for number in slices]
@@ -57,24 +57,30 @@ def _memory(axes: Axes, samples: Sequence[Sample]) -> None:
     at = [sample.at for sample in samples]
     for name in samples[-1].rss:
         axes.plot(at, [sample.rss.get(name, 0) / 2**20 for sample in samples], label=name)
-    axes.set_ylabel("resident memory, MiB")
+    axes.set(ylabel="resident memory, MiB", ylim=(0, None))
     axes.legend(frameon=False, loc="center right")
 
 
 def _disk(axes: Axes, samples: Sequence[Sample]) -> None:
     at = [sample.at for sample in samples]
-    for name, label, colour in (("host_pages", "host", BLUE), ("disk_pages", "disk", ORANGE)):
+    for name, label, colour in (("host_pages", "host memory", BLUE), ("disk_pages", "disk", ORANGE)):
         fill = [sample.state[f"{name}_used"] / sample.state[name] for sample in samples]
-        axes.plot(at, fill, color=colour, label=f"{label} fill")
-    healthy = [float(sample.disk_healthy) for sample in samples]
-    axes.step(at, healthy, where="post", color="#555555", linewidth=1, label="disk in service")
-    axes.set_ylabel("share")
+        axes.plot(at, fill, color=colour, label=label)
+    out = [(start, end - start) for start, end in stretches(samples, lambda s: not s.disk_healthy)]
+    axes.broken_barh(out, (-0.06, 0.04), color=RED, label="disk out of service")
+    axes.set(ylabel="pages, share of room", ylim=(-0.08, 1.05))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(frameon=False, loc="center right")
 
 
-def _faults(samples: Sequence[Sample]) -> Iterator[tuple[float, float]]:
-    """Start and end of every stretch of samples with a fault."""
-    for fault, group in itertools.groupby(samples, key=lambda sample: sample.fault):
-        stretch = list(group)
-        if fault:
-            yield stretch[0].at, stretch[-1].at
+def stretches(samples: Sequence[Sample], holds: Callable[[Sample], bool]) -> Iterator[tuple[float, float]]:
+    """Start of every stretch of samples for which `holds` is true, and of the sample after it."""
+    start = None
+    for sample in samples:
+        if holds(sample):
+            start = sample.at if start is None else start
+        elif start is not None:
+            yield start, sample.at
+            start = None
+    if start is not None:
+        yield start, samples[-1].at

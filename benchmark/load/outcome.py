@@ -93,8 +93,8 @@ class Outcome:
             Check("answers compared", f"{compared.compared:,}", "> 0", compared.compared > 0),
             Check("HTTP 5xx", str(self.ledger.server_errors), "0", not self.ledger.server_errors),
             Check("lost, refused, damaged", str(failures), "0", not failures),
-            Check("disk out of service, and back", f"{went}, {came}", "> 0, as often", 0 < went <= came),
-            Check("tokens that came from disk", f"{self.cached['storage']:,}", "> 0", self.cached["storage"] > 0),
+            Check("disk out of service, back", f"{went}, {came}", "> 0, as often", 0 < went <= came),
+            Check("tokens from disk", f"{self.cached['storage']:,}", "> 0", self.cached["storage"] > 0),
             Check("whole cache flushed", str(self.flushed), "> 0", self.flushed > 0),
             Check("pins at rest", str(self.final.get("pins")), "0", self.final.get("pins") == 0),
             Check(
