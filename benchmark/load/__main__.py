@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmark.load.clock import TICK, Clock
 from benchmark.load.crowd import HINT, Crowd, Habits
 from benchmark.load.figure import save_figure
 from benchmark.load.ledger import Ledger
-from benchmark.load.outcome import Outcome, growth, quantiles
+from benchmark.load.outcome import Outcome, growth
 from benchmark.load.reference import Comparison, compare
 from benchmark.load.trouble import DiskTrouble
 from benchmark.load.watch import Sample, Watch
@@ -65,14 +66,15 @@ def run(args: argparse.Namespace) -> Outcome:
         env = trouble.env | {"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}
         log = args.output.parent / "logs" / "load.log"
         with Server(args.model_path, command, env=env, log=log, timeout_s=START_S) as server:
-            ledger, watch, final = asyncio.run(_load(server, trouble, args))
-    return Outcome(ledger, watch.samples, final, trouble.faults, watch.flushed, _compare(ledger, args))
+            wire, watch, final = asyncio.run(_load(server, trouble, args))
+    comparison = _compare(wire.ledger, args)
+    return Outcome(wire.ledger, watch.samples, final, trouble.faults, watch.flushed, wire.clock.lost, comparison)
 
 
 async def _load(
     server: Server, trouble: DiskTrouble, args: argparse.Namespace
-) -> tuple[Ledger, Watch, dict[str, Any]]:
-    ledger, seconds = Ledger(), args.minutes * 60
+) -> tuple[Wire, Watch, dict[str, Any]]:
+    seconds = args.minutes * 60
     habits = Habits(vocabulary=vocabulary_of(str(args.model_path)))
     with tqdm(total=round(seconds), desc="load", unit="s") as bar:
 
@@ -82,15 +84,20 @@ async def _load(
             memory = sum(sample.rss.values()) >> 20
             bar.set_postfix_str(f"{sample.answers} answers, {memory} MiB, disk {disk}")
 
-        async with Wire(server.url, ledger) as wire:
+        async with Wire(server.url, Ledger()) as wire:
             crowd = Crowd(wire, args.shape, habits, args.clients, args.seed)
             watch = Watch(server.process.pid, crowd, trouble, args.interval)
-            beside = (trouble.run(), watch.run(show), _later(seconds / 2, watch.flush()))
+            beside = (
+                wire.clock.run(),
+                trouble.run(),
+                watch.run(show),
+                _later(wire.clock, seconds / 2, watch.flush()),
+            )
             await _beside(crowd.live(seconds), *beside)
             await crowd.forget_hints()
             final = await watch.rest()
             await watch.look()
-    return ledger, watch, final
+    return wire, watch, final
 
 
 async def _beside(work: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
@@ -102,8 +109,9 @@ async def _beside(work: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, 
             task.cancel()
 
 
-async def _later(seconds: float, work: Coroutine[Any, Any, None]) -> None:
-    await asyncio.sleep(seconds)
+async def _later(clock: Clock, seconds: float, work: Coroutine[Any, Any, None]) -> None:
+    while clock.now() < seconds:
+        await asyncio.sleep(TICK)
     await work
 
 
@@ -183,7 +191,7 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
     ledger = outcome.ledger
     prompts = sum(answer.prompt_tokens for answer in ledger.answers)
     yield "answers", f"{len(ledger.answers):,}"
-    for name, seconds in quantiles([answer.ttft for answer in ledger.answers]).items():
+    for name, seconds in outcome.ttft.items():
         yield f"TTFT {name}", f"{seconds:.1f} s"
     for tier, tokens in outcome.cached.items():
         yield f"prompt tokens from {tier}", f"{tokens / prompts:.1%}"

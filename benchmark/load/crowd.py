@@ -62,10 +62,11 @@ class Crowd:
 
     async def live(self, seconds: float) -> None:
         """Hold conversations; returns when the last turn that was begun within `seconds` is answered."""
-        until = time.monotonic() + seconds
+        clock = self.wire.clock
+        until = clock.now() + seconds
         async with asyncio.TaskGroup() as group:
             for client in self._clients:
-                group.create_task(client.live(lambda: time.monotonic() < until))
+                group.create_task(client.live(lambda: clock.now() < until))
 
     async def forget_hints(self) -> None:
         """Nothing is waited for any more on account of a hint."""

@@ -37,7 +37,7 @@ def save_figure(path: Path, outcome: Outcome) -> None:
 
 def _answers(axes: Axes, answers: Sequence[Answer]) -> None:
     by_slice: dict[int, list[float]] = {}
-    for answer in answers:
+    for answer in (answer for answer in answers if not answer.stalled):
         by_slice.setdefault(int(answer.at / SLICE), []).append(answer.ttft)
     slices = sorted(by_slice)
     centres = [(number + 0.5) * SLICE for number in slices]

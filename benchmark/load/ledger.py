@@ -14,6 +14,7 @@ class Answer(NamedTuple):
     """One answered turn; `at` in seconds since the start, `ttft` and `e2e` since the request.
 
     `cached`: prompt tokens by the tier they came from, as the server reports it.
+    `stalled`: everything stood still meanwhile, see `Clock`, so that its times say nothing.
     """
 
     at: float
@@ -21,6 +22,7 @@ class Answer(NamedTuple):
     e2e: float
     prompt_tokens: int
     cached: dict[str, int]
+    stalled: bool = False
 
 
 class Kept(NamedTuple):

@@ -74,7 +74,14 @@ class Outcome:
     """State of the store at rest."""
     faults: int
     flushed: int
+    stalled: float
+    """Seconds that did not count."""
     comparison: Comparison
+
+    @property
+    def ttft(self) -> dict[str, float]:
+        """Seconds, by quantile."""
+        return quantiles([answer.ttft for answer in self.ledger.answers if not answer.stalled])
 
     @property
     def cached(self) -> Counter[str]:
@@ -111,7 +118,8 @@ class Outcome:
             "parameters": parameters,
             "machine": machine(),
             "checks": [check._asdict() for check in self.checks()],
-            "ttft_s": quantiles([answer.ttft for answer in ledger.answers]),
+            "stalled_s": self.stalled,
+            "ttft_s": self.ttft,
             "answers": len(ledger.answers),
             "prompt_tokens": sum(answer.prompt_tokens for answer in ledger.answers),
             "cached_tokens": dict(self.cached),

@@ -69,8 +69,9 @@ async def _gap(http: aiohttp.ClientSession, tokens: list[int], right: int, said:
     """By how much `right` is more likely after `tokens` than `said`, in nats."""
     asked = {"return_logprob": True, "token_ids_logprob": [right, said]}
     reply = await _generate(http, tokens, 1, **asked)
-    ((first, second),) = reply["meta_info"]["output_token_ids_logprobs"]
-    return float(first[0] - second[0])
+    (scores,) = reply["meta_info"]["output_token_ids_logprobs"]
+    by_token = {token: float(score) for score, token, _ in scores}
+    return by_token[right] - by_token[said]
 
 
 async def _generate(http: aiohttp.ClientSession, tokens: list[int], answer: int, **request: object) -> dict:

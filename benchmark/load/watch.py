@@ -62,7 +62,7 @@ class Watch:
             return None
         counters = {name: value for name, value in state.items() if isinstance(value, int)}
         sample = Sample(
-            at=time.perf_counter() - self._wire.started,
+            at=self._wire.clock.now(),
             rss=self._rss(),
             answers=len(self._wire.ledger.answers),
             asking=self._crowd.asking,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 
 from benchmark.client import REQUEST_TIMEOUT_S, Stream, cached_by_tier, events
+from benchmark.load.clock import Clock
 from benchmark.load.ledger import Answer, Ledger
 from benchmark.server import ServerError
 
-ADMIN_TIMEOUT = aiohttp.ClientTimeout(total=120)
+ADMIN_TIMEOUT = aiohttp.ClientTimeout(total=600)
 LOST = (aiohttp.ClientError, TimeoutError, ServerError)
 
 
@@ -21,7 +21,7 @@ class Wire:
 
     def __init__(self, url: str, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.started = time.perf_counter()
+        self.clock = Clock()
         self._http = aiohttp.ClientSession(
             url,
             connector=aiohttp.TCPConnector(limit=0),
@@ -37,6 +37,7 @@ class Wire:
 
     async def ask(self, tokens: list[int], answer: int, **request: Any) -> list[int] | None:
         """The greedy answer of `answer` tokens; None where there was none, which counts as a failure."""
+        lost = self.clock.lost
         try:
             stream = await self._stream(tokens, answer, request)
         except LOST as failure:
@@ -48,17 +49,18 @@ class Wire:
         if reason["type"] != "length" or len(stream.output_ids) != answer:
             self._fail(f"an answer ended by itself: {reason['type']}: {reason.get('message', '')}")
             return None
-        self.ledger.answered(self._answer(stream), list(tokens), stream.output_ids)
+        self.ledger.answered(self._answer(stream, self.clock.lost > lost), list(tokens), stream.output_ids)
         return stream.output_ids
 
-    def _answer(self, stream: Stream) -> Answer:
+    def _answer(self, stream: Stream, stalled: bool) -> Answer:
         first, last = stream.token_times[0], stream.token_times[-1]
         return Answer(
-            at=last - self.started,
+            at=self.clock.now(),
             ttft=first - stream.started,
             e2e=last - stream.started,
             prompt_tokens=stream.meta["prompt_tokens"],
             cached=cached_by_tier(stream.meta),
+            stalled=stalled,
         )
 
     async def give_up(self, tokens: list[int], answer: int, **request: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ class StandIn:
     spoil: Callable[[int], str] = lambda number: ""
     """What is wrong with the answer to request `number`: "token", "503", "cut" or nothing."""
     gap: float = 1.0
-    """Nats between what it says and anything else."""
+    """Nats between the tokens that it is asked to compare."""
     damage: str = ""
     running: int = 0
     flushes: int = 0
@@ -37,7 +37,7 @@ class StandIn:
         app.router.add_post("/cached_attention/hint", self._hint)
         app.router.add_get("/server_info", self._info)
         app.router.add_get("/flush_cache", self._flush)
-        app.router.add_get("/{any:.*}", lambda request: web.Response(text="ok"))
+        app.router.add_get("/{any:.*}", self._other)
         return app
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -46,23 +46,31 @@ class StandIn:
         first = sum(prompt) % 1_000
         answer = [first + place for place in range(count)]
         if not body.get("stream"):
-            scores = [
-                [(-self.gap * (token != first), token, None) for token in body.get("token_ids_logprob", ())]
-            ]
+            named = enumerate(body.get("token_ids_logprob", ()))
+            scores = [[(-self.gap * place, token, None) for place, token in named]]
             meta = {"output_token_ids_logprobs": scores}
             return web.json_response({"output_ids": answer, "meta_info": meta})
         self._requests += 1
         self.running += 1
+        response = web.StreamResponse()
         try:
-            return await self._stream(request, body.get("rid", ""), prompt, answer, self.spoil(self._requests))
+            with suppress(ConnectionError):  # Its client has gone.
+                await response.prepare(request)
+                fault = self.spoil(self._requests)
+                await self._stream(request, response, body.get("rid", ""), prompt, answer, fault)
         finally:
             self.running -= 1
+        return response
 
     async def _stream(
-        self, request: web.Request, rid: str, prompt: list[int], answer: list[int], fault: str
-    ) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        rid: str,
+        prompt: list[int],
+        answer: list[int],
+        fault: str,
+    ) -> None:
         aborted = self._aborted.setdefault(rid, asyncio.Event()) if rid else asyncio.Event()
         meta: dict[str, Any] = {"prompt_tokens": len(prompt), "cached_tokens": 0, "finish_reason": None}
         for done in range(1, len(answer) + 1):
@@ -79,7 +87,9 @@ class StandIn:
             await response.write(f"data: {json.dumps(event)}\n\n".encode())
             if end:
                 break
-        return response
+
+    async def _other(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok")
 
     async def _abort(self, request: web.Request) -> web.Response:
         self._aborted.setdefault((await request.json())["rid"], asyncio.Event()).set()
@@ -109,9 +119,9 @@ def serving() -> Callable[[StandIn], AbstractAsyncContextManager[str]]:
 
     @asynccontextmanager
     async def serving(server: StandIn) -> AsyncIterator[str]:
-        runner = web.AppRunner(server.app())
+        runner = web.AppRunner(server.app(), shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+        site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         try:
             yield f"http://127.0.0.1:{runner.addresses[0][1]}"

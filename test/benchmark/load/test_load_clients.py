@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmark.load.crowd import Crowd, Habits
+from benchmark.load.crowd import HINT, Crowd, Habits
 from benchmark.load.ledger import Ledger
 from benchmark.load.reference import Comparison, compare
 from benchmark.load.trouble import DiskTrouble
@@ -18,12 +19,25 @@ from benchmark.load.wire import Wire
 from benchmark.workload import WorkloadShape
 
 SHAPE = WorkloadShape(conversations=1, turns=3, history=20, new=5, output=4, think_time_s=0.02)
+HOUR = 3_600.0
 HABITS = Habits(abort=0.3, hint=0.3, system_prompts=2, system_tokens=8)
+
+
+async def happened(ledger: Ledger, watch: Watch) -> None:
+    deadline = time.monotonic() + 60
+    while not (
+        len(ledger.answers) > 60
+        and {"aborted", "connection closed"} <= set(ledger.aborts)
+        and ledger.statuses[HINT, 202] > 5
+        and len(watch.samples) > 2
+    ):
+        assert time.monotonic() < deadline, ledger
+        await asyncio.sleep(0.05)
 
 
 @pytest.fixture
 def load(serving: Any, tmp_path: Path) -> Any:
-    """Runs 20 clients for 1.5 seconds, with a flush in between."""
+    """Runs 20 clients until all has happened that they and an operator do, with a flush in between."""
 
     def load(server: Any) -> Ledger:
         async def run() -> Ledger:
@@ -31,15 +45,15 @@ def load(serving: Any, tmp_path: Path) -> Any:
                 crowd = Crowd(wire, SHAPE, HABITS, 20)
                 watch = Watch(os.getpid(), crowd, DiskTrouble(tmp_path / "rule", 9, 9), 0.1)
                 looking = asyncio.create_task(watch.run())
-                clients = asyncio.create_task(crowd.live(1.5))
-                await asyncio.sleep(0.8)
+                clients = asyncio.create_task(crowd.live(HOUR))
+                await happened(wire.ledger, watch)
                 await watch.flush()
+                wire.clock.lost = -HOUR
                 await clients
                 looking.cancel()
                 await crowd.forget_hints()
                 await watch.rest()
             assert watch.flushed == 1
-            assert len(watch.samples) > 3
             assert all(sample.rss for sample in watch.samples)
             return wire.ledger
 

@@ -59,7 +59,7 @@ def test_outages_are_counted_by_what_was_seen() -> None:
 def outcome() -> Outcome:
     answers = [Answer(float(at), 0.1, 0.2, 100, {"storage": 50}) for at in range(600)]
     ledger = Ledger(answers, [Kept([1], [2])])
-    return Outcome(ledger, samples(lambda _: MIB), {"pins": 0}, 3, 1, Comparison(compared=1))
+    return Outcome(ledger, samples(lambda _: MIB), {"pins": 0}, 3, 1, 0.0, Comparison(compared=1))
 
 
 def failing(outcome: Outcome) -> list[str]:
