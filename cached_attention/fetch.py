@@ -42,6 +42,11 @@ class _Read:
     started: float
     ahead_bytes: int
     """In flight from the same tier when it was asked for."""
+    ended: float | None = None
+
+    def end(self, now: float) -> None:
+        """Called by the tier's thread: the scheduler may look much later."""
+        self.ended = now
 
 
 @dataclass
@@ -162,7 +167,9 @@ class Fetch:
         future = source.read([self._page_read(row) for row in rows])
         tier = "remote" if is_remote else "disk"
         self._pages.stats.watch(Direction.FETCH, tier, future, lambda pages: pages.count(ReadOutcome.READ))
-        return _Read(rows, is_remote, future, self._clock(), self.in_flight[is_remote])
+        read = _Read(rows, is_remote, future, self._clock(), self.in_flight[is_remote])
+        future.add_done_callback(lambda _: read.end(self._clock()))
+        return read
 
     def _page_read(self, row: int) -> PageRead:
         index = self._pages.index
@@ -220,7 +227,7 @@ class Fetch:
         if ReadOutcome.READ in outcomes:
             amount = read.ahead_bytes + len(read.rows) * self.page_bytes
             pace = self._remote.pace if read.is_remote and self._remote is not None else self._pace
-            pace.observe(amount, self._clock() - read.started)
+            pace.observe(amount, (self._clock() if read.ended is None else read.ended) - read.started)
         removed: list[int] = []
         for row, outcome in zip(read.rows, outcomes, strict=True):
             if outcome is ReadOutcome.READ:
