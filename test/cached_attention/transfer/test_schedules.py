@@ -1,8 +1,10 @@
 """Schedule fuzzer: an engine on the store, each side of which is slow at random, and every byte looked at.
 
-The forward, loads, saves and the computing of page numbers are streams, as on a GPU: nothing is ordered but by
-events. The scheduler runs ahead of all of them. It frees the slots of a request as soon as its forward is
-launched, and gives them to the next. `SCHEDULES` in the environment is the number of seeds.
+The forward, loads, saves, the computing of page numbers and their way to the host are streams, as on a GPU:
+nothing is ordered but by events. The scheduler runs ahead of all of them. It frees the slots of a request as soon
+as its forward is launched, and gives them to the next. Some prompts are truncated ones, whose pages are those of
+others, turned when they are loaded. Half of the seeds run the copier of CPUs, half that of GPUs with its code for
+sm_90a. `SCHEDULES` in the environment is the number of seeds.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from hashlib import sha256
 from typing import ClassVar, NamedTuple
@@ -19,12 +21,17 @@ import numpy as np
 import pytest
 import torch
 
+from cached_attention import store as store_module
 from cached_attention.chain import Chain, PageRun
 from cached_attention.checksum import page_checksum
 from cached_attention.layout import DevicePool
+from cached_attention.position.delta_table import delta_table
+from cached_attention.position.rotation import Rotation, rotate
 from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer import jobs
+from cached_attention.transfer.copier import CpuCopier, PageCopier
 from cached_attention.transfer.cpu_stream import CpuStream
+from cached_attention.transfer.cuda_copier import CudaCopier
 from cached_attention.transfer.streams import STREAMS, Event, Op, Priority, make_stream
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "300"))
@@ -34,7 +41,12 @@ LAYERS = 3
 DEVICE_PAGES = 14
 HOST_PAGES = 9
 PASSES = 10
-PROMPTS = ["aaaaaa", "aaabbb", "aacccc", "ddd", "ddeeee", "f"]
+DIM = 12
+"""Elements of a token's K and of its V."""
+TURN = Rotation(tuple(100.0 ** (-i / DIM) for i in range(0, DIM, 2)))
+TRUNCATED = {"Abbb": ("aaabbb", [0, 3, 4, 5]), "eeee": ("ddeeee", [2, 3, 4, 5]), "Acc": ("aacccc", [0, 2, 3])}
+"""Per prompt: of which other one its pages are, and which of its pages."""
+PROMPTS = ["aaaaaa", "aaabbb", "aacccc", "ddd", "ddeeee", "f", *TRUNCATED]
 CPU = torch.device("cpu")
 
 
@@ -70,10 +82,31 @@ def keys_of(prompt: str) -> list[bytes]:
     return [sha256(prompt[: i + 1].encode()).digest() for i in range(len(prompt))]
 
 
+def source_of(prompt: str) -> list[bytes]:
+    """Keys of the pages that a truncated prompt shares with another one."""
+    original, pages = TRUNCATED[prompt]
+    return [keys_of(original)[page] for page in pages]
+
+
+@cache
+def moved() -> dict[bytes, tuple[bytes, int]]:
+    """Per page of a truncated prompt: the page it is, and by how many tokens it comes later."""
+    return {
+        key: (source, (place - page) * PAGE)
+        for prompt, (_, pages) in TRUNCATED.items()
+        for place, (key, source, page) in enumerate(zip(keys_of(prompt), source_of(prompt), pages, strict=True))
+    }
+
+
 @cache
 def content(key: bytes, layer: int, component: int) -> np.ndarray:
     """`[bytes of a page]`: what one component of page `key` must be, wherever it is."""
-    return np.random.default_rng([*key[:8], layer, component]).integers(0, 256, PAGE * 24, np.uint8)
+    source, delta = moved().get(key, (key, 0))
+    chance = torch.Generator().manual_seed(int.from_bytes(source[:4]) + 2 * layer + component)
+    page = torch.randn(PAGE, 1, DIM, generator=chance).bfloat16()
+    if delta and component == 0:
+        page = rotate(page, delta_table(TURN, [delta]), TURN)
+    return page.contiguous().view(torch.uint8).flatten().numpy()
 
 
 class Plan(NamedTuple):
@@ -89,14 +122,14 @@ class Engine:
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        sides = ("schedule", "forward", "load", "save", "scheduler")
+        sides = ("schedule", "numbers", "forward", "load", "save", "scheduler")
         DelayedStream.chance = self.chance
         DelayedStream.slowness = {side: self.chance.choice([0, 0, 1e-4, 1e-3]) for side in sides}
         self.slowness = DelayedStream.slowness["scheduler"]
-        buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 24, dtype=torch.uint8) for _ in "kv"] for _ in range(LAYERS)]
-        pool = DevicePool(buffers, PAGE)
+        sizes = (DEVICE_PAGES * PAGE, 1, DIM)
+        pool = DevicePool([[torch.zeros(sizes).bfloat16() for _ in "kv"] for _ in range(LAYERS)], PAGE)
         self.pages = [[buffer.numpy() for buffer in layer] for layer in pool.layers]
-        self.store = CachedAttentionStore(pool, HOST_PAGES * pool.layout.stride)
+        self.store = CachedAttentionStore(pool, HOST_PAGES * pool.layout.stride, rotations=[TURN] * LAYERS)
         self.store._transfers._sealed = True
         self.forward, self.schedule = (make_stream(CPU, name, Priority.LOW) for name in ("forward", "schedule"))
         self.free = list(range(DEVICE_PAGES))
@@ -143,10 +176,16 @@ class Engine:
         if len(self.free) < len(keys):
             return None
         self.chance.shuffle(self.free)
-        loaded = self.store.reserve(request, Chain(list(keys)))
+        chain = Chain(list(keys))
+        self.store.left_device(keys)
+        if prompt in TRUNCATED:
+            self.store.alias(chain, [source_of(prompt)])
+        loaded = self.store.reserve(request, chain)
         pages = [self.free.pop() for _ in keys]
-        if loaded and not self.store.queue_load(request, keys[:loaded], self.slots(pages[:loaded])):
-            self.mismatches.append("what was reserved could not be loaded")
+        if loaded:
+            slots = self.slots(pages[:loaded])
+            if not self.store.queue_load(request, keys[:loaded], slots, [self.schedule.record()]):
+                self.mismatches.append("what was reserved could not be loaded")
         return Plan(prompt, pages, loaded)
 
     def slots(self, pages: list[int]) -> torch.Tensor:
@@ -209,33 +248,53 @@ class Engine:
             assert self.store.finish_load(-1 - number)
             for layer in range(LAYERS):
                 self.look_at(prompt, list(range(count)), layer)
-            for row in map(self.store._index.find, keys[:count]):
-                record = self.store.host.record(self.store._in_host.slot[row])
-                if self.store._index.checksum[row] != page_checksum(self.store._index.key(row), record):
+            index = self.store._index
+            for row in map(index.find, keys[:count]):
+                record, origin = self.store.host.record(self.store._in_host.slot[row]), index.origin(row)
+                if index.checksum[origin] != page_checksum(index.key(origin), record):
                     self.mismatches.append(f"{prompt}: a checksum")
 
 
 @pytest.fixture
-def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def loads(cuda_on_host: type[CudaCopier], monkeypatch: pytest.MonkeyPatch) -> set[tuple[bool, bool]]:
+    """Of the copier of GPUs: whether page numbers were on the host, and whether some pages of a load turned."""
+    seen = set()
+    inner = cuda_on_host.moves
+
+    def moves(copier: CudaCopier, pages: torch.Tensor | np.ndarray, slots: list[int], deltas: list[int]) -> list:
+        seen.add((isinstance(pages, np.ndarray), 0 in deltas and any(deltas)))
+        return inner(copier, pages, slots, deltas)
+
+    monkeypatch.setattr(cuda_on_host, "moves", moves)
+    return seen
+
+
+@pytest.fixture
+def delayed(cuda_on_host: type[CudaCopier], monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[Callable[..., PageCopier]] = [CpuCopier, cuda_on_host]
+    # Asked once per engine, whose chances are those of the streams.
+    monkeypatch.setattr(store_module, "page_copier", lambda *parts: DelayedStream.chance.choice(kinds)(*parts))
     monkeypatch.setitem(STREAMS, "cpu", DelayedStream)
     monkeypatch.setattr(DelayedStream, "deaf", "")
     monkeypatch.setattr(jobs, "SAVED_AT_ONCE", 1)
     monkeypatch.setattr(jobs, "MAKE_WAY", 1e-3)
 
 
-def test_no_schedule_makes_a_wrong_byte(delayed: None) -> None:
+def test_no_schedule_makes_a_wrong_byte(delayed: None, loads: set[tuple[bool, bool]]) -> None:
     for seed in range(SCHEDULES):
         assert Engine(seed).run() == [], f"seed {seed}"
+    assert len(loads) == 4, "not every way to load was taken"
 
 
 def found_at(seeds: int) -> int | None:
     return next((seed for seed in range(seeds) if Engine(seed).run()), None)
 
 
-@pytest.mark.parametrize("deaf", ["load", "save", "forward"])
+@pytest.mark.parametrize("deaf", ["load", "save", "forward", "numbers"])
 def test_a_stream_that_waits_for_nothing_is_found_out(
     delayed: None, monkeypatch: pytest.MonkeyPatch, deaf: str
 ) -> None:
-    """Loads into slots that are still used, saves of what is not written, reads of what is not there."""
+    """Loads into slots that are still used, saves of what is not written, reads of what is not there, copies to
+    pages whose numbers were not computed."""
     monkeypatch.setattr(DelayedStream, "deaf", deaf)
     assert found_at(MOST_UNTIL_FOUND) is not None

@@ -26,6 +26,7 @@ from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, parse_remote
+from cached_attention.transfer.streams import Event
 
 from .identity import ModelIdentity
 from .kv_events import KvEvents
@@ -190,7 +191,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     @never_waits
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         (kv,) = transfers
-        return self.store.queue_load(rid, page_keys(kv.keys or []), kv.device_indices)
+        keys = page_keys(kv.keys or [])
+        return self.store.queue_load(rid, keys, kv.device_indices, self._record_indices_ready())
+
+    def _record_indices_ready(self) -> list[Event]:
+        """The current stream has computed which pages are to be loaded."""
+        return [] if self.on_cpu else [torch.cuda.current_stream().record_event()]
 
     def cancel_queued_load(self, rid: str) -> bool:
         return self.store.cancel_load(rid)
