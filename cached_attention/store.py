@@ -368,7 +368,7 @@ class CachedAttentionStore:
     def start_load(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
         """Start everything queued, as `batch`; the forward reads layer l after `layers[l]` of what is returned.
 
-        The copies wait for the events in `after`: all that is on the forward's stream; `LayerWiseLoad` says why.
+        The copies wait for the events in `after`: forwards that may touch the slots; `LayerWiseLoad` says which.
         """
         return self._loads.start(batch, after)
 

@@ -47,8 +47,9 @@ class LayerWiseLoad(Work):
     - An earlier load of slots that were freed since is in front, on the same stream.
 
     So a load waits for everything that was put on the forward's stream when it starts (`after`), which holds
-    all forwards before its own: its own is launched later and waits for it, layer by layer. The same events
-    say that the numbers in `device_slots` are computed. Whoever uses the slots next does so on the forward's
+    all forwards before its own: its own is launched later and waits for it, layer by layer. Where `LoadFence`
+    knows that the last of them touches none of the slots, it waits for those before that one only. `after` also
+    says that the numbers in `device_slots` are computed. Whoever uses the slots next does so on the forward's
     stream, which has waited for the last layer (`CachedAttentionStore.finish_load`), or on the load's.
     """
 
