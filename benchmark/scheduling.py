@@ -6,8 +6,8 @@ A pass is all that a scheduling pass of SGLang asks of the store: the queue as i
 what has arrived from disk, more of it asked for, whether each waiting request may run, and a hold on the pages of
 those that are admitted. As many arrive as are admitted; what an arrival costs is a row of its own. A quarter of
 the requests has its pages on disk only and waits for them, since the model is slow; they are fetched meanwhile.
-Between two passes the thread multiplies matrices for as long as a decode step takes: so reads end meanwhile, and
-the processor's caches hold other things, as in a server. Then host memory is full, and pages leave it so that
+Between two passes the thread calls small tensor operations for as long as a decode step takes, as a forward that
+launches kernels; reads end meanwhile, on other threads. Then host memory is full, and pages leave it so that
 others find room.
 """
 
@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ class Queue:
         self._words = random.Random(args.seed)
         shape = args.chain * PAGE_TOKENS, PAGE_BYTES // PAGE_TOKENS // 2
         self._pool = DevicePool([[torch.zeros(shape, dtype=torch.uint8) for _ in "KV"]], PAGE_TOKENS)
-        self._matrix = torch.randn(512, 512)
+        self._hidden, self._weight = torch.randn(16, 256), torch.randn(256, 256)
         self._directory = directory
         on_disk = [self._keys() for _ in range(int(ON_DISK * args.waiting))]
         self._fill_disk(on_disk)
@@ -150,7 +151,7 @@ class Queue:
         store.poll()
         store.reorder(names)
         ready = [store.is_ready(name) for name in names]
-        admitted = [i for i, is_ready in enumerate(ready) if is_ready][:ADMITTED]
+        admitted = list(islice((i for i, is_ready in enumerate(ready) if is_ready), ADMITTED))
         for i in admitted:
             store.reserve(*self.waiting[i])
             store.leave(names[i])
@@ -163,7 +164,7 @@ class Queue:
     def _forward(self) -> None:
         until = time.perf_counter() + FORWARD
         while time.perf_counter() < until:
-            self._matrix @ self._matrix
+            self._hidden + torch.nn.functional.silu(self._hidden @ self._weight) @ self._weight
 
     def evict(self, pages: int) -> float:
         """Seconds until `pages` pages have left host memory; as many new ones take their slots afterwards."""

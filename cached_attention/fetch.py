@@ -103,8 +103,7 @@ class Fetch:
         assert source is not None, "pages come from nowhere"
         self.page_bytes = source.stride
         self._reads: set[_Read] = set()
-        self._in_flight = [0, 0]
-        """Pages, from disk and from the remote store."""
+        self.in_flight = InFlight(0, 0)
         self._ended: deque[_Read] = deque()
         """Filled by the tiers' threads."""
         self._far: set[int] = set()
@@ -116,16 +115,11 @@ class Fetch:
     @property
     def pins(self) -> int:
         """Pins held for requests and reads."""
-        return self.held + sum(self._in_flight)
+        return self.held + sum(self.in_flight) // self.page_bytes
 
     @property
     def is_reading(self) -> bool:
         return bool(self._reads)
-
-    @property
-    def in_flight(self) -> InFlight:
-        disk, remote = self._in_flight
-        return InFlight(disk * self.page_bytes, remote * self.page_bytes)
 
     def holds_for(self, request: str) -> bool:
         return request in self._holds
@@ -207,26 +201,34 @@ class Fetch:
         return reads
 
     def _read(self, rows: list[int], source: PageSource, *, is_remote: bool) -> _Read:
-        future = source.read([self._page_read(row) for row in rows])
+        future = source.read(self._page_reads(rows))
         tier = "remote" if is_remote else "disk"
         self._pages.stats.watch(Direction.FETCH, tier, future, lambda pages: pages.count(ReadOutcome.READ))
         read = _Read(rows, is_remote, future, self._clock(), self.in_flight[is_remote])
         self._reads.add(read)
-        self._in_flight[is_remote] += len(rows)
+        self._count(is_remote, len(rows))
         if is_remote:
             self._far.update(rows)
         future.add_done_callback(lambda _: self._end(read))
         return read
 
+    def _count(self, is_remote: bool, pages: int) -> None:
+        disk, remote = self.in_flight
+        size = pages * self.page_bytes
+        self.in_flight = InFlight(disk, remote + size) if is_remote else InFlight(disk + size, remote)
+
     def _end(self, read: _Read) -> None:
         read.ended = self._clock()
         self._ended.append(read)
 
-    def _page_read(self, row: int) -> PageRead:
-        index = self._pages.index
-        origin = index.origin(row)
-        buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
-        return PageRead(index.key(origin), self._pages.on_disk.slot[row], index.checksum[origin], buffer)
+    def _page_reads(self, rows: Sequence[int]) -> list[PageRead]:
+        index, slot_bytes = self._pages.index, self._pages.host.slot_bytes
+        in_host, on_disk = self._pages.in_host.slot, self._pages.on_disk.slot
+        key, checksum = index.key, index.checksum
+        return [
+            PageRead(key(origin), on_disk[row], checksum[origin], slot_bytes(in_host[row]))
+            for row, origin in zip(rows, map(index.origin, rows), strict=True)
+        ]
 
     def landing(self, request: str) -> int:
         """Pages asked for `request`, from the first that is still on its way to the last."""
@@ -279,7 +281,7 @@ class Fetch:
         if read not in self._reads:
             return
         self._reads.remove(read)
-        self._in_flight[read.is_remote] -= len(read.rows)
+        self._count(read.is_remote, -len(read.rows))
         if read.is_remote:
             self._far.difference_update(read.rows)
         outcomes = [ReadOutcome.UNAVAILABLE] * len(read.rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
@@ -15,19 +16,19 @@ HELD = 0.9
 """Part of the host slots that fetched pages may hold; the rest stays for loads and saves."""
 BATCH = 16
 """Pages asked for in one call at most."""
-ASKING, ASKING_MOST, ASKING_SHARE = 2e-4, 2e-3, 0.02
+ASKING, ASKING_MOST, ASKING_SHARE = 1e-4, 2e-3, 0.01
 """Seconds after which a pass asks for no more: this part of the time since the last pass, within these bounds.
 
 A pass makes one call at least, so the disk is never left without work that there is: the pages of an 8B model are
 2 MiB per 16 tokens, and a `BATCH` of them keeps a disk of 7 GB/s busy for 5 ms, of 64 tokens for 20 ms. Where
 passes are long, for long prefills, there is time to ask for what the disk reads meanwhile.
 """
-REVIEWED = 32
-"""Requests of which a pass decides anew whether they go on waiting: so many at the front, and of those behind
-them about as many, each in its turn."""
+REVIEWED = 8
+"""Requests of which a pass decides anew whether they go on waiting: so many at the front of the queue, and as
+many of the others, each in its turn."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Ask:
     """What one request lacks in host memory."""
 
@@ -38,8 +39,6 @@ class _Ask:
     """Pages of it that are in the remote store only."""
     next: int
     """The first page that was not asked of the disk yet."""
-    turn: int
-    """Number of the request, for `REVIEWED`."""
     held_since: float | None = None
     """When the scheduler would first have run it."""
     given_up: bool = False
@@ -81,12 +80,9 @@ class LookAhead:
         self._page_tokens = page_tokens
         self._clock = clock
         self._asks: dict[str, _Ask] = {}
-        self._asked = 0
-        """Requests, ever."""
-        self._passes = 0
+        self._waits: dict[str, None] = {}
+        """Requests that shall go on waiting by what was known when it was decided, longest ago first."""
         self._passed_at = clock()
-        self._reviews = 0
-        """Of this pass."""
         self._open: set[str] = set()
         """Requests of which not all was asked of the disk."""
 
@@ -110,8 +106,7 @@ class LookAhead:
         if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
             return
         remote = sum(not self._pages.is_kept(key) for key in keys[loadable:])
-        self._asks[request] = _Ask(keys, loadable, remote, loadable, self._asked)
-        self._asked += 1
+        self._asks[request] = _Ask(keys, loadable, remote, loadable)
         self._open.add(request)
 
     def leave(self, request: str) -> None:
@@ -121,6 +116,7 @@ class LookAhead:
             self._pages.stats.recomputed += self._missing(request, ask)
         self._fetch.release(request)
         self._open.discard(request)
+        self._waits.pop(request, None)
 
     def advance(self) -> None:
         """A pass begins: ask the disk for more, in the order of the queue, for as long as `ASKING` says."""
@@ -135,9 +131,10 @@ class LookAhead:
 
     def _begin_pass(self) -> float:
         """Returns when it is to stop asking."""
-        now, self._reviews = self._clock(), 0
+        now = self._clock()
         since, self._passed_at = now - self._passed_at, now
-        self._passes += 1
+        for request in (*islice(self._waits, REVIEWED), *self._pages.waiting.requests[:REVIEWED]):
+            self._waits.pop(request, None)
         return now + min(max(ASKING, ASKING_SHARE * since), ASKING_MOST)
 
     def _ask_for(self, request: str, rank: int) -> int:
@@ -172,33 +169,30 @@ class LookAhead:
         Its pages are fetched on until it really runs: there may be no room for it in the batch for a while.
         """
         ask = self._asks.get(request)
-        if ask is None or ask.given_up or (ask.is_whole and not self._fetch.landing(request)):
+        if ask is None or ask.given_up:
             return True
-        if ask.held_since is None:
-            ask.held_since = self._clock()
-        if not self._is_reviewed(ask):
+        if request not in self._open and not self._fetch.landing(request):
+            return True
+        if request in self._waits:
             return False
         ask.given_up = not self._decision.is_worth_waiting(self._outstanding(request, ask))
-        self._pages.stats.given_up += ask.given_up
+        if ask.given_up:
+            self._waits.pop(request, None)
+            self._pages.stats.given_up += 1
+        else:
+            self._waits[request] = None
         return ask.given_up
-
-    def _is_reviewed(self, ask: _Ask) -> bool:
-        self._reviews += 1
-        turns = 1 + len(self._asks) // REVIEWED
-        return self._reviews <= REVIEWED or (self._passes + ask.turn) % turns == 0
 
     def _missing(self, request: str, ask: _Ask) -> int:
         """Pages that are not in host memory yet."""
         return self._fetch.landing(request) + len(ask.keys) - ask.next
 
     def _outstanding(self, request: str, ask: _Ask) -> Outstanding:
-        begun = self._fetch.begun(request)
-        if begun is None:
-            assert ask.held_since is not None, "whether to wait is asked of a request that would run"
-            begun = ask.held_since, self._fetch.in_flight
-        since, ahead = begun
+        now = self._clock()
+        ask.held_since = now if ask.held_since is None else ask.held_since
+        since, ahead = self._fetch.begun(request) or (ask.held_since, self._fetch.in_flight)
         return Outstanding(
-            waited=self._clock() - since,
+            waited=now - since,
             total_bytes=(ask.pages - ask.remote) * self._fetch.page_bytes,
             ahead_bytes=ahead.disk,
             missing_tokens=self._missing(request, ask) * self._page_tokens,

@@ -17,8 +17,6 @@ class WaitingOrder:
         self._ranked_at = 0
         self.changes = 0
         """Counts changes of the order, so that what was derived from it can be kept until the next."""
-        self._said: tuple[int, list[str]] = (-1, [])
-        """What `replace` was last called with, and `changes` afterwards."""
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -42,13 +40,8 @@ class WaitingOrder:
 
     def replace(self, requests: list[str]) -> list[str]:
         """The scheduler's order now, of requests that are known; returns those that wait no more."""
-        if self._said == (self.changes, requests):
+        if requests == self.requests:
             return []
-        left = self._replace(requests)
-        self._said = self.changes, requests
-        return left
-
-    def _replace(self, requests: list[str]) -> list[str]:
         ordered = [request for request in requests if request in self._ranks]
         if ordered == self.requests:
             return []
