@@ -41,7 +41,8 @@ class Hierarchy:
         stats: StoreStats | None = None,
     ) -> None:
         self.host = host
-        self.remote = RemotePages(max(REMEMBERED, 4 * host.capacity) if has_remote else 0)
+        self.feed = feed or ResidencyFeed()
+        self.remote = RemotePages(max(REMEMBERED, 4 * host.capacity) if has_remote else 0, self.feed)
         """Such pages need no row here."""
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
@@ -54,7 +55,6 @@ class Hierarchy:
         self.has_disk = has_disk
         self.epoch = 0
         """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
-        self.feed = feed or ResidencyFeed()
         self.feed.follow(self)
         self.stats = stats or StoreStats()
 

@@ -18,6 +18,9 @@ from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.write_behind import WriteBehind
 
+TOLD_AT_ONCE = 1024
+"""Pages per poll that are told to have left the remote tier after it went out of reach."""
+
 
 class Migration:
     """Fetch and its look-ahead over all tiers, write-behind to each. All calls come from one thread.
@@ -123,6 +126,7 @@ class Migration:
             self._outages = self._remote.outages
             self._pages.remote.clear()
             self._pages.epoch += 1
+        self._pages.remote.tell(TOLD_AT_ONCE)
         for request, keys in self._lookups.poll():
             loadable, restorable = self._pages.loadable(keys, 0), self._pages.restorable(keys, 0)
             self.ahead.ask(request, keys[:restorable], loadable)

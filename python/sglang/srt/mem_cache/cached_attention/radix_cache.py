@@ -145,7 +145,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
                 stats.prompt_ran(len(req.origin_input_ids), self._hits(req))
 
     def _hits(self, req: Req) -> dict[str, int]:
-        """Tokens of the prompt that were not computed, by tier; SGLang counts all below host memory as one."""
+        """Tokens of the prompt that were not computed, by tier; SGLang has one number for disk and remote."""
         below, first = req.cached_tokens_storage, req.storage_hit_start or 0
         places = self._remote_pages.pop(req.cache_request_handle, ())
         remote = sum(first <= place * self.page_size < first + below for place in places) * self.page_size
