@@ -1,4 +1,4 @@
-"""When a load may start while the forward before its own runs. What that is good for, the schedule fuzzer tests."""
+"""When a load may start while the forward before its own runs. The schedule fuzzer tests that it may."""
 
 from __future__ import annotations
 
