@@ -46,6 +46,13 @@ def test_a_lock_closes_it_if_the_last_forward_may_have_needed_it(slots: Slots) -
     assert slots.fence.earlier == [slots.second]
 
 
+def test_it_can_be_closed_until_the_next_launch(slots: Slots) -> None:
+    slots.fence.close()
+    assert slots.fence.is_closed
+    slots.fence.launched([CpuEvent()])
+    assert not slots.fence.is_closed
+
+
 def test_a_lock_grows_old_with_the_next_launch(slots: Slots) -> None:
     lock = object()
     slots.fence.locked(lock)

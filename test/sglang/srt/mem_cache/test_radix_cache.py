@@ -43,12 +43,14 @@ class Tree:
             cache_linker=linker, finish_loads=list, inserting=lambda key: nullcontext()
         )
         self.prompt = RadixKey(array("q", range(8 * PAGE)))
-        slots = self.allocator.alloc(8 * PAGE)
-        self.cache.insert(InsertParams(key=self.prompt, value=slots))
+        self.insert(self.prompt)
         self.node = self.cache.match_prefix(MatchPrefixParams(key=self.prompt)).last_device_node
         self.held = self.cache.lock(self.node)
         for _ in range(2):
             self.launch()
+
+    def insert(self, prompt: RadixKey) -> None:
+        self.cache.insert(InsertParams(key=prompt, value=self.allocator.alloc(len(prompt))))
 
     def launch(self) -> None:
         assert self.cache.finish_external_linker_loads([]) == []
@@ -83,6 +85,11 @@ def test_what_is_evicted_was_held_by_nobody_unless_somebody_let_go(tree: Tree, e
     getattr(tree.cache, evict)(everything)
     assert tree.allocator.available_size() == SLOTS
     assert not tree.fence.is_closed
+
+
+def test_what_is_put_into_the_tree_closes_it(tree: Tree) -> None:
+    tree.insert(RadixKey(array("q", range(100, 100 + PAGE))))
+    assert tree.fence.is_closed
 
 
 def test_slots_that_are_freed_otherwise_close_it(tree: Tree) -> None:
