@@ -23,9 +23,10 @@ class LoadFence:
     Which of these a slot was only the device could tell: slot numbers are computed there. And the slots that
     are given away are those that were freed last, so that in a full pool a load gets what was evicted for it.
     The host knows whether anybody let go of anything. Until a request does, there are no slots of the third
-    kind, and a load waits for the forwards before N alone (`earlier`). Two signs close the fence, each by
-    itself: a lock of the tree that is older than the launch is given back, or slots become free other than by
-    an eviction, which takes what nobody holds.
+    kind, and a load waits for the forwards before N alone (`earlier`). Three signs close the fence, each by
+    itself: a lock of the tree that is older than the launch is given back; a request puts slots into the tree,
+    where it might hold them no more; slots become free other than by an eviction, which takes what nobody
+    holds.
 
     A decode step in which no request ends, and that is most of them, leaves it open. It is closed by a prompt
     whose result is read, by an end, a retraction or an abort.
@@ -57,7 +58,11 @@ class LoadFence:
 
     def unlocked(self, lock: object) -> None:
         if id(lock) not in self._young:
-            self._closed = True
+            self.close()
+
+    def close(self) -> None:
+        """Slots may be let go of. Until the next launch, loads wait for the last forward."""
+        self._closed = True
 
     @contextmanager
     def evicting(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""When a load may start while the forward before its own runs. What that is good for, the schedule fuzzer tests."""
+"""When a load may start while the forward before its own runs. The schedule fuzzer tests that it may."""
 
 from __future__ import annotations
 
@@ -44,6 +44,13 @@ def test_a_lock_closes_it_if_the_last_forward_may_have_needed_it(slots: Slots) -
     slots.fence.launched([CpuEvent()])
     assert not slots.fence.is_closed
     assert slots.fence.earlier == [slots.second]
+
+
+def test_it_can_be_closed_until_the_next_launch(slots: Slots) -> None:
+    slots.fence.close()
+    assert slots.fence.is_closed
+    slots.fence.launched([CpuEvent()])
+    assert not slots.fence.is_closed
 
 
 def test_a_lock_grows_old_with_the_next_launch(slots: Slots) -> None:

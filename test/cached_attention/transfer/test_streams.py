@@ -98,9 +98,9 @@ class Store:
         assert self.store.poll() == 1
         assert self.store.pop_save()
 
-    def queue(self, slots: torch.Tensor) -> None:
+    def queue(self, slots: torch.Tensor, known: Any = None) -> None:
         assert self.store.reserve("r", Chain(self.keys)) == len(self.keys)
-        assert self.store.queue_load("r", self.keys, slots)
+        assert self.store.queue_load("r", self.keys, slots, known)
         self.store.end_pass()
 
     def halves_are_equal(self) -> bool:
@@ -231,7 +231,7 @@ def test_a_gpu_is_never_waited_for() -> None:
         with torch.cuda.stream(forward):
             store.save(saved, [forward.record_event()])
         store.saved()
-        store.queue(loaded)
+        store.queue(loaded, [torch.cuda.current_stream().record_event()])
         with torch.cuda.stream(forward):
             load = store.store.start_load(0, [forward.record_event()])
             for layer in load.layers:

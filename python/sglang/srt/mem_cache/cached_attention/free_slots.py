@@ -14,7 +14,8 @@ KNOWN = (PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator)
 
 
 class FreeSlots:
-    """The list as it is now. Kept, it keeps its memory, at whose address no other list can be then."""
+    """The list as it is now. Kept, it keeps its memory (8 bytes per page of the pool), so that no other
+    can be at its address."""
 
     def __init__(self, allocator: BaseTokenToKVPoolAllocator) -> None:
         self._storage = allocator.free_pages.untyped_storage()

@@ -112,6 +112,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return failed
 
     def insert(self, params: InsertParams) -> InsertResult:
+        self.linker.cache_linker.fence.close()
         # The saves that it starts are of pages of this prompt.
         with self.linker.inserting(params.key):
             return super().insert(params)
