@@ -323,7 +323,11 @@ class CachedAttentionStore:
     # Loading
 
     def queue_load(
-        self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor, known: list[Event] | None = None
+        self,
+        request: str,
+        keys: Sequence[PageKey],
+        device_slots: torch.Tensor,
+        known: Sequence[Event] | None = None,
     ) -> bool:
         """Queue the pages `keys` (consecutive, reserved in this pass) for the next `start_load`.
 
