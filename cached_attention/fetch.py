@@ -37,6 +37,16 @@ class InFlight(NamedTuple):
     remote: int
 
 
+class Arrived(NamedTuple):
+    """What came for a request: pages of its chain, one after the other."""
+
+    first_page: int = 0
+    """Its place in the chain."""
+    pages: int = 0
+    remote_pages: Sequence[int] = ()
+    """Places of those that came from the remote store, in order; the others came from disk."""
+
+
 @dataclass(eq=False)
 class _Read:
     """Pages asked of one tier in one call."""
@@ -62,6 +72,8 @@ class _Hold:
     reads: list[_Read] = field(default_factory=list)
     landed: int = 0
     """Leading rows that are known to be on their way no more."""
+    remote_pages: list[int] = field(default_factory=list)
+    """Places in the chain of those that were asked of the remote store."""
 
 
 class Fetch:
@@ -94,6 +106,8 @@ class Fetch:
         self.in_flight = InFlight(0, 0)
         self._ended: deque[_Read] = deque()
         """Filled by the tiers' threads."""
+        self._far: set[int] = set()
+        """Rows that are being read from the remote store."""
         self._holds: dict[str, _Hold] = {}
         self.held = 0
         """Pages held for requests, those that several ask for counted for each."""
@@ -122,7 +136,8 @@ class Fetch:
         """
         missing: list[int] = []
         coming: list[int] = []
-        page, first_coming = first, end
+        places: list[int] = []
+        page = first
         while page < end:
             if run := page_runs.find_on_disk(self._pages, keys, page, end):
                 rows = page_runs.admit(self._pages, run, rank)
@@ -131,12 +146,15 @@ class Fetch:
                 run, rows = [NOWHERE], self._bring(keys, page, rank, missing)
             if rows and not self._pages.in_host.ready[rows[0]]:
                 coming += rows
-                first_coming = min(first_coming, page)
+                places += range(page, page + len(rows))
             page += len(rows)
             if len(rows) < len(run):
                 break
         if coming:
-            self._hold(request, first_coming, coming).reads += self._read_all(missing)
+            hold = self._hold(request, places[0], coming)
+            hold.reads += self._read_all(missing)
+            if self._far:
+                hold.remote_pages += [at for at, row in zip(places, coming, strict=True) if row in self._far]
         return page
 
     def _bring(self, keys: Sequence[PageKey], page: int, rank: int, missing: list[int]) -> list[int]:
@@ -189,6 +207,8 @@ class Fetch:
         read = _Read(rows, is_remote, future, self._clock(), self.in_flight[is_remote])
         self._reads.add(read)
         self._count(is_remote, len(rows))
+        if is_remote:
+            self._far.update(rows)
         future.add_done_callback(lambda _: self._end(read))
         return read
 
@@ -228,12 +248,14 @@ class Fetch:
         hold = self._holds.get(request)
         return None if hold is None else (hold.started, hold.ahead)
 
-    def arrived(self, request: str) -> tuple[int, int]:
-        """Of what `request` asked for: the place in its chain of the first page, and how many are there."""
+    def arrived(self, request: str) -> Arrived:
+        """What of that which `request` asked for is there."""
         hold = self._holds.get(request)
         if hold is None:
-            return 0, 0
-        return hold.first_page, sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
+            return Arrived()
+        pages = sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
+        end = hold.first_page + pages
+        return Arrived(hold.first_page, pages, [page for page in hold.remote_pages if page < end])
 
     def release(self, request: str) -> None:
         """Let go of what is held for `request`; what nobody else waits for is given up, as `poll` then sees."""
@@ -260,6 +282,8 @@ class Fetch:
             return
         self._reads.remove(read)
         self._count(read.is_remote, -len(read.rows))
+        if read.is_remote:
+            self._far.difference_update(read.rows)
         outcomes = [ReadOutcome.UNAVAILABLE] * len(read.rows)
         if not read.future.cancelled():
             outcomes = read.future.result()

@@ -16,6 +16,7 @@ import torch
 from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
+from cached_attention.fetch import Arrived
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
@@ -280,9 +281,9 @@ class CachedAttentionStore:
         """The engine computed `tokens` new tokens in `seconds`."""
         self._decision.computing.observe(tokens, seconds)
 
-    def fetched_span(self, request: str) -> tuple[int, int]:
-        """First page and number of pages that came from the disk for `request`, until it lets go."""
-        return (0, 0) if self._migration is None else self._migration.fetch.arrived(request)
+    def fetched_span(self, request: str) -> Arrived:
+        """What came from the tiers below for `request`, until it lets go."""
+        return Arrived() if self._migration is None else self._migration.fetch.arrived(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
         """Loadable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
@@ -321,25 +322,25 @@ class CachedAttentionStore:
 
     # Loading
 
-    def queue_load(self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor) -> bool:
+    def queue_load(
+        self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor, known: list[Event] | None = None
+    ) -> bool:
         """Queue the pages `keys` (consecutive, reserved in this pass) for the next `start_load`.
 
-        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write. Aliases are rotated to
-        their place.
+        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write; computed after the events
+        in `known`, without it when the load starts. Aliases are rotated to their place.
 
         Returns False, and queues nothing, when a page is not in the store.
 
         Raises:
             ValueError: the request has a load queued already.
         """
-        if request in self._loads.queued:
-            raise ValueError(f"request {request!r} has a load queued already; cancel it first.")
         rows = [self._index.find(key) for key in keys]
         if not rows or any(row == NOWHERE or not self._in_host.ready[row] for row in rows):
             return False
         slots = [self._in_host.slot[row] for row in rows]
         deltas = list(map(self._index.delta, rows))
-        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1])
+        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1], known)
         self._aliases.loaded_rotated(key for key, delta in zip(keys, deltas, strict=True) if delta)
         self._count_use(rows)
         self.leave(request)
@@ -369,7 +370,7 @@ class CachedAttentionStore:
     def start_load(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
         """Start everything queued, as `batch`; the forward reads layer l after `layers[l]` of what is returned.
 
-        The copies wait for the events in `after`: all that is on the forward's stream; `LayerWiseLoad` says why.
+        The copies wait for the events in `after`: forwards that may touch the slots; `LayerWiseLoad` says which.
         """
         return self._loads.start(batch, after)
 
