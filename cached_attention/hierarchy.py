@@ -145,10 +145,15 @@ class Hierarchy:
         row = self.index.add(key, parent, position)
         if not any(row in tier for tier in self.index.tiers):
             self.index.separate(row)  # It is about to have bytes of its own.
-        (self.index.kind[row],) = self.next_use.kinds([key])
+        (self.index.kind[row],) = self.next_use.kinds([key], self.kind_before(row))
         self.index.place(row, self.in_host, slot)
         self.index.pin(row)
         return row
+
+    def kind_before(self, row: int) -> int | None:
+        """Class of the page before `row`; None where there is none in a tier: elsewhere it is not kept."""
+        parent = self.index.parent[row]
+        return self.index.kind[parent] if parent in self.in_host or parent in self.on_disk else None
 
     def make_room(self, slots: int, before: PageKey | None, for_rank: int = NOT_WAITING) -> None:
         """Evict until so many slots are free or nothing may go, but not `before`, whose chain is to grow."""

@@ -42,8 +42,8 @@ def admit(pages: Hierarchy, rows: list[int], for_rank: int) -> list[int]:
     slots = pages.host.take_slots(len(rows))
     rows = rows[: len(slots)]
     index.place_run(rows, pages.in_host, slots)
-    pins, kind = index.pins, index.kind
-    for row, known in zip(rows, pages.next_use.kinds(map(index.key, rows)), strict=True):
+    pins, kind, before = index.pins, index.kind, pages.kind_before(rows[0]) if rows else None
+    for row, known in zip(rows, pages.next_use.kinds(map(index.key, rows), before), strict=True):
         kind[row] = known
         pins[row] += 1
     return rows

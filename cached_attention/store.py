@@ -301,13 +301,14 @@ class CachedAttentionStore:
 
         The walk ends at the first page that was noted lately, so a chain is walked once per `USE_NOTED`.
         """
-        now, slot = self._clock(), self._pages.on_disk.slot
-        last_use, parent = self._index.last_use, self._index.parent
-        is_old = True
-        while is_old and row != NOWHERE:
-            is_old = now - last_use[row] > USE_NOTED
-            last_use[row] = now
-            if is_old and slot[row] != NOWHERE and self.disk is not None:
+        last_use, parent, slot = self._index.last_use, self._index.parent, self._pages.on_disk.slot
+        now = self._clock()
+        long_ago = now - USE_NOTED
+        while row != NOWHERE:
+            used, last_use[row] = last_use[row], now
+            if used >= long_ago:
+                break
+            if slot[row] != NOWHERE and self.disk is not None:
                 self.disk.touch(slot[row], now, self._index.uses[row])
             row = parent[row]
 

@@ -69,7 +69,9 @@ class NextUse:
     of a use in each age bin is the part of the pages reaching the bin that are used in it. It is learnt
     from a sample of pages that are watched from use to use, in a tier or out of it, so that pages that were
     evicted count as those that were kept, and pages that never return count from the first bin on. Uses are
-    counted for all pages, evicted ones too, in cells by hash (TinyLFU, Einziger et al., ACM ToS 2017).
+    counted for all pages, evicted ones too, in cells by hash (TinyLFU, Einziger et al., ACM ToS 2017). Where keys
+    share a cell, too much is counted; since a page is used at least as often as those that follow it, the least
+    count of a prompt up to the page is nearer to the truth.
     The sample is of keys below a threshold that falls as the record fills (SHARDS, Waldspurger et al., FAST
     2015, section 3.2), so memory is bounded and each page stands for the same number of others.
 
@@ -116,14 +118,16 @@ class NextUse:
         self._uses += len(keys)
         counts, threshold, end = self._counts, self._threshold, self._end
         duelled = 0 if self._duel is None else self._duel.threshold
-        kinds, last = [], len(keys) - 1
+        kinds, last, least = [], len(keys) - 1, 256
         prompt = _Prompt([], bytearray(), [])
         for page, key in enumerate(keys):
             hashed = crc32(key)
             cell = hashed % CELLS
             if (uses := counts[cell] + 1) < 256:
                 counts[cell] = uses
-            kind = KIND[uses] + (ENDS if page == last else 0)
+            if uses < least:
+                least = uses
+            kind = KIND[least] + (ENDS if page == last else 0)
             kinds.append(kind)
             if hashed < threshold:
                 end(key)
@@ -163,9 +167,13 @@ class NextUse:
             self._used[known.kind][known.bin] += 1
             known.is_over = True
 
-    def kinds(self, keys: Iterable[bytes]) -> list[int]:
-        """Classes of pages that are made now; those of a prompt were told of when it came."""
-        return [KIND[self._counts[crc32(key) % CELLS]] for key in keys]
+    def kinds(self, keys: Iterable[bytes], before: int | None = None) -> list[int]:
+        """Classes of consecutive pages that are made now; those of a prompt were told of when it came.
+
+        `before`: class of the page before them, None at the start of a prompt.
+        """
+        counts, least = self._counts, ENDS if before is None else before % ENDS
+        return [least := min(least, KIND[counts[crc32(key) % CELLS]]) for key in keys]
 
     def _age(self) -> None:
         for bin, queue in enumerate(self._by_bin[:-1]):

@@ -33,6 +33,8 @@ class Pace:
         self._latency = latency
         self._rate = rate
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._start, self._slope = latency, 1 / rate
+        """The line: seconds for nothing, and seconds per amount."""
 
     def observe(self, amount: float, seconds: float) -> None:
         keep = FORGETTING
@@ -41,11 +43,13 @@ class Pace:
         self._y = keep * self._y + seconds
         self._xx = keep * self._xx + amount * amount
         self._xy = keep * self._xy + amount * seconds
+        self._fit()
 
     def seconds(self, amount: float) -> float:
         """Estimate for `amount`; never negative, never falling with the amount."""
-        if not self._weight:
-            return self._latency + amount / self._rate
+        return self._start + self._slope * amount
+
+    def _fit(self) -> None:
         mean, height = self._x / self._weight, self._y / self._weight
         prior = self._latency + mean / self._rate
         twice = height * (prior + mean / self._rate) / prior
@@ -55,7 +59,7 @@ class Pace:
         slope = max(0.0, rise / spread) if spread > 0 else 0.0
         if slope * mean > height:
             slope = height / mean  # Through the origin: the line must not promise less than was seen.
-        return height + slope * (amount - mean)
+        self._start, self._slope = max(0.0, height - slope * mean), slope
 
 
 @dataclass(frozen=True)

@@ -146,3 +146,16 @@ def test_what_is_watched_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         estimate.ran("request", float(step))
         assert len(estimate._watched) <= 500 + 20
     assert sum(map(len, estimate._by_bin)) <= 2 * 520
+
+
+def test_a_page_counts_no_more_uses_than_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_use, "CELLS", 7)
+    estimate = NextUse()
+    for now in range(3):
+        for name in "abcdef":
+            estimate.asked(name, pages(name, 20), float(now))
+            estimate.ran(name, float(now))
+    kinds = [*estimate.asked("g", pages("g", 20), 3.0)[:-1], *estimate.kinds(pages("h", 20), before=2)]
+    assert kinds[:19] == sorted(kinds[:19], reverse=True)
+    assert kinds[19:] == sorted(kinds[19:], reverse=True)
+    assert kinds[19] <= 2
