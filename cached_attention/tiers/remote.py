@@ -106,7 +106,8 @@ class RemoteTier:
 
     def serve(self, fingerprint: Fingerprint) -> None:
         """From now on the pages are those of `fingerprint`."""
-        self._objects = self._make_objects(fingerprint)
+        self._objects = objects = self._make_objects(fingerprint)
+        logger.info("mooncake://%s: the pages of this rank are named %s/...", self.master, objects.prefix)
 
     def pause(self) -> None:
         """Out of service until `serve`: the pages in host memory are of no fingerprint."""

@@ -36,6 +36,8 @@ class Objects(Protocol):
     object_bytes: int
     call_pages: int
     """Pages per call at most."""
+    prefix: str
+    """Of all names, up to a slash."""
 
     def name(self, key: PageKey) -> str: ...
 
@@ -81,11 +83,11 @@ class PlainObjects:
 
     def __init__(self, memory: RecordMemory, fingerprint: Fingerprint) -> None:
         self._memory = memory
-        self._prefix = fingerprint.digest()
+        self.prefix = fingerprint.digest()
         self.object_bytes = memory.page_bytes + CHECKSUM_BYTES
 
     def name(self, key: PageKey) -> str:
-        return f"{self._prefix}/{key.hex()}"
+        return f"{self.prefix}/{key.hex()}"
 
     def outgoing(self, pages: Sequence[PageWrite]) -> list[Extent]:
         for page in pages:
@@ -151,8 +153,8 @@ class SealedObjects:
     ) -> None:
         self._memory, self._staging = memory, staging
         sealed = fingerprint.encrypted(key.id)
-        self._prefix = sealed.digest()
-        self._name_key = key.derive(b"remote name " + bytes.fromhex(self._prefix))
+        self.prefix = sealed.digest()
+        self._name_key = key.derive(b"remote name " + bytes.fromhex(self.prefix))
         self._pages = StoreCipher(key, sealed, "remote page")
         self._checksums = StoreCipher(key, sealed, "remote checksum")
         self.call_pages = staging.objects
@@ -166,7 +168,7 @@ class SealedObjects:
         return page_bytes + CHECKSUM_BYTES + 2 * TAG_BYTES + NONCE_BYTES + EPOCH_BYTES
 
     def name(self, key: PageKey) -> str:
-        return f"{self._prefix}/{hmac.digest(self._name_key, key, 'sha256').hex()}"
+        return f"{self.prefix}/{hmac.digest(self._name_key, key, 'sha256').hex()}"
 
     def outgoing(self, pages: Sequence[PageWrite]) -> list[Extent]:
         extents = self._extents(pages)

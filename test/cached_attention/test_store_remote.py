@@ -219,6 +219,18 @@ def test_a_dropped_conversation_is_dropped_for_all(replicas: Callable[..., Repli
     assert a.load("abc") == 0
 
 
+def test_a_flush_forgets_what_was_known_and_leaves_what_others_use(replicas: Callable[..., Replica]) -> None:
+    a, b = replicas(), replicas()
+    a.save("abc")
+    assert b.load("abc") == 3
+    b.store.reset()
+    assert (b.counters["remote_known"], b.counters["host_pages_used"]) == (0, 0)
+    assert a.load("abc") == 3
+    asked = b.counters["remote_lookups"]
+    assert b.load("abc") == 3
+    assert b.counters["remote_lookups"] == asked + 1
+
+
 def test_updated_weights(replicas: Callable[..., Replica]) -> None:
     a, b = replicas(), replicas()
     a.save("abc")

@@ -302,6 +302,21 @@ def test_what_is_removed_is_gone_for_all(pair: tuple[Member, Member]) -> None:
     assert b.get([0, 1]) == [LOST, READ]
 
 
+def test_an_operator_can_remove_the_pages_of_one_fingerprint(
+    pair: tuple[Member, Member], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As docs/remote.md says: by the beginning of their names, which the log of a server has."""
+    a, b = pair
+    caplog.set_level("INFO")
+    b.tier.serve(fingerprint("new"))
+    prefix = caplog.messages[-1].split(" are named ")[1].removesuffix("...")
+    a.put([0, 1, 2])
+    b.put([0, 1])
+    assert a.tier._client._call.remove_by_regex(f"^{prefix}", True) == 2
+    assert (a.has(range(3)), b.has(range(2))) == (3, 0)
+    b.tier.serve(fingerprint("w"))
+
+
 def test_a_full_store_refuses_or_forgets(pair: tuple[Member, Member]) -> None:
     a, _ = pair
     addresses = a.tier._memory.addresses(0)
