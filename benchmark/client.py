@@ -50,7 +50,7 @@ class Round:
 
 
 @dataclass
-class _Stream:
+class Stream:
     """What has arrived of one answer."""
 
     started: float = field(default_factory=time.perf_counter)
@@ -152,14 +152,14 @@ class _Session:
                 self.progress.update()
         return records
 
-    async def _ask(self, http: aiohttp.ClientSession, input_ids: list[int]) -> _Stream:
+    async def _ask(self, http: aiohttp.ClientSession, input_ids: list[int]) -> Stream:
         body = {"input_ids": input_ids, "sampling_params": self.sampling, "stream": True}
-        stream = _Stream()
+        stream = Stream()
         try:
             async with http.post(self.url, json=body) as response:
                 if response.status != 200:
                     raise ServerError(f"{self.url} answered {response.status}: {await response.text()}")
-                async for event in _events(response):
+                async for event in events(response):
                     stream.add(event)
         except (aiohttp.ClientError, TimeoutError) as failure:
             reason = str(failure) or type(failure).__name__
@@ -169,7 +169,7 @@ class _Session:
         return stream
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     async for line in response.content:
         payload = line.decode().strip().removeprefix("data:").strip()
         if not payload or payload == "[DONE]":

@@ -54,6 +54,8 @@ class Migration:
         self._put_behind = None if remote is None else PutBehind(pages, remote)
         self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
         self._outages = -1
+        self.is_ready: Callable[[str], bool] = self.ahead.is_ready if remote is None else self._is_ready
+        """Whether a request may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
 
     @property
     def pins(self) -> int:
@@ -104,8 +106,7 @@ class Migration:
         if self._lookups is not None:
             self._lookups.leave(request)
 
-    def is_ready(self, request: str) -> bool:
-        """Whether `request` may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
+    def _is_ready(self, request: str) -> bool:
         return (self._lookups is None or self._lookups.is_ready(request)) and self.ahead.is_ready(request)
 
     def poll(self) -> None:

@@ -83,6 +83,7 @@ class WriteBehind:
         while len(self._writes) < batches and self._disk.healthy:
             if not (rows := self._choose()):
                 break
+            rows.reverse()  # The head of a chain first: neighbours on disk in the order in which they are read.
             future = self._disk.write([page_write(self._pages, row) for row in rows])
             self._pages.stats.watch(Direction.DEMOTE, "disk", future, written)
             self._writes.append((rows, future))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -23,6 +24,10 @@ BAR = 24
 """Characters."""
 WINDOW = 10.0
 """Seconds that rates are taken over at least."""
+REDRAWN = 2
+"""Times per second, so that a resized terminal is soon right again."""
+WIDE = 110
+"""Characters of a line that holds two tables side by side."""
 
 
 def top(
@@ -51,18 +56,21 @@ def top(
 
 def _watch(server: Server, first: Scrape, interval: float, console: Console) -> None:
     past = deque([first])
-    with Live(_frame(server, first, None), console=console, screen=True, auto_refresh=False) as live:
+    frame = _frame(server, first, None)
+    with Live(frame, console=console, screen=True, refresh_per_second=REDRAWN) as live:
         try:
             while True:
                 time.sleep(interval)
                 try:
                     now = server.scrape()
                 except ScrapeError as error:
-                    live.update(Text(f"{error} Trying again.", style="red"), refresh=True)
+                    past.clear()
+                    live.update(Group(Text(f"{error} Trying again.", style="red"), frame), refresh=True)
                     continue
                 while len(past) > 1 and now.at - past[1].at >= WINDOW:
                     past.popleft()
-                live.update(_frame(server, now, past[0]), refresh=True)
+                frame = _frame(server, now, past[0] if past else None)
+                live.update(frame, refresh=True)
                 past.append(now)
         except KeyboardInterrupt:
             return
@@ -93,12 +101,26 @@ def _frame(server: Server, now: Scrape, before: Scrape | None) -> RenderableType
     return Group(
         title,
         _tiers(now),
-        _hits(change),
-        _transfers(change),
-        _queue(change),
-        _evictions(change),
+        _Beside(_hits(change), _transfers(change)),
+        _Beside(_queue(change), _evictions(change)),
         _conversations(server),
     )
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Two tables side by side where the terminal is wide, one under the other where it is not."""
+
+    left: Table
+    right: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < WIDE:
+            yield from (self.left, self.right)
+            return
+        row = Table.grid(padding=(0, 4), pad_edge=False)
+        row.add_row(self.left, self.right)
+        yield row
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -111,11 +133,12 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 def _tiers(now: Scrape) -> Table:
     table = _table("Tiers", "tier")
-    for column in ("fill", "", "pages", "errors", "bad checksums", "health"):
-        table.add_column(column, justify="left" if column == "fill" else "right")
+    table.add_column("fill")
+    for column in ("", "pages", "errors", "damaged", "health"):
+        table.add_column(column, justify="right", no_wrap=True)
     for tier in now.values("resident_bytes", "tier"):
         used, capacity = (now.total(f"{what}_bytes", tier=tier) for what in ("resident", "capacity"))
-        pages = f"{now.total('resident_pages', tier=tier):,.0f} / {now.total('capacity_pages', tier=tier):,.0f}"
+        pages = f"{now.total('resident_pages', tier=tier):,.0f}"
         bar = ProgressBar(total=capacity or 1, completed=used, width=BAR)
         size = f"{format_size(used)} of {format_size(capacity)}"
         errors = [

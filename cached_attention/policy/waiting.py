@@ -6,19 +6,23 @@ from dataclasses import dataclass
 
 CEILING = 5.0
 """Seconds that a request waits at most, whatever was measured."""
-TOLERATED = 0.1
+TOLERATED = 0.07
 """Part of the recompute time that may be lost in waiting for pages that then do not come."""
 OVERDUE = 2.0
 """A fetch that takes so many times what it was estimated at is no longer waited for."""
 FORGETTING = 0.9
 """Weight of what was known when something new is seen."""
+SHAPE = 0.5
+"""Weight of each of the two points that stand for the prior's shape; that of the latest observation is 1."""
 
 
 class Pace:
     """Seconds that an amount takes: a latency and a rate, learnt from what was seen lately.
 
     A weighted least squares line through the observations, each new one multiplying the weight of all
-    before by `FORGETTING`. The prior stands for two observations, so it is soon forgotten.
+    before by `FORGETTING`. Before anything was seen, the prior; afterwards only its shape: brought to the height
+    of the observations, it counts as two of them at zero and at twice their mean amount, so that a single
+    amount seen again and again still says something of others.
 
     Args:
         latency: seconds, before anything was seen.
@@ -26,9 +30,9 @@ class Pace:
     """
 
     def __init__(self, latency: float, rate: float) -> None:
+        self._latency = latency
+        self._rate = rate
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
-        for amount in (0.0, rate):
-            self.observe(amount, latency + amount / rate)
 
     def observe(self, amount: float, seconds: float) -> None:
         keep = FORGETTING
@@ -40,13 +44,18 @@ class Pace:
 
     def seconds(self, amount: float) -> float:
         """Estimate for `amount`; never negative, never falling with the amount."""
-        spread = self._weight * self._xx - self._x**2
-        slope = (self._weight * self._xy - self._x * self._y) / spread if spread > 0 else 0.0
-        slope = max(0.0, slope)
-        latency = max(0.0, (self._y - slope * self._x) / self._weight)
-        if not latency and self._x:
-            slope = self._y / self._x  # Through the origin: the line must not promise less than was seen.
-        return latency + slope * amount
+        if not self._weight:
+            return self._latency + amount / self._rate
+        mean, height = self._x / self._weight, self._y / self._weight
+        prior = self._latency + mean / self._rate
+        twice = height * (prior + mean / self._rate) / prior
+        # The two lie on a line through (mean, height), which they leave where it was.
+        spread = self._xx - self._x * mean + 2 * SHAPE * mean**2
+        rise = self._xy - self._x * height + 2 * SHAPE * mean * (twice - height)
+        slope = max(0.0, rise / spread) if spread > 0 else 0.0
+        if slope * mean > height:
+            slope = height / mean  # Through the origin: the line must not promise less than was seen.
+        return height + slope * (amount - mean)
 
 
 @dataclass(frozen=True)

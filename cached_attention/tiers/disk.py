@@ -68,7 +68,7 @@ class DiskTier:
         directory: one owner at a time; made where it is missing.
         capacity_bytes: what `directory` never exceeds, in blocks of the file system, with everything in
             it: other fingerprints' stores and files that are not ours take from it.
-        io_threads: disk queue depth of writes; reads have one more.
+        io_threads: disk queue depth of writes; those of one call of `read` have one more, others their own.
         queued_write_bytes: writes are declined while this much waits.
         ttl: seconds after its last use that a page, or another fingerprint's whole store, is dropped
             when the store is opened; None: never.

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 WRITE_PATIENCE = 0.25
@@ -23,23 +24,33 @@ class Priority(IntEnum):
 Job = Callable[[], None]
 
 
-class IoQueue:
-    """Runs jobs, `threads` at a time. A job handles its own errors.
+@dataclass(eq=False)
+class Batch:
+    """Jobs that were submitted together."""
 
-    A write starts only while no read waits or runs. One thread more than may write stands by, so
-    that a read that comes finds it free.
+    since: float
+    jobs: deque[Job]
+    running: int = 0
+
+
+class IoQueue:
+    """Runs jobs, those submitted first before others. A job handles its own errors.
+
+    At most `threads` writes run at a time, and one read more of each batch; there are twice as many threads. So
+    a read that comes finds a thread, also while another batch waits for a bad spot of the disk. A write starts
+    only while no read waits or runs.
     """
 
     def __init__(self, threads: int, name: str = "disk") -> None:
         self._changed = threading.Condition()
-        self._queues: tuple[deque[tuple[float, Job]], ...] = (deque(), deque(), deque())
+        self._queues: tuple[deque[Batch], ...] = (deque(), deque(), deque())
         self._reading = self._writing = 0
-        self._most_writing = threads
+        self._most_writing, self._most_of_a_read = threads, threads + 1
         self._last_write = 0.0
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-io-{number}", daemon=True)
-            for number in range(threads + 1)
+            for number in range(2 * threads + 1)
         ]
         for thread in self._threads:
             thread.start()
@@ -51,12 +62,12 @@ class IoQueue:
 
     def submit(self, priority: Priority, jobs: Sequence[Job]) -> bool:
         """False after `close`."""
-        now = time.monotonic()
         with self._changed:
             if self._closed:
                 return False
-            self._queues[priority].extend((now, job) for job in jobs)
-            self._changed.notify(len(jobs))
+            if jobs:
+                self._queues[priority].append(Batch(time.monotonic(), deque(jobs)))
+                self._changed.notify(len(jobs))
             return True
 
     def wait_idle(self, timeout: float) -> bool:
@@ -81,39 +92,44 @@ class IoQueue:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while (priority := self._next()) is None:
-                    if self._closed:
+                while (chosen := self._next()) is None:
+                    if self._closed and not any(self._queues):
                         return
                     self._changed.wait(self._patience())
-                _, job = self._queues[priority].popleft()
-                self._count(priority, 1)
+                priority, batch = chosen
+                job = batch.jobs.popleft()
+                if not batch.jobs:
+                    self._queues[priority].remove(batch)
+                self._count(priority, batch, 1)
             try:
                 job()
             finally:
                 with self._changed:
-                    self._count(priority, -1)
+                    self._count(priority, batch, -1)
                     self._changed.notify_all()
 
-    def _count(self, priority: Priority, change: int) -> None:
+    def _count(self, priority: Priority, batch: Batch, change: int) -> None:
+        batch.running += change
         if priority is Priority.WRITE:
             self._writing += change
             self._last_write = time.monotonic()
         else:
             self._reading += change
 
-    def _next(self) -> Priority | None:
+    def _next(self) -> tuple[Priority, Batch] | None:
         writes = self._queues[Priority.WRITE]
         if writes and self._patience() == 0.0:
-            return Priority.WRITE
+            return Priority.WRITE, writes[0]
         for priority in (Priority.NOW, Priority.AHEAD):
-            if self._queues[priority]:
-                return priority
+            for batch in self._queues[priority]:
+                if batch.running < self._most_of_a_read:
+                    return priority, batch
         may_write = writes and (self._closed or not self._reading) and self._writing < self._most_writing
-        return Priority.WRITE if may_write else None
+        return (Priority.WRITE, writes[0]) if may_write else None
 
     def _patience(self) -> float | None:
         """Seconds until a waiting write may go beside reads; None where nothing but a change helps."""
         if not self._queues[Priority.WRITE] or self._writing:
             return None
-        since = max(self._last_write, self._queues[Priority.WRITE][0][0])
+        since = max(self._last_write, self._queues[Priority.WRITE][0].since)
         return max(0.0, since + WRITE_PATIENCE - time.monotonic())

@@ -15,6 +15,7 @@ from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.hints import GRACE
 from cached_attention.layout import DevicePool
+from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier, FileIO
 
@@ -143,6 +144,24 @@ def test_a_request_that_comes_first_now_gets_the_room_of_the_last(talk: Talk) ->
     assert talk.in_host("b") <= HOST_PAGES - 2 * LONG
     talk.store.reorder(["c", "b"])
     talk.poll_until(lambda: talk.in_host("b") == LONG)
+
+
+def test_a_read_that_is_noticed_late_took_no_longer(talk: Talk) -> None:
+    talk.on_disk_only("a")
+    talk.io.gate.clear()
+    talk.arrive("a")
+    talk.store.poll()
+    (read,) = talk.store._migration.fetch._reads
+    talk.io.gate.set()
+    read.future.result(20)
+    while read.ended is None:
+        time.sleep(0.001)
+    time.sleep(0.2)  # The engine computes something long.
+    amount, pace = LONG * talk.store._migration.fetch.page_bytes, WaitOrRecompute().fetching
+    pace.observe(amount, read.ended - read.started)
+    talk.store.poll()
+    assert talk.in_host("a") == LONG
+    assert talk.store._decision.fetching.seconds(amount) == pace.seconds(amount)
 
 
 def test_what_was_aborted_is_not_read_and_holds_nothing(talk: Talk) -> None:

@@ -196,6 +196,16 @@ def test_a_detached_disk_keeps_its_pages_and_gets_no_more(tmp_path: Path) -> Non
     talk.store.close()
 
 
+def test_a_conversation_lies_on_disk_as_it_is_read(tmp_path: Path) -> None:
+    """So that few large reads bring it back, although its tail was due first."""
+    talk = Conversations(tmp_path)
+    talk.save("abcd")
+    talk.settle()
+    slots = [talk.store._pages.on_disk.slot[talk.store._index.find(key)] for key in keys_of("abcd")]
+    assert slots == list(range(slots[0], slots[0] + 4))
+    talk.store.close()
+
+
 def test_writes_wait_for_reads_until_the_reserve_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

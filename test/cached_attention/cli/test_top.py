@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,7 +47,7 @@ INFO = """{"internal_states": [{"cached_attention": {"hottest": [
 
 
 @contextmanager
-def serving(pages: dict[str, str], api_key: str | None = None) -> Iterator[str]:
+def serving(pages: dict[str, str], api_key: str | None = None, port: int = 0) -> Iterator[str]:
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.rstrip("/")
@@ -50,7 +60,7 @@ def serving(pages: dict[str, str], api_key: str | None = None) -> Iterator[str]:
 
         def log_message(self, *_: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Pages) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -108,3 +118,58 @@ def test_a_server_that_is_not_there_is_said_to_be() -> None:
     status, shown = top(url)
     assert status == 1
     assert "cannot be reached" in shown
+
+
+class Terminal:
+    """A terminal in which `cached-attention top` runs."""
+
+    def __init__(self, url: str, columns: int) -> None:
+        self._master, inside = pty.openpty()
+        self.resize(columns)
+        code = "from cached_attention.cli import app; app()"
+        command = [sys.executable, "-c", code, "top", url, "--interval", "0.2"]
+        env = {**os.environ, "TERM": "xterm"}
+        for name in ("COLUMNS", "LINES", "NO_COLOR"):
+            env.pop(name, None)
+        self.process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, env=env)
+        os.close(inside)
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+
+    def wait_for(self, *texts: str) -> str:
+        """What was written since the last call, once all of `texts` are in it."""
+        written, deadline = "", time.monotonic() + 60
+        while not all(text in written for text in texts):
+            assert time.monotonic() < deadline, f"{texts} never shown, but {written[-3_000:]}"
+            if select.select([self._master], [], [], 0.1)[0]:
+                written += os.read(self._master, 1 << 16).decode(errors="ignore")
+        return written
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_the_live_view_outlives_its_server_and_leaves_the_terminal_as_it_was() -> None:
+    pages = {"/metrics": METRICS, "/server_info": INFO}
+    alternate_screen, cursor = ("\x1b[?1049h", "\x1b[?1049l"), "\x1b[?25h"
+    with serving(pages) as url:
+        terminal = Terminal(url, columns=140)
+        shown = terminal.wait_for("00ff00ff00ff00ff")
+    with terminal:
+        assert alternate_screen[0] in shown
+        assert any("Prompt tokens from" in line and "Transfers" in line for line in shown.splitlines())
+        terminal.wait_for("cannot be reached", "Trying again", "00ff00ff00ff00ff")
+        terminal.resize(columns=80)
+        pages["/server_info"] = INFO.replace("00ff", "11ee")
+        with serving(pages, port=int(url.rpartition(":")[2])):
+            _, _, shown = terminal.wait_for("11ee11ee11ee11ee").rpartition("CachedAttention  ")
+            assert not any("Prompt tokens from" in line and "Transfers" in line for line in shown.splitlines())
+            terminal.process.send_signal(signal.SIGINT)
+            terminal.wait_for(alternate_screen[1], cursor)
+            assert terminal.process.wait(60) == 0

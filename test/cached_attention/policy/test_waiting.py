@@ -22,6 +22,34 @@ def test_a_pace_is_learnt_from_a_few_observations(latency: float, rate: float) -
     assert pace.seconds(250 * MB) == pytest.approx(latency + 250 * MB / rate, rel=0.1)
 
 
+@given(st.floats(1e3, 1e9), st.floats(1e-3, 100), st.integers(3, 10))
+def test_a_single_amount_says_what_others_take_in_the_prior_s_proportions(
+    amount: float, seconds: float, times: int
+) -> None:
+    prior, pace = Pace(latency=1e-4, rate=2e9), Pace(latency=1e-4, rate=2e9)
+    for _ in range(times):
+        pace.observe(amount, seconds)
+    assert pace.seconds(amount) == pytest.approx(seconds)
+    factor = seconds / prior.seconds(amount)
+    assert pace.seconds(3 * amount) == pytest.approx(factor * prior.seconds(3 * amount))
+
+
+def test_one_look_at_a_slow_disk_is_enough() -> None:
+    decision = learnt(fetch_s=0.01, compute_s=1.0)
+    decision.fetching = Pace(latency=1e-4, rate=2e9)
+    assert decision.is_worth_waiting(outstanding())
+    decision.fetching.observe(100 * MB, 1.5)
+    assert not decision.is_worth_waiting(outstanding())
+
+
+def test_a_slow_computer_is_known_after_two_turns() -> None:
+    """A history that is computed, and a turn that goes on with it: what is seen of one conversation."""
+    pace = Pace(latency=0.02, rate=1e4)
+    pace.observe(2048, 1.9)
+    pace.observe(100, 0.15)
+    assert pace.seconds(2048) == pytest.approx(1.9, rel=0.1)
+
+
 def test_a_pace_follows_a_disk_that_slows_down_and_recovers() -> None:
     pace = Pace(latency=1e-4, rate=2e9)
     for seconds in (0.05, 5.0, 0.05):
@@ -82,7 +110,7 @@ def test_a_fetch_that_is_overdue_is_not() -> None:
     assert not decision.is_worth_waiting(outstanding(waited=0.5))
 
 
-def test_an_unknown_disk_costs_a_tenth_of_the_recompute_time_at_most() -> None:
+def test_an_unknown_disk_costs_little_of_the_recompute_time_at_most() -> None:
     decision = WaitOrRecompute()
     for _ in range(100):
         decision.computing.observe(2048, 10.0)

@@ -187,16 +187,36 @@ def test_a_read_can_be_cancelled_before_it_begins(store, faulty_io):
     slots = store.write(tier, [1, 2])
     hold, begun = threading.Event(), threading.Semaphore(0)
     faulty_io.before = lambda step: (begun.release(), hold.wait(10))
-    first, second = (tier.read([store.pages.to_read(n, slots[n])]) for n in (1, 2))
-    third = tier.read([store.pages.to_read(2, slots[2])], Priority.AHEAD)
-    assert begun.acquire(timeout=10)
-    assert begun.acquire(timeout=10)
-    assert third.cancel()
+    first, second, third = (tier.read([store.pages.to_read(n, slots[n])]) for n in (1, 2, 1))
+    fourth = tier.read([store.pages.to_read(2, slots[2])], Priority.AHEAD)
+    for _ in range(3):
+        assert begun.acquire(timeout=10)
+    assert fourth.cancel()
     assert not first.cancel()
     hold.set()
-    assert first.result(10) == second.result(10) == [ReadOutcome.READ]
+    assert first.result(10) == second.result(10) == third.result(10) == [ReadOutcome.READ]
     with pytest.raises(CancelledError):
-        third.result(10)
+        fourth.result(10)
+
+
+def test_a_slow_read_leaves_threads_to_others(store, faulty_io):
+    tier = store.open(io=faulty_io, io_threads=2)
+    slots = store.write(tier, list(range(41)))
+    bad_spot, hold, read = {slots[n] for n in range(0, 40, 2)}, threading.Event(), faulty_io.preadv
+
+    def preadv(fd, buffers, offset):
+        if offset // tier.stride in bad_spot:
+            assert hold.wait(20)
+        return read(fd, buffers, offset)
+
+    faulty_io.preadv = preadv
+    slow = tier.read([store.pages.to_read(n, slots[n]) for n in range(0, 40, 2)])
+    quick = tier.read([store.pages.to_read(n, slots[n]) for n in (39, 37, 35)])
+    assert quick.result(10) == [ReadOutcome.READ] * 3
+    assert not slow.done()
+    hold.set()
+    assert slow.result(10) == [ReadOutcome.READ] * 20
+    assert tier.close()
     assert tier.close()
 
 

@@ -9,7 +9,14 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, InsertParams, InsertResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    CacheRequestHandle,
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    InsertResult,
+    TreeLock,
+)
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from .linker import CachedAttentionLinker
@@ -78,7 +85,34 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         if self.reporting is not None:
             self.reporting.poll()
 
+    # What `LoadFence` watches.
+
+    def lock(self, *node: Any, **options: Any) -> TreeLock | None:
+        lock = super().lock(*node, **options)
+        self.linker.cache_linker.fence.locked(lock)
+        return lock
+
+    def unlock(self, lock: TreeLock | None) -> None:
+        if lock is not None:
+            self.linker.cache_linker.fence.unlocked(lock)
+        super().unlock(lock)
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        with self.linker.cache_linker.fence.evicting():
+            return super().evict(params)
+
+    def evict_for_alloc(self, params: EvictParams, **options: Any) -> EvictResult:
+        with self.linker.cache_linker.fence.evicting():
+            return super().evict_for_alloc(params, **options)
+
+    def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
+        # The last thing that the scheduler does when it has launched a forward.
+        failed = super().finish_external_linker_loads(reqs)
+        self.linker.cache_linker.forward_launched()
+        return failed
+
     def insert(self, params: InsertParams) -> InsertResult:
+        self.linker.cache_linker.fence.close()
         # The saves that it starts are of pages of this prompt.
         with self.linker.inserting(params.key):
             return super().insert(params)
