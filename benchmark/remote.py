@@ -1,10 +1,11 @@
 """What does a page cost in the remote tier, and what does that come to with 10, 100 and 1,000 servers?
 
-    python -m benchmark.remote [--page-mib 8] [--pages 64] [--rounds 5] [--output DIR]
+    python -m benchmark.remote [--page-mib 8] [--pages 32] [--rounds 5] [--encryption] [--output DIR]
 
 Starts a Mooncake master and a process that lends memory, and measures over TCP on this machine:
 
 - put and get of pages, in batches as the store makes them, against one memcpy of the same bytes,
+- with --encryption, the same encrypted, in turns with those in the clear,
 - one lookup, by the number of pages that it asks for,
 - what the master's memory grows by per page, over --objects small ones.
 
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -35,6 +37,7 @@ from tqdm import tqdm
 from benchmark.mooncake import Master, missing
 from benchmark.report import machine
 from cached_attention.checksum import page_checksum
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import PageLayout
 from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
@@ -69,6 +72,8 @@ class Costs:
     """Seconds of one call, by the pages that it asks for."""
     master_bytes: float = 0.0
     """Memory of the master."""
+    sealed: dict[str, float] = field(default_factory=dict)
+    """`put` and `get` of an encrypted one."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,9 @@ class FleetCosts:
 class Bench:
     """A member that lends nothing, so that every page crosses to the lender's process."""
 
-    def __init__(self, master: Master, page_bytes: int, pages: int, segment: int) -> None:
+    def __init__(
+        self, master: Master, page_bytes: int, pages: int, segment: int, key: EncryptionKey | None = None
+    ) -> None:
         layout = PageLayout(PAGE_TOKENS, ((page_bytes // 2, page_bytes // 2),))
         self.pages = pages
         self.host = HostTier(layout, pages * layout.stride)
@@ -131,7 +138,7 @@ class Bench:
         assert self._lender.stdout is not None
         self._lender.stdout.readline()
         fingerprint = Fingerprint("bench", "w", "bfloat16", PAGE_TOKENS, layout.component_bytes, {}, {})
-        self.tier = RemoteTier(parse_remote("--remote", master.url("0")), 0, fingerprint)
+        self.tier = RemoteTier(parse_remote("--remote", master.url("0")), 0, fingerprint, encryption=key)
         self.tier.open(self.host)
         while not self.tier.healthy:
             time.sleep(0.01)
@@ -186,25 +193,32 @@ def key(number: int) -> bytes:
     return hashlib.sha256(b"%d" % number).digest()
 
 
-def measure(page_bytes: int, pages: int, rounds: int) -> Costs:
+def measure(page_bytes: int, pages: int, rounds: int, *, encryption: bool = False) -> Costs:
     seconds: dict[str, list[float]] = {"put": [], "get": [], "memcpy": []}
-    with Master() as master:
-        bench = Bench(master, page_bytes, pages, segment=max(64 << 20, 4 * pages * page_bytes))
-        try:
-            for first in tqdm(range(0, (rounds + 1) * pages, pages), "put, get, memcpy", file=sys.stderr):
-                seconds["put"].append(bench.put(first))
-                seconds["get"].append(bench.get(first))
-                seconds["memcpy"].append(bench.memcpy())
+    seconds |= {"sealed put": [], "sealed get": []} if encryption else {}
+    segment = max(64 << 20, 4 * pages * page_bytes)
+    with Master() as master, ExitStack() as benches:
+        bench = benches.enter_context(closing(Bench(master, page_bytes, pages, segment)))
+        sealing = bench
+        if encryption:
+            key = EncryptionKey(bytes(range(32)))
+            sealing = benches.enter_context(closing(Bench(master, page_bytes, pages, segment, key)))
+        for first in tqdm(range(0, (rounds + 1) * pages, pages), "put, get, memcpy", file=sys.stderr):
+            seconds["put"].append(bench.put(first))
+            seconds["get"].append(bench.get(first))
+            seconds["memcpy"].append(bench.memcpy())
+            bench.clear()
+            if encryption:
+                seconds["sealed put"].append(sealing.put(first))
+                seconds["sealed get"].append(sealing.get(first))
                 bench.clear()
-            lookups = {
-                asked: statistics.median(bench.lookup(asked) for _ in range(10 * rounds))
-                for asked in LOOKUP_PAGES
-            }
-        finally:
-            bench.close()
+        lookups = {
+            asked: statistics.median(bench.lookup(asked) for _ in range(10 * rounds)) for asked in LOOKUP_PAGES
+        }
     # The first round connects.
-    put, get, memcpy = (statistics.median(found[1:]) / pages for found in seconds.values())
-    return Costs(page_bytes, put, get, memcpy, lookups)
+    one = {name: statistics.median(found[1:]) / pages for name, found in seconds.items()}
+    sealed = {name: one[f"sealed {name}"] for name in ("put", "get") if encryption}
+    return Costs(page_bytes, one["put"], one["get"], one["memcpy"], lookups, sealed=sealed)
 
 
 def master_bytes(objects: int) -> float:
@@ -225,7 +239,8 @@ def master_bytes(objects: int) -> float:
 
 def tell(costs: Costs, fleets: list[FleetCosts], load: Load, console: Console) -> None:
     one = Table("", "us", "GB/s", title=f"A page of {costs.page_bytes / 2**20:g} MiB, TCP on this machine")
-    for name, seconds in (("put", costs.put), ("get, checked", costs.get), ("memcpy", costs.memcpy)):
+    sealed = {f"{name}, encrypted": seconds for name, seconds in costs.sealed.items()}
+    for name, seconds in {"put": costs.put, "get, checked": costs.get, **sealed, "memcpy": costs.memcpy}.items():
         one.add_row(name, f"{seconds * 1e6:.0f}", f"{costs.page_bytes / seconds / 1e9:.2f}")
     for asked, seconds in costs.lookup.items():
         one.add_row(f"lookup of {asked:,} pages at once", f"{seconds * 1e6:.0f}", "")
@@ -269,6 +284,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--page-mib", type=float, default=8, help="MiB; 8: 64 tokens of Llama-3-8B (default: 8)")
     parser.add_argument("--pages", type=int, default=32, help="moved at once (default: 32)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--encryption", action="store_true", help="measure encrypted pages as well")
     parser.add_argument("--objects", type=int, default=200_000, help="for the master's memory (default: 200,000)")
     parser.add_argument("--requests", type=float, default=2, help="per second and server (default: 2)")
     parser.add_argument("--new-tokens", type=int, default=512, help="of a request (default: 512)")
@@ -284,7 +300,7 @@ def main() -> None:
     if (reason := missing()) is not None:
         sys.exit(f"error: {reason}")
     load = Load(args.requests, args.new_tokens, args.history_tokens, args.moved, int(args.lent))
-    costs = measure(int(args.page_mib * 2**20), args.pages, args.rounds)
+    costs = measure(int(args.page_mib * 2**20), args.pages, args.rounds, encryption=args.encryption)
     costs.master_bytes = master_bytes(args.objects)
     fleets = [FleetCosts.of(servers, load, costs) for servers in FLEETS]
     args.output.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,7 @@ class CachedAttentionConfig:
     disk_size: int = 0
     """Bytes that the disk tier never exceeds, over all ranks of the machine."""
     encryption_key: str | None = None
-    """Where the key of the disk tier is, see `cached_attention.encryption.key_place`; None: not encrypted."""
+    """Where the key of disk and remote tier is, see `cached_attention.encryption.key_place`; None: no key."""
     remote: str | None = None
     """URL of a store that is shared with other servers, see `parse_remote`; None: no remote tier."""
     disk_min_uses: int = 1

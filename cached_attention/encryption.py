@@ -1,4 +1,4 @@
-"""The operator's key for what lies on disk: where it comes from, and what is derived from it."""
+"""The operator's key for what lies on disk or with others: where it comes from, and what is derived from it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.write_behind import WriteBehind
 
-TOLD_AT_ONCE = 1024
+TOLD_AT_ONCE = 256
 """Pages per poll that are told to have left the remote tier after it went out of reach."""
 
 

@@ -9,7 +9,7 @@ from cached_attention.index import PageKey
 from cached_attention.residency import ResidencyFeed, ResidentPage
 
 REMEMBERED = 65_536
-"""Keys that are remembered at least, at about 220 bytes each."""
+"""Keys that are remembered at least, at about 260 bytes each."""
 
 
 class RemotePages:

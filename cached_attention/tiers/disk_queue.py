@@ -55,6 +55,11 @@ class IoQueue:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def threads(self) -> int:
+        """That may run jobs at the same time."""
+        return len(self._threads)
+
     def submit(self, priority: Priority, jobs: Sequence[Job]) -> bool:
         """False after `close`."""
         with self._changed:

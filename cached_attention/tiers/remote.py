@@ -1,9 +1,10 @@
 """The remote tier: page records of one fingerprint in a Mooncake store that several servers share.
 
-An object is a page record and, behind it, its checksum over key and bytes. Its key is that of the fingerprint
+An object is a page record and, behind it, its checksum over key and bytes. Its name is that of the fingerprint
 and of the page, so servers that may not share pages never meet. Records go from the arena to the wire and back
-without a copy. Which objects there are is known to the store alone: it drops them when it is full, and with the
-server whose memory they lie in.
+without a copy, or, with a key of the operator's, encrypted through memory of the tier's own: see `Objects`. Which
+objects there are is known to the store alone: it drops them when it is full, and with the server whose memory
+they lie in.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import numpy as np
-
-from cached_attention.checksum import page_checksum
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_health import Health
 from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome, Ticket
@@ -26,13 +26,11 @@ from cached_attention.tiers.disk_queue import IoQueue, Priority
 from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote_address import RemoteAddress
 from cached_attention.tiers.remote_client import NOT_FOUND, Extent, RemoteClient, RemoteError
+from cached_attention.tiers.remote_records import Objects, RecordMemory, objects_maker
 
 logger = logging.getLogger(__name__)
 
-CALL_PAGES = 16
-"""Pages per call of the store at most, so that a request's first pages land before its last."""
 PROBE_SECONDS = (1.0, 10.0)
-TRAILER_BYTES = 8
 CALL_ERRORS = (RemoteError, RuntimeError, TypeError, ValueError)
 """Ours, and those of Mooncake's binding."""
 
@@ -48,7 +46,7 @@ class RemoteStats:
     missed: int = 0
     """Asked for and not there any more, or the server that had them is gone."""
     damaged: int = 0
-    """Short, foreign, or bytes other than were saved; removed."""
+    """Short, foreign, not sealed with this key, or bytes other than were saved; removed."""
 
 
 class RemoteTier:
@@ -59,6 +57,7 @@ class RemoteTier:
 
     Args:
         segment: bytes of this process's memory that the store may use for anybody's pages.
+        encryption: pages are sealed with this key, and shared with servers that have it only.
         probe_seconds: between attempts to reach the store, at first and at most.
     """
 
@@ -68,6 +67,7 @@ class RemoteTier:
         segment: int,
         fingerprint: Fingerprint,
         *,
+        encryption: EncryptionKey | None = None,
         io_threads: int = 2,
         probe_seconds: tuple[float, float] = PROBE_SECONDS,
     ) -> None:
@@ -83,23 +83,22 @@ class RemoteTier:
         self._closing = False
         self._lock = threading.Lock()
         self._keeper = threading.Thread(target=self._keep, name="remote-keeper", daemon=True)
-        self.serve(fingerprint)
+        self._encryption = encryption
+        self._fingerprint = fingerprint
+        self._objects: Objects | None = None
 
     def open(self, host: HostTier) -> None:
         """Start to reach the store; pages will move from and to the arena of `host`."""
-        self._page_bytes, self.stride = host.layout.page_bytes, host.layout.stride
-        self._base = host.arena.data_ptr()
-        self._trailers = np.zeros(host.capacity, np.uint64)
-        self._memory = [
-            (self._base, host.arena.numel()),
-            (self._trailers.ctypes.data, self._trailers.nbytes),
-        ]
+        self.stride = host.layout.stride
+        self._memory = RecordMemory(host)
+        self._make_objects, self._regions = objects_maker(self._memory, self._encryption, self._queue.threads)
+        self.serve(self._fingerprint)
         self._keeper.start()
 
     @property
     def healthy(self) -> bool:
         """False: out of service, comes back by itself."""
-        return self._health.healthy and self._prefix is not None and not self._closing
+        return self._health.healthy and self._objects is not None and not self._closing
 
     @property
     def errors(self) -> int:
@@ -107,42 +106,40 @@ class RemoteTier:
 
     def serve(self, fingerprint: Fingerprint) -> None:
         """From now on the pages are those of `fingerprint`."""
-        self._prefix: str | None = fingerprint.digest()
+        self._objects = objects = self._make_objects(fingerprint)
+        logger.info("mooncake://%s: the pages of this rank are named %s/...", self.master, objects.prefix)
 
     def pause(self) -> None:
         """Out of service until `serve`: the pages in host memory are of no fingerprint."""
-        self._prefix = None
+        self._objects = None
         self._lost()
 
     def exist(self, keys: Sequence[bytes]) -> Future[list[int]]:
         """How many leading `keys` are in the store, as the only item; 0 where it cannot be asked."""
         ticket = Ticket(1, 0)
-        self._submit(Priority.NOW, ticket, partial(self._exist, list(map(self._object, keys))))
+        self._submit(Priority.NOW, ticket, self._exist, keys)
         return ticket.future
 
     def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]:
         """Fill the pages' buffers, verified; their slots and checksums mean nothing. See `DiskTier.read`."""
         ticket = Ticket(len(pages), ReadOutcome.UNAVAILABLE)
-        self._submit(Priority.NOW, ticket, partial(self._in_calls, self._get, self._extents(pages), pages))
+        self._submit(Priority.NOW, ticket, self._in_calls, self._get, pages)
         return ticket.future
 
     def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]:
         """Put pages; per page 0 once it is there, None where it is not."""
-        for page in pages:
-            self._trailers[self._slot(page.buffer)] = page.checksum
         ticket = Ticket[int | None](len(pages), None)
-        self._submit(Priority.WRITE, ticket, partial(self._in_calls, self._put, self._extents(pages), pages))
+        self._submit(Priority.WRITE, ticket, self._in_calls, self._put, pages)
         return ticket.future
 
     def remove(self, keys: Iterable[bytes]) -> None:
         """Forget pages, as far as the store can be reached now."""
-        objects = list(map(self._object, keys))
-        if objects:
-            self._submit(Priority.WRITE, Ticket(0, None), partial(self._remove, objects))
+        if keys := list(keys):
+            self._submit(Priority.WRITE, Ticket(0, None), self._remove, keys)
 
     def checksum(self, buffer: memoryview) -> int:
         """Of the page that was read into `buffer`."""
-        return int(self._trailers[self._slot(buffer)])
+        return self._memory.checksum(buffer)
 
     def close(self, timeout: float = 5.0) -> bool:
         """Let what runs end and leave the store, which loses the pages in our memory.
@@ -177,7 +174,7 @@ class RemoteTier:
                 self._client.ping()
                 self._client.exist(["probe"])
             else:
-                self._client.connect(self._memory)
+                self._client.connect(self._regions)
         except RemoteError as error:
             self._health.warn(error)
             return False
@@ -187,8 +184,11 @@ class RemoteTier:
         self.outages += 1
         self._changed.set()
 
-    def _submit(self, priority: Priority, ticket: Ticket, job: Callable[[Ticket], None]) -> None:
-        if not (self.healthy and self._queue.submit(priority, [partial(self._run, ticket, job)])):
+    def _submit(self, priority: Priority, ticket: Ticket, job: Callable[..., None], *arguments: Any) -> None:
+        """Call `job` with the objects that are served now, the arguments and the ticket."""
+        objects = self._objects
+        run = partial(self._run, ticket, partial(job, objects, *arguments))
+        if not (objects is not None and self.healthy and self._queue.submit(priority, [run])):
             ticket.begin()
             ticket.finish()
 
@@ -201,31 +201,30 @@ class RemoteTier:
         finally:
             ticket.finish()
 
-    def _exist(self, objects: Sequence[str], ticket: Ticket[int]) -> None:
-        there = self._client.exist(objects)
+    def _exist(self, objects: Objects, keys: Sequence[bytes], ticket: Ticket[int]) -> None:
+        there = self._client.exist(list(map(objects.name, keys)))
         ticket.settle(0, there.index(False) if False in there else len(there))
 
     def _in_calls(
         self,
-        call: Callable[[Sequence[Extent], Sequence], Iterable],
-        extents: Sequence[Extent],
+        objects: Objects,
+        call: Callable[[Objects, Sequence], Iterable],
         pages: Sequence[PageRead] | Sequence[PageWrite],
         ticket: Ticket,
     ) -> None:
-        for first in range(0, len(pages), CALL_PAGES):
-            some = slice(first, first + CALL_PAGES)
-            for place, result in enumerate(call(extents[some], pages[some]), first):
+        for first in range(0, len(pages), objects.call_pages):
+            some = pages[first : first + objects.call_pages]
+            for place, result in enumerate(call(objects, some), first):
                 ticket.settle(place, result)
 
-    def _get(self, extents: Sequence[Extent], pages: Sequence[PageRead]) -> Iterable[ReadOutcome]:
+    def _get(self, objects: Objects, pages: Sequence[PageRead]) -> Iterable[ReadOutcome]:
+        extents = objects.incoming(pages)
         codes = self._client.get(extents)
-        return [self._verify(*one) for one in zip(extents, pages, codes, strict=True)]
+        return [self._verify(objects, *one) for one in zip(extents, pages, codes, strict=True)]
 
-    def _verify(self, extent: Extent, page: PageRead, code: int) -> ReadOutcome:
-        size = self._page_bytes + TRAILER_BYTES
-        if code == size and page_checksum(page.key, page.buffer[: self._page_bytes]) == self.checksum(
-            page.buffer
-        ):
+    def _verify(self, objects: Objects, extent: Extent, page: PageRead, code: int) -> ReadOutcome:
+        size = objects.object_bytes
+        if code == size and objects.accept(page, extent):
             self._count(got=1)
             return ReadOutcome.READ
         if code == size or (code != NOT_FOUND and self._client.size(extent.key) not in (size, NOT_FOUND)):
@@ -237,29 +236,15 @@ class RemoteTier:
             self._count(missed=1)
         return ReadOutcome.LOST
 
-    def _put(self, extents: Sequence[Extent], _pages: Sequence[PageWrite]) -> Iterable[int | None]:
-        done = self._client.put(extents)
+    def _put(self, objects: Objects, pages: Sequence[PageWrite]) -> Iterable[int | None]:
+        done = self._client.put(objects.outgoing(pages))
         self._count(put=sum(done), refused=len(done) - sum(done))
         return [0 if there else None for there in done]
 
-    def _remove(self, objects: Sequence[str], _ticket: Ticket) -> None:
-        self._client.remove(objects)
+    def _remove(self, objects: Objects, keys: Sequence[bytes], _ticket: Ticket) -> None:
+        self._client.remove(list(map(objects.name, keys)))
 
     def _count(self, **counts: int) -> None:
         with self._lock:
             for name, count in counts.items():
                 setattr(self.stats, name, getattr(self.stats, name) + count)
-
-    def _object(self, key: bytes) -> str:
-        return f"{self._prefix}/{key.hex()}"
-
-    def _extents(self, pages: Sequence[PageRead] | Sequence[PageWrite]) -> list[Extent]:
-        return [self._extent(page.key, self._slot(page.buffer)) for page in pages]
-
-    def _extent(self, key: bytes, slot: int) -> Extent:
-        addresses = self._base + slot * self.stride, self._trailers.ctypes.data + slot * TRAILER_BYTES
-        return Extent(self._object(key), addresses, (self._page_bytes, TRAILER_BYTES))
-
-    def _slot(self, buffer: memoryview) -> int:
-        """Of the arena, that `buffer` is."""
-        return (np.frombuffer(buffer, np.uint8).ctypes.data - self._base) // self.stride

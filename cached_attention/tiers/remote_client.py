@@ -30,11 +30,11 @@ class RemoteError(Exception):
 
 
 class Extent(NamedTuple):
-    """One object and the registered memory that it lies in: the record, then its trailer."""
+    """One object and the registered memory that it lies in, part by part."""
 
     key: str
-    addresses: tuple[int, int]
-    sizes: tuple[int, int]
+    addresses: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 def check_installed(flag: str) -> None:

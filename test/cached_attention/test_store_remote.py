@@ -14,6 +14,7 @@ import torch
 
 from benchmark.mooncake import Master
 from cached_attention.chain import Chain, PageRun
+from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
@@ -45,13 +46,17 @@ def until(reached: Callable[[], bool], what: str) -> None:
 class Replica:
     """A server's store over a device pool whose pages have a content by their key."""
 
-    def __init__(self, master: Master, weights: str, disk: Path | None = None) -> None:
+    def __init__(
+        self, master: Master, weights: str, disk: Path | None = None, encryption: EncryptionKey | None = None
+    ) -> None:
         self.buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 1, 4) for _ in "kv"] for _ in range(2)]
         pool = DevicePool(self.buffers, PAGE)
         component_bytes = pool.layout.component_bytes
         fingerprint = Fingerprint("m", weights, "float32", PAGE, component_bytes, {"tp_rank": 0}, {})
         address = parse_remote("--remote", master.url("16MiB"))
-        remote = RemoteTier(address, address.segment, fingerprint, probe_seconds=(0.1, 0.2))
+        remote = RemoteTier(
+            address, address.segment, fingerprint, encryption=encryption, probe_seconds=(0.1, 0.2)
+        )
         tier = None if disk is None else DiskTier(disk, fingerprint, 4 << 20)
         self.store = CachedAttentionStore(pool, HOST_PAGES * pool.layout.stride, tier, remote)
         self.batch = 0
@@ -107,8 +112,8 @@ def replicas(master: Master, request: pytest.FixtureRequest) -> Iterator[Callabl
     """Makes replicas of a model of this test's own."""
     made: list[Replica] = []
 
-    def replica(disk: Path | None = None) -> Replica:
-        made.append(Replica(master, request.node.name, disk))
+    def replica(disk: Path | None = None, encryption: EncryptionKey | None = None) -> Replica:
+        made.append(Replica(master, request.node.name, disk, encryption))
         made[-1].join()
         return made[-1]
 
@@ -127,6 +132,17 @@ def test_a_conversation_moves_to_another_server_and_back(replicas: Callable[...,
     assert b.save("abcde")
     assert a.load("abcdef") == 5
     assert a.load("xyz") == 0
+
+
+def test_an_encrypted_conversation_moves_to_a_server_with_the_key(replicas: Callable[..., Replica]) -> None:
+    key, other = EncryptionKey(bytes(range(32))), EncryptionKey(bytes(range(1, 33)))
+    a, b, stranger = replicas(encryption=key), replicas(encryption=key), replicas(encryption=other)
+    assert a.save("abc")
+    assert b.load("abcde") == 3
+    assert stranger.load("abcde") == 0
+    assert replicas().load("abcde") == 0
+    assert b.save("abcde")
+    assert a.load("abcdef") == 5
 
 
 def test_what_left_host_memory_comes_back(replicas: Callable[..., Replica]) -> None:
@@ -185,7 +201,7 @@ def test_a_damaged_page_ends_what_can_be_had(replicas: Callable[..., Replica]) -
     a.save("abcd")
     tier = a.store.remote
     a.store.host.arena.zero_()
-    damaged = tier._extent(keys_of("abc")[2], 0)
+    damaged = tier._objects.extent(keys_of("abc")[2], 0)
     tier._client.remove([damaged.key])
     tier._client.put([damaged])
     assert b.load("abcd") == 2
@@ -201,6 +217,18 @@ def test_a_dropped_conversation_is_dropped_for_all(replicas: Callable[..., Repli
     assert a.store.drop(Chain(keys_of("abc"))) == 3
     until(lambda: a.store.remote.exist(keys_of("abc")).result()[0] == 0, "it is still there")
     assert a.load("abc") == 0
+
+
+def test_a_flush_forgets_what_was_known_and_leaves_what_others_use(replicas: Callable[..., Replica]) -> None:
+    a, b = replicas(), replicas()
+    a.save("abc")
+    assert b.load("abc") == 3
+    b.store.reset()
+    assert (b.counters["remote_known"], b.counters["host_pages_used"]) == (0, 0)
+    assert a.load("abc") == 3
+    asked = b.counters["remote_lookups"]
+    assert b.load("abc") == 3
+    assert b.counters["remote_lookups"] == asked + 1
 
 
 def test_updated_weights(replicas: Callable[..., Replica]) -> None:

@@ -16,6 +16,8 @@ from cached_attention.metrics import PREFIX
 PATIENCE = 120.0
 CONVERSATIONS, TURNS = 4, 5
 TOKENS = ("--max-total-tokens", "2048")
+KEY = "5a" * 32
+"""What is shared is encrypted."""
 
 
 def until(reached: Callable[[], bool], what: str) -> None:
@@ -37,6 +39,9 @@ def test_conversations_move_between_servers_that_fail(
     tmp_path: Path,
 ) -> None:
     remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
+    (secret := tmp_path / "key").write_text(KEY)
+    secret.chmod(0o600)
+    remote = (*remote, "--cached-attention-encryption-key-file", str(secret))
     expected = answers(conversations=CONVERSATIONS, turns=TURNS)
     talk = town(CONVERSATIONS)
 
@@ -58,7 +63,7 @@ def test_conversations_move_between_servers_that_fail(
     with ExitStack() as servers:
         doomed = ExitStack()
         a = doomed.enter_context(start(models(), *TOKENS, *remote, host_size="80MB", doomed=True))
-        below = (*remote, *disk_tier(tmp_path, "1GB"), "--enable-metrics")
+        below = (*remote, *disk_tier(tmp_path / "kv", "1GB"), "--enable-metrics")
         b = servers.enter_context(start(models(), *TOKENS, *below, host_size="80MB"))
         hold(a)
         until(lambda: is_shared(a), "A does not share")

@@ -76,14 +76,18 @@ def test_the_disk_tier(tmp_path: Path) -> None:
     assert config["eviction"] == "learnt"
 
 
-def test_the_key_itself_is_in_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tier", ["disk", "remote"])
+def test_the_key_itself_is_in_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
     key, place = "c3" * 32, tmp_path / "key"
     place.write_text(key)
     place.chmod(0o600)
-    disk = [*DISK[:1], str(tmp_path / "kv"), *DISK[2:], "50MB"]
+    below = {
+        "disk": [*DISK[:1], str(tmp_path / "kv"), *DISK[2:], "50MB"],
+        "remote": ["--cached-attention-remote", "mooncake://10.0.0.1:50051?segment=64MiB"],
+    }[tier]
 
     def placed(*extra: str) -> str | None:
-        args = prepare_server_args([*ON, *disk, *extra])
+        args = prepare_server_args([*ON, *below, *extra])
         assert key not in repr(args)
         found: str | None = args.unified_cache_external_linker_config["linker_extra_config"]["encryption_key"]
         return found
@@ -174,7 +178,14 @@ def test_engine_arguments() -> None:
         ),
         ([*DISK, "1GB", *KEY_FILE, "/absent/key"], "the key file /absent/key cannot be read: No such file"),
         ([*DISK, "1GB", *KEY_FILE, __file__], "others than its owner can use it; `chmod 600 .*`|holds no key"),
-        ([*KEY_FILE, "/absent/key"], "key-file has no effect without --cached-attention-disk-path: add it"),
+        (
+            [*KEY_FILE, "/absent/key"],
+            "has no effect without --cached-attention-disk-path or --cached-attention-remote: add one of them",
+        ),
+        (
+            [*KEY_FILE, "/absent/key", "--cached-attention-remote", "mooncake://10.0.0.1:50051"],
+            "the key file /absent/key cannot be read",
+        ),
         ([*AUTO, "--cached-attention-sink-pages=-1"], "sink-pages is '-1': give a whole number from 0"),
         ([*AUTO, "--cached-attention-truncation-ratio", "1"], "is '1': give a number above 0 and below 1"),
         ([*AUTO, "--cached-attention-truncation-ratio", "half"], "is 'half': give a number above 0"),

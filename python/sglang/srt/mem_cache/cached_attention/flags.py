@@ -68,8 +68,8 @@ DISK_SIZE = Flag(
 ENCRYPTION_KEY_FILE = Flag(
     "cached_attention_encryption_key_file",
     None,
-    "Encrypt what is written to --cached-attention-disk-path with AES-256-GCM and the key in this file: "
-    f"{FORMS}, mode 0600. Or set ${KEY_VARIABLE}.",
+    "Encrypt what is written to --cached-attention-disk-path and what --cached-attention-remote shares, with "
+    f"AES-256-GCM and the key in this file: {FORMS}, mode 0600. Or set ${KEY_VARIABLE}.",
 )
 REMOTE = Flag(
     "cached_attention_remote",
@@ -195,7 +195,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], available),
         disk_path=None if path is None else str(Path(path).absolute()),
         disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
-        encryption_key=_encryption_key(path, settings[ENCRYPTION_KEY_FILE]),
+        encryption_key=_encryption_key(path or settings[REMOTE], settings[ENCRYPTION_KEY_FILE]),
         remote=_remote(settings[REMOTE], available),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
@@ -207,11 +207,14 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
     )
 
 
-def _encryption_key(disk_path: str | None, key_file: str | None) -> str | None:
-    """The place of the key, once it was found to hold one."""
-    if disk_path is None:
+def _encryption_key(encrypted: str | None, key_file: str | None) -> str | None:
+    """The place of the key, once it was found to hold one; `encrypted`: what it is for, None where nothing is."""
+    if encrypted is None:
         if key_file is not None:
-            raise ConfigError(f"{ENCRYPTION_KEY_FILE.option} has no effect without {DISK_PATH.option}: add it.")
+            raise ConfigError(
+                f"{ENCRYPTION_KEY_FILE.option} has no effect without {DISK_PATH.option} or {REMOTE.option}: "
+                f"add one of them."
+            )
         return None
     place = key_place(ENCRYPTION_KEY_FILE.option, key_file)
     if place is not None:

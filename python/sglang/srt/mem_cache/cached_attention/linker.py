@@ -19,7 +19,7 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import CachedAttentionConfig, format_size
-from cached_attention.encryption import read_key
+from cached_attention.encryption import EncryptionKey, read_key
 from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
@@ -131,8 +131,11 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self._identity.fingerprint(),
             self._config.disk_size // self._identity.ranks_per_machine,
             ttl=self._config.ttl or None,
-            encryption=read_key(self._config.encryption_key) if self._config.encryption_key else None,
+            encryption=self._read_key(),
         )
+
+    def _read_key(self) -> EncryptionKey | None:
+        return read_key(self._config.encryption_key) if self._config.encryption_key else None
 
     def _reach_remote(self) -> RemoteTier | None:
         """In the background: a server serves whether or not the store can be reached."""
@@ -144,7 +147,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         logger.info(
             "CachedAttention: remote tier at %s, which this rank lends %s.", address.master, format_size(segment)
         )
-        return RemoteTier(address, segment, self._identity.fingerprint())
+        return RemoteTier(address, segment, self._identity.fingerprint(), encryption=self._read_key())
 
     def _reopen_disk(self) -> DiskTier | None:
         """A server that runs goes on without a disk tier rather than stop."""
