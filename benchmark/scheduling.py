@@ -2,10 +2,12 @@
 
     python -m benchmark.scheduling      # 1,000 waiting requests of 160 pages each, a million pages in the index
 
-A pass is all that a scheduling pass of SGLang asks of the store: the queue in its order, what has arrived from
-disk, more of it asked for, whether each waiting request may run, and a hold on the pages of those that are
-admitted. As many arrive as are admitted; what an arrival costs is a row of its own. A quarter of the requests has
-its pages on disk only, and they are fetched meanwhile. Then host memory is full, and pages leave it so that
+A pass is all that a scheduling pass of SGLang asks of the store: the queue as it stands and in its new order,
+what has arrived from disk, more of it asked for, whether each waiting request may run, and a hold on the pages of
+those that are admitted. As many arrive as are admitted; what an arrival costs is a row of its own. A quarter of
+the requests has its pages on disk only and waits for them, since the model is slow; they are fetched meanwhile.
+Between two passes the thread calls small tensor operations for as long as a decode step takes, as a forward that
+launches kernels; reads end meanwhile, on other threads. Then host memory is full, and pages leave it so that
 others find room.
 """
 
@@ -21,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +40,9 @@ from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
-PAGE_BYTES = 4096
+PAGE_BYTES, PAGE_TOKENS = 4096, 64
+FORWARD = 0.01
+"""Seconds from one pass to the next."""
 ADMITTED = 4
 """Requests that a pass admits, and that arrive after it."""
 SHUFFLED = 10
@@ -72,11 +77,15 @@ class Queue:
     def __init__(self, directory: Path, args: argparse.Namespace) -> None:
         self._args = args
         self._words = random.Random(args.seed)
-        self._pool = DevicePool([[torch.zeros(args.chain, PAGE_BYTES // 2, dtype=torch.uint8) for _ in "KV"]], 1)
+        shape = args.chain * PAGE_TOKENS, PAGE_BYTES // PAGE_TOKENS // 2
+        self._pool = DevicePool([[torch.zeros(shape, dtype=torch.uint8) for _ in "KV"]], PAGE_TOKENS)
+        self._hidden, self._weight = torch.randn(16, 256), torch.randn(256, 256)
         self._directory = directory
         on_disk = [self._keys() for _ in range(int(ON_DISK * args.waiting))]
         self._fill_disk(on_disk)
         self.store = self._open(args.pages)
+        for _ in range(20):
+            self.store.prefill_took(PAGE_TOKENS, 60.0)
         in_host = [self._keys() for _ in range((args.pages - len(on_disk) * args.chain) // args.chain)]
         for keys in tqdm(in_host, desc="pages in host memory", unit="conversation", leave=False):
             self._place(keys)
@@ -94,24 +103,27 @@ class Queue:
         return [self._words.randbytes(32) for _ in range(self._args.chain)]
 
     def _open(self, pages: int) -> CachedAttentionStore:
-        fingerprint = Fingerprint("benchmark", "none", "bytes", 1, ((PAGE_BYTES // 2,) * 2,), {}, {})
+        sizes = self._pool.layout.component_bytes
+        fingerprint = Fingerprint("benchmark", "none", "bytes", PAGE_TOKENS, sizes, {}, {})
         disk = DiskTier(self._directory, fingerprint, 1 << 30)
         return CachedAttentionStore(self._pool, pages * PAGE_BYTES, disk)
 
     def _fill_disk(self, chains: Sequence[list[bytes]]) -> None:
         store = self._open(len(chains) * self._args.chain)
         for keys in tqdm(chains, desc="pages on disk", unit="conversation", leave=False):
-            store.save(PageRun(None, 0, keys, torch.arange(len(keys))))
+            store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE_TOKENS)))
         if store.flush(300):
             raise OSError("the disk did not take all pages in five minutes")
         store.close()
 
     def _place(self, keys: Sequence[bytes]) -> None:
-        """As if they had been saved long ago, and are on disk as well."""
+        """As if they had been asked for and saved long ago, and are on disk as well."""
         pages = self.store._pages
+        pages.note_prompt("earlier", keys, time.time())
+        pages.next_use.ran("earlier", time.time())
         rows: list[int] = []
         for place, key in enumerate(keys):
-            row = pages.admit(key, keys[place - 1] if place else None, place)
+            row = pages.admit(key, keys[place - 1] if place else None, place * PAGE_TOKENS)
             if row is None:
                 break
             rows.append(row)
@@ -127,16 +139,19 @@ class Queue:
 
     def run_pass(self, number: int) -> float:
         """Returns the seconds that the store took of it."""
+        self._forward()
+        before = [name for name, _ in self.waiting]
         if number % SHUFFLED == 0:
             self._words.shuffle(self.waiting)
         names = [name for name, _ in self.waiting]
         started = time.perf_counter()
         store = self.store
         store.end_pass()
+        store.reorder(before)
         store.poll()
         store.reorder(names)
         ready = [store.is_ready(name) for name in names]
-        admitted = [i for i, is_ready in enumerate(ready) if is_ready][:ADMITTED]
+        admitted = list(islice((i for i, is_ready in enumerate(ready) if is_ready), ADMITTED))
         for i in admitted:
             store.reserve(*self.waiting[i])
             store.leave(names[i])
@@ -145,6 +160,11 @@ class Queue:
             self._later.append(self.waiting.pop(i)[1].keys)
             self._arrive(self._later.popleft())
         return seconds
+
+    def _forward(self) -> None:
+        until = time.perf_counter() + FORWARD
+        while time.perf_counter() < until:
+            self._hidden + torch.nn.functional.silu(self._hidden @ self._weight) @ self._weight
 
     def evict(self, pages: int) -> float:
         """Seconds until `pages` pages have left host memory; as many new ones take their slots afterwards."""

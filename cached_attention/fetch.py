@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cached_attention import page_runs
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.policy.waiting import Pace
 from cached_attention.stats import Direction, Reason
 from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
 from cached_attention.tiers.page_disk import PageDisk, PageSource, SharedPages
+
+SETTLING = 2.5e-4
+"""Seconds after which a poll leaves what else has come to the next one: a burst must not hold up a pass."""
 
 
 class Remote(NamedTuple):
@@ -32,6 +37,16 @@ class InFlight(NamedTuple):
     remote: int
 
 
+class Arrived(NamedTuple):
+    """What came for a request: pages of its chain, one after the other."""
+
+    first_page: int = 0
+    """Its place in the chain."""
+    pages: int = 0
+    remote_pages: Sequence[int] = ()
+    """Places of those that came from the remote store, in order; the others came from disk."""
+
+
 @dataclass(eq=False)
 class _Read:
     """Pages asked of one tier in one call."""
@@ -43,10 +58,7 @@ class _Read:
     ahead_bytes: int
     """In flight from the same tier when it was asked for."""
     ended: float | None = None
-
-    def end(self, now: float) -> None:
-        """Called by the tier's thread: the scheduler may look much later."""
-        self.ended = now
+    """Noted by the tier's thread: the scheduler may look much later."""
 
 
 @dataclass
@@ -58,6 +70,10 @@ class _Hold:
     first_page: int
     rows: list[int] = field(default_factory=list)
     reads: list[_Read] = field(default_factory=list)
+    landed: int = 0
+    """Leading rows that are known to be on their way no more."""
+    remote_pages: list[int] = field(default_factory=list)
+    """Places in the chain of those that were asked of the remote store."""
 
 
 class Fetch:
@@ -86,27 +102,24 @@ class Fetch:
         source: PageSource | None = disk if remote is None else remote.tier
         assert source is not None, "pages come from nowhere"
         self.page_bytes = source.stride
-        self._reads: list[_Read] = []
+        self._reads: set[_Read] = set()
+        self.in_flight = InFlight(0, 0)
+        self._ended: deque[_Read] = deque()
+        """Filled by the tiers' threads."""
+        self._far: set[int] = set()
+        """Rows that are being read from the remote store."""
         self._holds: dict[str, _Hold] = {}
-
-    @property
-    def held(self) -> int:
+        self.held = 0
         """Pages held for requests, those that several ask for counted for each."""
-        return sum(len(hold.rows) for hold in self._holds.values())
 
     @property
     def pins(self) -> int:
         """Pins held for requests and reads."""
-        return self.held + sum(len(read.rows) for read in self._reads)
+        return self.held + sum(self.in_flight) // self.page_bytes
 
     @property
     def is_reading(self) -> bool:
         return bool(self._reads)
-
-    @property
-    def in_flight(self) -> InFlight:
-        remote = sum(len(read.rows) for read in self._reads if read.is_remote) * self.page_bytes
-        return InFlight(sum(len(read.rows) for read in self._reads) * self.page_bytes - remote, remote)
 
     def holds_for(self, request: str) -> bool:
         return request in self._holds
@@ -116,34 +129,59 @@ class Fetch:
         return list(self._holds)
 
     def start(self, request: str, keys: Sequence[PageKey], first: int, end: int, rank: int) -> int:
-        """Fetch the pages `first` to `end` of the restorable chain `keys`, evicting only what `rank` may.
+        """Fetch the pages `first` to `end` of the chain `keys`, evicting only what `rank` may.
 
-        Returns the page up to which they are there or on their way; less than `end` where there is no room.
+        Returns the page up to which they are there or on their way; less than `end` where there is no room for
+        the next one, or it is in no tier.
         """
-        index = self._pages.index
         missing: list[int] = []
-        hold = self._holds.get(request)
-        for page in range(first, end):
-            row = index.find(keys[page])
-            if row != NOWHERE and row not in self._pages.in_host:
-                self._pages.join(row)
-            if row not in self._pages.in_host:
-                parent = keys[page - 1] if page else None
-                admitted = self._pages.admit(keys[page], parent, self._position(row, page), rank)
-                if admitted is None:
-                    end = page
-                    break
-                row = admitted
-                missing.append(row)
-            if not self._pages.in_host.ready[row]:
-                if hold is None:
-                    hold = _Hold(self._clock(), self.in_flight, page)
-                    self._holds[request] = hold
-                self._pages.pin(row)
-                hold.rows.append(row)
-        if hold is not None:
+        coming: list[int] = []
+        places: list[int] = []
+        page = first
+        while page < end:
+            if run := page_runs.find_on_disk(self._pages, keys, page, end):
+                rows = page_runs.admit(self._pages, run, rank)
+                missing += rows
+            else:
+                run, rows = [NOWHERE], self._bring(keys, page, rank, missing)
+            if rows and not self._pages.in_host.ready[rows[0]]:
+                coming += rows
+                places += range(page, page + len(rows))
+            page += len(rows)
+            if len(rows) < len(run):
+                break
+        if coming:
+            hold = self._hold(request, places[0], coming)
             hold.reads += self._read_all(missing)
-        return end
+            if self._far:
+                hold.remote_pages += [at for at, row in zip(places, coming, strict=True) if row in self._far]
+        return page
+
+    def _bring(self, keys: Sequence[PageKey], page: int, rank: int, missing: list[int]) -> list[int]:
+        """The row of one page, which is in host memory or, added to `missing`, has room there; else none."""
+        row = self._pages.index.find(keys[page])
+        if row != NOWHERE and row not in self._pages.in_host:
+            self._pages.join(row)
+        if row in self._pages.in_host:
+            return [row]
+        if not self._pages.is_restorable(keys[page]):
+            return []
+        parent = keys[page - 1] if page else None
+        admitted = self._pages.admit(keys[page], parent, self._position(row, page), rank)
+        if admitted is None:
+            return []
+        missing.append(admitted)
+        return [admitted]
+
+    def _hold(self, request: str, first_page: int, rows: list[int]) -> _Hold:
+        hold = self._holds.get(request)
+        if hold is None:
+            hold = self._holds[request] = _Hold(self._clock(), self.in_flight, first_page)
+        for row in rows:
+            self._pages.pin(row)
+        hold.rows += rows
+        self.held += len(rows)
+        return hold
 
     def _position(self, row: int, page: int) -> int:
         """Base position of a page, which may be known by its place in the chain only."""
@@ -160,93 +198,132 @@ class Fetch:
             reads.append(self._read(near, self._disk, is_remote=False))
         if far and self._remote is not None:
             reads.append(self._read(far, self._remote.tier, is_remote=True))
-        self._reads += reads
         return reads
 
     def _read(self, rows: list[int], source: PageSource, *, is_remote: bool) -> _Read:
-        future = source.read([self._page_read(row) for row in rows])
+        future = source.read(self._page_reads(rows))
         tier = "remote" if is_remote else "disk"
         self._pages.stats.watch(Direction.FETCH, tier, future, lambda pages: pages.count(ReadOutcome.READ))
         read = _Read(rows, is_remote, future, self._clock(), self.in_flight[is_remote])
-        future.add_done_callback(lambda _: read.end(self._clock()))
+        self._reads.add(read)
+        self._count(is_remote, len(rows))
+        if is_remote:
+            self._far.update(rows)
+        future.add_done_callback(lambda _: self._end(read))
         return read
 
-    def _page_read(self, row: int) -> PageRead:
-        index = self._pages.index
-        origin = index.origin(row)
-        buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
-        return PageRead(index.key(origin), self._pages.on_disk.slot[row], index.checksum[origin], buffer)
+    def _count(self, is_remote: bool, pages: int) -> None:
+        disk, remote = self.in_flight
+        size = pages * self.page_bytes
+        self.in_flight = InFlight(disk, remote + size) if is_remote else InFlight(disk + size, remote)
 
-    def is_landing(self, request: str) -> bool:
-        """Whether anything that was asked for `request` is still on its way."""
-        hold = self._holds.get(request)
-        return hold is not None and any(map(self._lands, hold.rows))
+    def _end(self, read: _Read) -> None:
+        read.ended = self._clock()
+        self._ended.append(read)
+
+    def _page_reads(self, rows: Sequence[int]) -> list[PageRead]:
+        index, slot_bytes = self._pages.index, self._pages.host.slot_bytes
+        in_host, on_disk = self._pages.in_host.slot, self._pages.on_disk.slot
+        key, checksum = index.key, index.checksum
+        return [
+            PageRead(key(origin), on_disk[row], checksum[origin], slot_bytes(in_host[row]))
+            for row, origin in zip(rows, map(index.origin, rows), strict=True)
+        ]
 
     def landing(self, request: str) -> int:
-        """Pages asked for `request` that are still on their way."""
+        """Pages asked for `request`, from the first that is still on its way to the last."""
         hold = self._holds.get(request)
-        return 0 if hold is None else sum(map(self._lands, hold.rows))
+        if hold is None:
+            return 0
+        rows, ready, slot = hold.rows, self._pages.in_host.ready, self._pages.in_host.slot
+        while hold.landed < len(rows):
+            row = rows[hold.landed]
+            if not ready[row] and slot[row] != NOWHERE:
+                break
+            hold.landed += 1
+        return len(rows) - hold.landed
 
     def begun(self, request: str) -> tuple[float, InFlight] | None:
         """When the fetch for `request` began, and the bytes that were in flight then; None if it did not."""
         hold = self._holds.get(request)
         return None if hold is None else (hold.started, hold.ahead)
 
-    def arrived(self, request: str) -> tuple[int, int]:
-        """Of what `request` asked for: the place in its chain of the first page, and how many are there."""
+    def arrived(self, request: str) -> Arrived:
+        """What of that which `request` asked for is there."""
         hold = self._holds.get(request)
         if hold is None:
-            return 0, 0
-        return hold.first_page, sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
-
-    def _lands(self, row: int) -> bool:
-        return row in self._pages.in_host and not self._pages.in_host.ready[row]
+            return Arrived()
+        pages = sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
+        end = hold.first_page + pages
+        return Arrived(hold.first_page, pages, [page for page in hold.remote_pages if page < end])
 
     def release(self, request: str) -> None:
-        """Let go of what is held for `request`; reads that nobody else waits for are given up."""
+        """Let go of what is held for `request`; what nobody else waits for is given up, as `poll` then sees."""
         hold = self._holds.pop(request, None)
         if hold is None:
             return
-        for row in hold.rows:
-            self._pages.unpin(row)
+        self.held -= len(hold.rows)
+        page_runs.unpin(self._pages, hold.rows)
+        pins = self._pages.index.pins
         for read in hold.reads:
-            alone = all(self._pages.index.pins[row] == 1 for row in read.rows)
-            if read in self._reads and alone and read.future.cancel():
-                self._reads.remove(read)
-                self._settle(read)
+            if read in self._reads and all(pins[row] == 1 for row in read.rows):
+                read.future.cancel()
 
     def poll(self) -> None:
-        for read in [read for read in self._reads if read.future.done()]:
-            self._reads.remove(read)
-            self._settle(read)
+        """Take note of what has ended, for `SETTLING` seconds at most; the rest comes at the next poll."""
+        until = self._clock() + SETTLING
+        while self._ended:
+            self._settle(self._ended.popleft())
+            if self._clock() >= until:
+                return
 
     def _settle(self, read: _Read) -> None:
+        if read not in self._reads:
+            return
+        self._reads.remove(read)
+        self._count(read.is_remote, -len(read.rows))
+        if read.is_remote:
+            self._far.difference_update(read.rows)
         outcomes = [ReadOutcome.UNAVAILABLE] * len(read.rows)
         if not read.future.cancelled():
             outcomes = read.future.result()
-        if ReadOutcome.READ in outcomes:
-            amount = read.ahead_bytes + len(read.rows) * self.page_bytes
-            pace = self._remote.pace if read.is_remote and self._remote is not None else self._pace
-            pace.observe(amount, (self._clock() if read.ended is None else read.ended) - read.started)
-        removed: list[int] = []
-        for row, outcome in zip(read.rows, outcomes, strict=True):
-            if outcome is ReadOutcome.READ:
-                self._land(row, read.is_remote)
-            else:
-                self._pages.give_up(row)
-                if outcome is ReadOutcome.LOST:
-                    removed += self._lose(row, read.is_remote)
-            self._pages.unpin(row)
-        if self._disk is not None:
-            self._pages.stats.left("disk", Reason.DAMAGE, len(removed))
-            self._disk.remove(removed)
+        landed = [row for row, outcome in zip(read.rows, outcomes, strict=True) if outcome is ReadOutcome.READ]
+        if landed:
+            self._observe(read)
+            self._land(landed, read.is_remote)
+        if len(landed) < len(read.rows):
+            self._give_up(read, outcomes)
+        page_runs.unpin(self._pages, read.rows)
 
-    def _land(self, row: int, is_remote: bool) -> None:
-        self._pages.stats.fetched += 1
-        if is_remote and self._remote is not None:
+    def _observe(self, read: _Read) -> None:
+        amount = read.ahead_bytes + len(read.rows) * self.page_bytes
+        pace = self._remote.pace if read.is_remote and self._remote is not None else self._pace
+        pace.observe(amount, (self._clock() if read.ended is None else read.ended) - read.started)
+
+    def _land(self, rows: list[int], is_remote: bool) -> None:
+        self._pages.stats.fetched += len(rows)
+        if not is_remote or self._remote is None:
+            page_runs.land(self._pages, rows)
+            return
+        for row in rows:
             buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
             self._pages.index.checksum[row] = self._remote.tier.checksum(buffer)
-        self._pages.land(row, clean=not is_remote)
+            self._pages.land(row, clean=False)
+
+    def _give_up(self, read: _Read, outcomes: Sequence[ReadOutcome]) -> None:
+        missing = [
+            row for row, outcome in zip(read.rows, outcomes, strict=True) if outcome is not ReadOutcome.READ
+        ]
+        lost = [row for row, outcome in zip(read.rows, outcomes, strict=True) if outcome is ReadOutcome.LOST]
+        if not read.is_remote and not lost:
+            page_runs.give_up(self._pages, missing)
+        else:
+            for row in missing:
+                self._pages.give_up(row)
+        slots = [slot for row in lost for slot in self._lose(row, read.is_remote)]
+        if slots and self._disk is not None:
+            self._pages.stats.left("disk", Reason.DAMAGE, len(slots))
+            self._disk.remove(slots)
 
     def _lose(self, row: int, is_remote: bool) -> list[int]:
         """The page is not where it was thought to be; returns the slots on disk that are free by it."""
@@ -260,6 +337,7 @@ class Fetch:
         """Until the disk touches no page of the arena; nothing is held any more."""
         for request in list(self._holds):
             self.release(request)
-        for read in self._reads:
-            read.future.exception()
-        self.poll()
+        for read in list(self._reads):
+            if not read.future.cancelled():
+                read.future.exception()
+            self._settle(read)

@@ -41,7 +41,8 @@ class Hierarchy:
         stats: StoreStats | None = None,
     ) -> None:
         self.host = host
-        self.remote = RemotePages(max(REMEMBERED, 4 * host.capacity) if has_remote else 0)
+        self.feed = feed or ResidencyFeed()
+        self.remote = RemotePages(max(REMEMBERED, 4 * host.capacity) if has_remote else 0, self.feed)
         """Such pages need no row here."""
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
@@ -54,7 +55,6 @@ class Hierarchy:
         self.has_disk = has_disk
         self.epoch = 0
         """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
-        self.feed = feed or ResidencyFeed()
         self.feed.follow(self)
         self.stats = stats or StoreStats()
 
@@ -169,15 +169,15 @@ class Hierarchy:
         if for_rank != NOT_WAITING:
             # Fetching ahead must not lose what is on no disk yet: it will be written soon.
             leaving = next((place for place, row in enumerate(run) if row in self.dirty), leaving)
-        self._leave_host_run(run[:leaving])
+        self.leave_host_run(run[:leaving])
         for row in run[leaving:]:
             self.offer(row)
         self.stats.left("host", Reason.ROOM, leaving)
         return leaving > 0
 
-    def _leave_host_run(self, run: list[int]) -> None:
-        is_shared, dirty = self.index.is_shared, self.dirty.slot
-        if len(run) < 2 or any(dirty[row] != NOWHERE or is_shared(row) for row in run):
+    def leave_host_run(self, run: list[int]) -> None:
+        """`leave_host` for pages each of which is followed by the one before it, and by no other."""
+        if len(run) < 2 or not self.are_plain(run):
             for row in run:
                 self.leave_host(row)
             return
@@ -188,6 +188,11 @@ class Hierarchy:
         self.host.give_back_all(self.index.displace_run(run, self.in_host))
         if parent != NOWHERE:
             self.host_order.offer(parent)
+
+    def are_plain(self, rows: Iterable[int]) -> bool:
+        """Whether none of these pages shares its bytes or is to be written to disk."""
+        is_shared, dirty = self.index.is_shared, self.dirty.slot
+        return not any(dirty[row] != NOWHERE or is_shared(row) for row in rows)
 
     def join(self, row: int) -> bool:
         """Put `row` in every tier that holds its bytes for another row; False where none does."""

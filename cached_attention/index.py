@@ -116,7 +116,11 @@ class PageIndex:
     def is_resident(self, key: PageKey) -> bool:
         """Whether `key` has a slot in any tier."""
         row = self.find(key)
-        return row != NOWHERE and any(row in tier for tier in self.tiers)
+        if row != NOWHERE:
+            for tier in self.tiers:
+                if tier.slot[row] != NOWHERE:
+                    return True
+        return False
 
     def add(self, key: PageKey, parent: PageKey | None, position: int) -> int:
         """The row of `key`, made where it is new; learns the link to `parent` where it was unknown."""
@@ -211,6 +215,17 @@ class PageIndex:
         self._references[row] += 1
         if (parent := self.parent[row]) != NOWHERE:
             tier.children[parent] += 1
+
+    def place_run(self, rows: Sequence[int], tier: Residency, slots: Sequence[int]) -> None:
+        """`place` for rows that share no bytes, many times faster."""
+        slot, ready, children = tier.slot, tier.ready, tier.children
+        references, parents = self._references, self.parent
+        for row, at in zip(rows, slots, strict=True):
+            slot[row], ready[row] = at, False
+            references[row] += 1
+            if (parent := parents[row]) != NOWHERE:
+                children[parent] += 1
+        tier.pages += len(rows)
 
     def place_many(
         self,

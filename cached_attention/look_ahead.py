@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
@@ -13,11 +14,21 @@ from cached_attention.policy.waiting import Outstanding, WaitOrRecompute
 
 HELD = 0.9
 """Part of the host slots that fetched pages may hold; the rest stays for loads and saves."""
-SLICE = 64
-"""Pages asked of the disk in one scheduling pass at most: what a pass costs does not grow with the queue."""
+BATCH = 16
+"""Pages asked for in one call at most."""
+ASKING, ASKING_MOST, ASKING_SHARE = 1e-4, 2e-3, 0.01
+"""Seconds after which a pass asks for no more: this part of the time since the last pass, within these bounds.
+
+A pass makes one call at least, so the disk is never left without work that there is: the pages of an 8B model are
+2 MiB per 16 tokens, and a `BATCH` of them keeps a disk of 7 GB/s busy for 5 ms, of 64 tokens for 20 ms. Where
+passes are long, for long prefills, there is time to ask for what the disk reads meanwhile.
+"""
+REVIEWED = 8
+"""Requests of which a pass decides anew whether they go on waiting: so many at the front of the queue, and as
+many of the others, each in its turn."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Ask:
     """What one request lacks in host memory."""
 
@@ -69,6 +80,9 @@ class LookAhead:
         self._page_tokens = page_tokens
         self._clock = clock
         self._asks: dict[str, _Ask] = {}
+        self._waits: dict[str, None] = {}
+        """Requests that shall go on waiting by what was known when it was decided, longest ago first."""
+        self._passed_at = clock()
         self._open: set[str] = set()
         """Requests of which not all was asked of the disk."""
 
@@ -102,36 +116,43 @@ class LookAhead:
             self._pages.stats.recomputed += self._missing(request, ask)
         self._fetch.release(request)
         self._open.discard(request)
+        self._waits.pop(request, None)
 
     def advance(self) -> None:
-        """Ask the disk for more, at most `SLICE` pages."""
-        budget = SLICE
+        """A pass begins: ask the disk for more, in the order of the queue, for as long as `ASKING` says."""
+        until = self._begin_pass()
         for rank, request in enumerate(self._pages.waiting.requests[: self._window] if self._open else ()):
-            if request not in self._open:
-                continue
-            ask = self._asks[request]
-            end = self._forget_lost(ask, ask.next + min(budget, self._room(rank)))
-            until = self._fetch.start(request, ask.keys, ask.next, end, rank)
-            budget -= until - ask.next
-            ask.next = until
-            if not ask.is_whole:
-                return  # No room, or enough for this pass: nobody overtakes.
-            self._open.discard(request)
-            if not budget:
-                return
+            while request in self._open:
+                asked = self._ask_for(request, rank)
+                if request in self._open and not asked:
+                    return  # No room: nobody overtakes.
+                if self._clock() >= until:
+                    return
 
-    def _forget_lost(self, ask: _Ask, end: int) -> int:
-        """What was lost since it was asked for, and all after it, is not waited for; `end`, or less."""
-        for page in range(ask.next, min(end, len(ask.keys))):
-            if not self._pages.is_restorable(ask.keys[page]):
-                ask.keys = ask.keys[:page]
-                break
-        return min(end, len(ask.keys))
+    def _begin_pass(self) -> float:
+        """Returns when it is to stop asking."""
+        now = self._clock()
+        since, self._passed_at = now - self._passed_at, now
+        for request in (*islice(self._waits, REVIEWED), *self._pages.waiting.requests[:REVIEWED]):
+            self._waits.pop(request, None)
+        return now + min(max(ASKING, ASKING_SHARE * since), ASKING_MOST)
+
+    def _ask_for(self, request: str, rank: int) -> int:
+        """A batch more for the request at `rank`; returns how many pages."""
+        ask = self._asks[request]
+        end = min(ask.next + min(BATCH, self._room(rank)), len(ask.keys))
+        first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
+        if ask.next < end and not self._pages.is_restorable(ask.keys[ask.next]):
+            ask.keys = ask.keys[: ask.next]  # Lost since the request came: neither it nor the rest is waited for.
+        if ask.is_whole:
+            self._open.discard(request)
+        return ask.next - first
 
     def _room(self, rank: int) -> int:
         """Pages that may be held for the request at `rank`, once those behind it let go of theirs."""
         while self._fetch.held >= self._limit and (last := self._last_holder(rank)) is not None:
             self._fetch.release(last)
+            self._fetch.poll()
             self._asks[last].next = self._asks[last].first
             self._open.add(last)
         return self._limit - self._fetch.held
@@ -148,10 +169,18 @@ class LookAhead:
         Its pages are fetched on until it really runs: there may be no room for it in the batch for a while.
         """
         ask = self._asks.get(request)
-        if ask is None or ask.given_up or (ask.is_whole and not self._fetch.is_landing(request)):
+        if ask is None or ask.given_up:
             return True
+        if request not in self._open and not self._fetch.landing(request):
+            return True
+        if request in self._waits:
+            return False
         ask.given_up = not self._decision.is_worth_waiting(self._outstanding(request, ask))
-        self._pages.stats.given_up += ask.given_up
+        if ask.given_up:
+            self._waits.pop(request, None)
+            self._pages.stats.given_up += 1
+        else:
+            self._waits[request] = None
         return ask.given_up
 
     def _missing(self, request: str, ask: _Ask) -> int:

@@ -80,7 +80,8 @@ class Lookups:
             del self._open[request]
             (pages,) = lookup.answer.result()
             if pages:
-                self._pages.remote.add(lookup.keys[lookup.first : lookup.first + pages])
+                keys, first = lookup.keys, lookup.first
+                self._pages.remote.add(keys[first : first + pages], keys[first - 1] if first else None)
                 found.append((request, lookup.keys))
         return found
 

@@ -125,7 +125,7 @@ METRICS: tuple[Metric, ...] = (
     _by_tier(
         "hit_tokens_total",
         "Of the prompts' tokens, those that were not computed, by the tier that they came from: "
-        "device, host, or, when they were read for the request, disk or remote; disk where a server has both.",
+        "device, host, or, when they were read for the request, disk or remote.",
         _hits,
         Kind.COUNTER,
     ),

@@ -18,6 +18,9 @@ from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.write_behind import WriteBehind
 
+TOLD_AT_ONCE = 1024
+"""Pages per poll that are told to have left the remote tier after it went out of reach."""
+
 
 class Migration:
     """Fetch and its look-ahead over all tiers, write-behind to each. All calls come from one thread.
@@ -51,6 +54,8 @@ class Migration:
         self._put_behind = None if remote is None else PutBehind(pages, remote)
         self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
         self._outages = -1
+        self.is_ready: Callable[[str], bool] = self.ahead.is_ready if remote is None else self._is_ready
+        """Whether a request may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
 
     @property
     def pins(self) -> int:
@@ -101,8 +106,7 @@ class Migration:
         if self._lookups is not None:
             self._lookups.leave(request)
 
-    def is_ready(self, request: str) -> bool:
-        """Whether `request` may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
+    def _is_ready(self, request: str) -> bool:
         return (self._lookups is None or self._lookups.is_ready(request)) and self.ahead.is_ready(request)
 
     def poll(self) -> None:
@@ -122,6 +126,7 @@ class Migration:
             self._outages = self._remote.outages
             self._pages.remote.clear()
             self._pages.epoch += 1
+        self._pages.remote.tell(TOLD_AT_ONCE)
         for request, keys in self._lookups.poll():
             loadable, restorable = self._pages.loadable(keys, 0), self._pages.restorable(keys, 0)
             self.ahead.ask(request, keys[:restorable], loadable)

@@ -7,6 +7,7 @@ from collections import deque
 from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
+from cached_attention.index import NOWHERE
 from cached_attention.stats import Direction
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.write_behind import page_write, written
@@ -65,10 +66,12 @@ class PutBehind:
         return rows
 
     def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
+        index = self._pages.index
         for row, put in zip(rows, future.result(), strict=True):
-            key = self._pages.index.key(self._pages.index.origin(row))
+            origin = index.origin(row)
+            key, parent = index.key(origin), index.parent[origin]
             if put is not None:
-                self._pages.remote.add([key])
+                self._pages.remote.add([key], None if parent == NOWHERE else index.key(parent))
             else:
                 self._pages.remote.offer(key)
                 self._resume_at = time.monotonic() + REFUSED_PAUSE

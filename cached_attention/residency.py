@@ -24,10 +24,16 @@ class ResidencyObserver(Protocol):
     """Is told on the thread that calls the store, in the middle of its work; must not call the store."""
 
     def entered(self, page: ResidentPage) -> None:
-        """All bytes of the page have arrived in the tier. An alias is a page of its own."""
+        """All bytes of the page have arrived in the tier. An alias is a page of its own.
+
+        In the remote tier: this server has put it there, or asked and was told that it is there.
+        """
 
     def left(self, tier: str, key: PageKey) -> None:
-        """The page that had entered the tier is there no more: evicted, expired, dropped, lost."""
+        """The page that had entered the tier is there no more: evicted, expired, dropped, lost.
+
+        In the remote tier: this server does not know it to be there any more.
+        """
 
     def cleared(self) -> None:
         """No page is in any tier but those adopted from a disk just opened, which `ResidencyFeed.walk` finds."""
@@ -56,25 +62,40 @@ class ResidencyFeed:
         if self.observer is not None and tier in self._tiers and self._is_usable(row, tier):
             self.observer.left(tier.name, self._pages.index.key(row))
 
+    def entered_page(self, page: ResidentPage) -> None:
+        """Of a tier whose pages need no row."""
+        if self.observer is not None:
+            self.observer.entered(page)
+
+    def left_page(self, tier: str, key: PageKey) -> None:
+        if self.observer is not None:
+            self.observer.left(tier, key)
+
     def tiers_of(self, key: PageKey) -> list[ResidentPage]:
-        """Where the page is usable."""
-        row = self._pages.index.find(key)
-        return [self._page(row, tier) for tier in self._tiers if row != NOWHERE and self._is_usable(row, tier)]
+        """Where the page is, as far as the observer was told."""
+        row, remote = self._pages.index.find(key), self._pages.remote.told(key)
+        own = [self._page(row, tier) for tier in self._tiers if row != NOWHERE and self._is_usable(row, tier)]
+        return own if remote is None else [*own, remote]
 
     def is_known(self, key: PageKey) -> bool:
         """Whether the page is in a tier, or followed by one that is."""
-        return self._pages.index.find(key) != NOWHERE
+        return self._pages.index.find(key) != NOWHERE or self._pages.remote.told(key) is not None
 
-    def walk(self, first_row: int, rows: int) -> Iterator[ResidentPage]:
-        """The usable pages among so many rows; nothing may change meanwhile. None is left at row `end`."""
-        keys = self._pages.index.keys
-        for row in range(first_row, min(first_row + rows, len(keys))):
+    def walk(self, first: int, count: int) -> Iterator[ResidentPage]:
+        """The usable pages at so many places; nothing may change meanwhile. None is left at place `end`.
+
+        A place is a row of the index or, after those, one of the remote tier.
+        """
+        keys, remote = self._pages.index.keys, self._pages.remote
+        for row in range(first, min(first + count, len(keys))):
             if keys[row] is not None:
                 yield from (self._page(row, tier) for tier in self._tiers if self._is_usable(row, tier))
+        if (rest := first + count - len(keys)) > 0:
+            yield from remote.walk(max(0, rest - count), min(count, rest))
 
     @property
     def end(self) -> int:
-        return len(self._pages.index.keys)
+        return len(self._pages.index.keys) + self._pages.remote.places
 
     def _is_usable(self, row: int, tier: Residency) -> bool:
         return tier.slot[row] != NOWHERE and (tier is not self._pages.in_host or bool(tier.ready[row]))

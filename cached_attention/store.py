@@ -16,6 +16,7 @@ import torch
 from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
+from cached_attention.fetch import Arrived
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
 from cached_attention.index import NOWHERE, PageKey
@@ -112,7 +113,7 @@ class CachedAttentionStore:
         )
         self._pages.epoch = epoch
         self._index, self._in_host = self._pages.index, self._pages.in_host
-        self._migration = self._migrate()
+        self._migrate()
         self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
         self._hints = Hints()
         page_size = self.layout.page_size
@@ -120,10 +121,13 @@ class CachedAttentionStore:
         self._reserved: dict[str, int] = {}
         self._loads = Loads(self._pages, self._transfers, self.stats)
 
-    def _migrate(self) -> Migration | None:
+    def _migrate(self) -> None:
+        self._migration: Migration | None = None
+        self.is_ready: Callable[[str], bool] = lambda request: True
+        """Whether nothing is on its way to host memory for a request, or it is quicker to compute it again."""
         if self.disk is None and self.remote is None:
-            return None
-        return Migration(
+            return
+        self._migration = Migration(
             self._pages,
             self.disk,
             self.remote,
@@ -133,6 +137,7 @@ class CachedAttentionStore:
             page_tokens=self.layout.page_size,
             clock=self._clock,
         )
+        self.is_ready = self._migration.is_ready
 
     @property
     def resident_pages(self) -> int:
@@ -226,10 +231,6 @@ class CachedAttentionStore:
         if self._migration is not None:
             self._migration.leave(request)
 
-    def is_ready(self, request: str) -> bool:
-        """Whether nothing is on its way to host memory for `request`, or it is quicker to compute it again."""
-        return self._migration is None or self._migration.is_ready(request)
-
     def expect(self, chain: Chain, seconds: float) -> int:
         """The next turn of the conversation `chain` is expected in `seconds`; returns its restorable pages.
 
@@ -259,6 +260,8 @@ class CachedAttentionStore:
         """
         if chain.keys:
             self.leave(self._hints.discard(Hints.name(chain.keys[-1])))
+            if self._migration is not None:
+                self._migration.fetch.poll()  # What was on its way for the hint is not needed any more.
         dropped, slots = self._pages.drop(chain.keys)
         if self.disk is not None:
             self.disk.remove(slots)
@@ -278,9 +281,9 @@ class CachedAttentionStore:
         """The engine computed `tokens` new tokens in `seconds`."""
         self._decision.computing.observe(tokens, seconds)
 
-    def fetched_span(self, request: str) -> tuple[int, int]:
-        """First page and number of pages that came from the disk for `request`, until it lets go."""
-        return (0, 0) if self._migration is None else self._migration.fetch.arrived(request)
+    def fetched_span(self, request: str) -> Arrived:
+        """What came from the tiers below for `request`, until it lets go."""
+        return Arrived() if self._migration is None else self._migration.fetch.arrived(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
         """Loadable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
@@ -298,16 +301,15 @@ class CachedAttentionStore:
 
         The walk ends at the first page that was noted lately, so a chain is walked once per `USE_NOTED`.
         """
-        now, index = self._clock(), self._index
-        age = now - index.last_use[row]
-        index.last_use[row] = now
-        while age > USE_NOTED:
-            if self.disk is not None and row in self._pages.on_disk:
-                self.disk.touch(self._pages.on_disk.slot[row], now, index.uses[row])
-            if (row := index.parent[row]) == NOWHERE:
-                break
-            age = now - index.last_use[row]
-            index.last_use[row] = now
+        now, slot = self._clock(), self._pages.on_disk.slot
+        last_use, parent = self._index.last_use, self._index.parent
+        is_old = True
+        while is_old and row != NOWHERE:
+            is_old = now - last_use[row] > USE_NOTED
+            last_use[row] = now
+            if is_old and slot[row] != NOWHERE and self.disk is not None:
+                self.disk.touch(slot[row], now, self._index.uses[row])
+            row = parent[row]
 
     def end_pass(self) -> None:
         """End of a scheduling pass: what was reserved and not loaded may be evicted again."""
@@ -320,25 +322,29 @@ class CachedAttentionStore:
 
     # Loading
 
-    def queue_load(self, request: str, keys: Sequence[PageKey], device_slots: torch.Tensor) -> bool:
+    def queue_load(
+        self,
+        request: str,
+        keys: Sequence[PageKey],
+        device_slots: torch.Tensor,
+        known: Sequence[Event] | None = None,
+    ) -> bool:
         """Queue the pages `keys` (consecutive, reserved in this pass) for the next `start_load`.
 
-        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write. Aliases are rotated to
-        their place.
+        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write; computed after the events
+        in `known`, without it when the load starts. Aliases are rotated to their place.
 
         Returns False, and queues nothing, when a page is not in the store.
 
         Raises:
             ValueError: the request has a load queued already.
         """
-        if request in self._loads.queued:
-            raise ValueError(f"request {request!r} has a load queued already; cancel it first.")
         rows = [self._index.find(key) for key in keys]
         if not rows or any(row == NOWHERE or not self._in_host.ready[row] for row in rows):
             return False
         slots = [self._in_host.slot[row] for row in rows]
         deltas = list(map(self._index.delta, rows))
-        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1])
+        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1], known)
         self._aliases.loaded_rotated(key for key, delta in zip(keys, deltas, strict=True) if delta)
         self._count_use(rows)
         self.leave(request)
@@ -368,7 +374,7 @@ class CachedAttentionStore:
     def start_load(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
         """Start everything queued, as `batch`; the forward reads layer l after `layers[l]` of what is returned.
 
-        The copies wait for the events in `after`: all that is on the forward's stream; `LayerWiseLoad` says why.
+        The copies wait for the events in `after`: forwards that may touch the slots; `LayerWiseLoad` says which.
         """
         return self._loads.start(batch, after)
 
@@ -456,7 +462,7 @@ class CachedAttentionStore:
         self._pages.forget_disk()
         self.disk.close()
         self.disk = None
-        self._migration = self._migrate()
+        self._migrate()
 
     def _adopt(self) -> None:
         if self.disk is not None:

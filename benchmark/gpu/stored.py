@@ -18,6 +18,8 @@ from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer.layer_wise_load import LayerWiseLoad
 
 SAVE_TIMEOUT_S = 120.0
+TO_BATCH_S = 200e-6
+"""From a load's queueing to its start an engine makes its batch; page numbers come to the host meanwhile."""
 POLL_S = 5e-5
 """Between polls, as an engine does other things: a tight loop would take the interpreter from the transfer."""
 
@@ -94,8 +96,10 @@ class StoredPages:
         number = next(self._numbers)
         request = f"request {number}"
         reserved = self._store.reserve(request, Chain(keys))
-        if reserved != len(keys) or not self._store.queue_load(request, keys, slots):
+        if reserved != len(keys) or not self._store.queue_load(request, keys, slots, self._on_stream()):
             raise RuntimeError(f"the store has {reserved} of {len(keys)} pages")
+        if self._pool.device.type == "cuda":
+            time.sleep(TO_BATCH_S)
         arrival = Arrival(self._store.start_load(number, self._on_stream()))
         self._store.end_pass()
         return number, arrival

@@ -11,6 +11,7 @@ import typer
 
 from cached_attention.config import ConfigError, parse_size
 from cached_attention.encryption import KEY_VARIABLE, EncryptionKey, key_place, read_key
+from cached_attention.tiers.disk_ranks import FoundStores, NoStoresError, find_stores
 
 StoreDirectory = Annotated[
     Path,
@@ -18,7 +19,8 @@ StoreDirectory = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
-        help="What the server was given as --cached-attention-disk-path.",
+        help="What the server was given as --cached-attention-disk-path: all stores of all its ranks. Or the "
+        "directory of one rank, or one store.",
     ),
 ]
 
@@ -33,6 +35,14 @@ KeyFile = Annotated[
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)([smhdw])")
+
+
+def stores_below(directory: Path) -> FoundStores:
+    """What `StoreDirectory` names."""
+    try:
+        return find_stores(directory)
+    except NoStoresError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def encryption_key(file: Path | None) -> EncryptionKey | None:

@@ -5,47 +5,73 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from cached_attention.cli.arguments import StoreDirectory, words
+from cached_attention.cli.arguments import StoreDirectory, stores_below, words
 from cached_attention.config import format_size
-from cached_attention.tiers.disk_directory import is_owned, owner, stores
+from cached_attention.fingerprint import Fingerprint
+from cached_attention.tiers.disk_directory import is_owned, owner
 from cached_attention.tiers.disk_index import INDEX_ERRORS
-from cached_attention.tiers.disk_reader import StoreReader
+from cached_attention.tiers.disk_ranks import FoundStores
+from cached_attention.tiers.disk_reader import StoreReader, StoreSummary
 from cached_attention.tiers.disk_space import disk_usage
 
 
+class _Contents(NamedTuple):
+    pages: int
+    page_bytes: int
+    described: dict[str, str]
+
+
 def inspect(directory: StoreDirectory) -> None:
-    """Pages, bytes, tokens, age and hits of every store in DIR, and what each is for. Works beside a server."""
+    """Pages, bytes, tokens, age and hits of every store below DIR, and what it is for. Works beside a server."""
     console = Console()
-    found = stores(directory)
-    for store in found:
-        console.print(_store_table(store))
-    console.print(f"{len(found)} stores, {format_size(disk_usage(directory))} on disk, {_owner(directory)}.")
+    found = stores_below(directory)
+    pages = size = 0
+    for store in found.stores:
+        contents = _read(store)
+        pages += contents.pages
+        size += contents.pages * contents.page_bytes
+        console.print(_table(found.name(store), store, contents))
+    console.print(
+        f"{len(found.stores)} stores, {pages:,} pages of {format_size(size)} in all, "
+        f"{format_size(found.usage)} on disk, {_owners(found)}."
+    )
 
 
-def _owner(directory: Path) -> str:
-    if is_owned(directory):
-        return f"in use by {owner(directory) or 'a process'}"
-    return "not in use"
+def _owners(found: FoundStores) -> str:
+    owned = [rank.directory for rank in found.ranks if is_owned(rank.directory)]
+    if not owned:
+        return "not in use"
+    if len(found.ranks) == 1:
+        return f"in use by {owner(owned[0]) or 'a process'}"
+    used = ", ".join(f"{found.name(path)} by {owner(path) or 'a process'}" for path in owned)
+    return f"{len(owned)} of {len(found.ranks)} directories in use: {used}"
 
 
-def _store_table(store: Path) -> Table:
-    table = Table(title=f"Store {store.name}", show_header=False, title_justify="left")
-    try:
-        with closing(StoreReader(store)) as reader:
-            for name, value in {**reader.fingerprint.describe(), **_contents(reader)}.items():
-                table.add_row(name, value)
-    except (ValueError, *INDEX_ERRORS) as error:
-        table.add_row("unreadable", str(error))
+def _table(name: str, store: Path, contents: _Contents) -> Table:
+    table = Table(title=f"Store {name}", show_header=False, title_justify="left")
+    for row in contents.described.items():
+        table.add_row(*row)
     table.add_row("on disk", format_size(disk_usage(store)))
     return table
 
 
-def _contents(reader: StoreReader) -> dict[str, str]:
-    summary, fingerprint, now = reader.summary(), reader.fingerprint, time.time()
+def _read(store: Path) -> _Contents:
+    try:
+        with closing(StoreReader(store)) as reader:
+            summary, fingerprint = reader.summary(), reader.fingerprint
+            described = fingerprint.describe() | _describe(summary, fingerprint)
+            return _Contents(summary.pages, fingerprint.page_bytes, described)
+    except (ValueError, *INDEX_ERRORS) as error:
+        return _Contents(0, 0, {"unreadable": str(error)})
+
+
+def _describe(summary: StoreSummary, fingerprint: Fingerprint) -> dict[str, str]:
+    now = time.time()
     once, few, many = summary.uses
     contents = {
         "pages": f"{summary.pages:,}",

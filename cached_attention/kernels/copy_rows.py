@@ -40,14 +40,15 @@ class RowCopies:
         """
         self._library.copy_rows(self._arrays[of], target_rows, source_rows, blocks)
 
-    def by_engines(self, target_rows: torch.Tensor, source_rows: torch.Tensor, stream: int) -> None:
-        """All pairs, one copy per pair and row, handed to the driver in one call.
+    def by_engines(self, of: slice, target_rows: torch.Tensor, source_rows: torch.Tensor, stream: int) -> None:
+        """One copy per pair and row, handed to the driver in one call.
 
         Args:
+            of: the pairs that take part.
             target_rows, source_rows: `[rows]`, int32, in host memory. Not checked.
             stream: handle of a CUDA stream, or `NO_STREAM`.
         """
-        self._library.copy_rows_batched(self._arrays, target_rows, source_rows, stream)
+        self._library.copy_rows_batched(self._arrays[of], target_rows, source_rows, stream)
 
 
 def _describe(target: torch.Tensor, source: torch.Tensor) -> list[int]:

@@ -97,15 +97,14 @@ class RopeOnLoad:
         if not len(pages) == len(records) == len(deltas):
             raise ValueError(f"{len(pages)} pages, {len(records)} records and {len(deltas)} deltas do not match.")
         self._check("record", records, self._num_records)
-        if not isinstance(pages, torch.Tensor):
-            pages = torch.tensor(pages, dtype=torch.int32)
-        if not pages.is_cuda:
-            self._check("page", pages.tolist(), self._num_pages)
         rows, distinct = rows_of(deltas)
-        others = torch.tensor([records, rows], dtype=torch.int32).reshape(2, -1)
-        targets = pages.to(self._device, torch.int32, non_blocking=True).reshape(1, -1)
-        moves = torch.cat((targets, self._to_device(others)))
-        return PageMoves(moves, self._to_device(self._tables.build(distinct)))
+        table = self._to_device(self._tables.build(distinct))
+        if isinstance(pages, torch.Tensor) and pages.is_cuda:
+            others = self._to_device(torch.tensor([records, rows], dtype=torch.int32))
+            return PageMoves(torch.cat((pages.to(torch.int32).reshape(1, -1), others)), table)
+        numbers = pages.tolist() if isinstance(pages, torch.Tensor) else pages
+        self._check("page", numbers, self._num_pages)
+        return PageMoves(self._to_device(torch.tensor([numbers, records, rows], dtype=torch.int32)), table)
 
     @staticmethod
     def _check(name: str, given: Sequence[int], limit: int) -> None:

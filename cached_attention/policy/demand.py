@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from cached_attention.index import NOWHERE, PageIndex, Residency
 
@@ -38,8 +38,10 @@ class WaitingOrder:
             self._ranked_at += self._ranked_at == self.changes
             self.changes += 1
 
-    def replace(self, requests: Iterable[str]) -> list[str]:
+    def replace(self, requests: list[str]) -> list[str]:
         """The scheduler's order now, of requests that are known; returns those that wait no more."""
+        if requests == self.requests:
+            return []
         ordered = [request for request in requests if request in self._ranks]
         if ordered == self.requests:
             return []

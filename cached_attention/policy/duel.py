@@ -108,7 +108,8 @@ class Duel:
 
     def __init__(self, pages: int, bounds: Sequence[float]) -> None:
         self._pages = pages
-        self._threshold = min(EVERYTHING, EVERYTHING * GHOSTS // max(1, pages))
+        self.threshold = min(EVERYTHING, EVERYTHING * GHOSTS // max(1, pages))
+        """Only pages whose hash is below it are in the ghost caches."""
         self.lru, self.learnt = GhostCache(bounds), GhostCache(bounds)
         self.prefers_learnt = False
         self._lead, self._spread = 0.0, 0.0
@@ -116,7 +117,7 @@ class Duel:
     @property
     def size(self) -> int:
         """Keys in each ghost cache at most."""
-        return max(1, self._pages * self._threshold // EVERYTHING)
+        return max(1, self._pages * self.threshold // EVERYTHING)
 
     def asked(self, pages: Iterable[Sampled]) -> None:
         """A request came that asks for `pages`; counts which of the two would have had more of them."""
@@ -135,7 +136,7 @@ class Duel:
     def ran(self, pages: Iterable[Sampled], worth: Sequence[Sequence[float]], now: float) -> None:
         """The request ran: `pages` are in the tier. `worth`: what was learnt, per class and age."""
         for page in pages:
-            if page.hashed < self._threshold:
+            if page.hashed < self.threshold:
                 self.lru.put(page, now)
                 self.learnt.put(page, now)
         self.lru.shrink(self.size, None, now)
@@ -143,6 +144,6 @@ class Duel:
 
     def thin_out(self, threshold: int) -> None:
         """The sample is of hashes below `threshold` from now on."""
-        self._threshold = min(self._threshold, threshold)
+        self.threshold = min(self.threshold, threshold)
         for ghosts in (self.lru, self.learnt):
-            ghosts.thin_out(self._threshold)
+            ghosts.thin_out(self.threshold)

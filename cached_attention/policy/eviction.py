@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 
 from cached_attention.index import PageIndex, Residency
 from cached_attention.policy.demand import Demand, WaitingOrder
@@ -77,6 +78,13 @@ class EvictionOrder:
             heapq.heappush(queue, (last_use, row))
             if queue[0][1] == row:
                 self._announce(number)
+
+    def offer_many(self, rows: Iterable[int]) -> None:
+        """`offer` for each; what is followed by a page of the tier is passed over."""
+        children = self.tier.children
+        for row in rows:
+            if not children[row]:
+                self.offer(row)
 
     def _announce(self, number: int) -> None:
         """The queue has another front."""

@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from zlib import crc32
 
 from cached_attention.policy.duel import EVERYTHING, Duel, Sampled
@@ -51,6 +52,15 @@ class _Watch:
     is_over: bool = False
 
 
+class _Prompt(NamedTuple):
+    """The sampled pages of a request that has not run: three objects, however many they are."""
+
+    keys: list[bytes]
+    kinds: bytearray
+    duelled: list[Sampled]
+    """The few of them that the ghost caches are about."""
+
+
 class NextUse:
     """The expected uses of a page per second that it is kept, by its class and its age.
 
@@ -81,7 +91,7 @@ class NextUse:
         self._reached = [[0.0] * BINS for _ in range(KINDS)]
         self._used = [[0.0] * BINS for _ in range(KINDS)]
         self._watched: dict[bytes, _Watch] = {}
-        self._asked: dict[str, list[Sampled]] = {}
+        self._asked: dict[str, _Prompt] = {}
         """Of the requests that have not run."""
         self._by_bin: list[deque[_Watch]] = [deque() for _ in range(BINS)]
         self._threshold = EVERYTHING
@@ -104,9 +114,10 @@ class NextUse:
         self.now = max(self.now, now)
         self._age()
         self._uses += len(keys)
-        counts, threshold = self._counts, self._threshold
+        counts, threshold, end = self._counts, self._threshold, self._end
+        duelled = 0 if self._duel is None else self._duel.threshold
         kinds, last = [], len(keys) - 1
-        sampled: list[Sampled] = []
+        prompt = _Prompt([], bytearray(), [])
         for page, key in enumerate(keys):
             hashed = crc32(key)
             cell = hashed % CELLS
@@ -115,16 +126,19 @@ class NextUse:
             kind = KIND[uses] + (ENDS if page == last else 0)
             kinds.append(kind)
             if hashed < threshold:
-                self._end(key)
-                sampled.append(Sampled(hashed, key, kind))
-        if sampled:
-            self._asked[request] = sampled
-            self._choose(sampled)
+                end(key)
+                prompt.keys.append(key)
+                prompt.kinds.append(kind)
+                if hashed < duelled:
+                    prompt.duelled.append(Sampled(hashed, key, kind))
+        if prompt.keys:
+            self._asked[request] = prompt
+            self._choose(prompt.duelled)
         return kinds
 
-    def _choose(self, sampled: list[Sampled]) -> None:
-        if self._duel is not None:
-            self._duel.asked(sampled)
+    def _choose(self, duelled: list[Sampled]) -> None:
+        if self._duel is not None and duelled:
+            self._duel.asked(duelled)
             worth = self._learnt if self._duel.prefers_learnt else self._cold
             if worth is not self.worth:
                 self.worth = worth
@@ -133,22 +147,21 @@ class NextUse:
     def ran(self, request: str, now: float) -> None:
         """`request` runs now, or was given up: from now on its pages may go, and are watched."""
         self.now = max(self.now, now)
-        sampled = self._asked.pop(request, [])
-        for page in sampled:
-            if page.hashed < self._threshold and page.key not in self._watched:
-                self._watch(page.key, page.kind)
-        if self._duel is not None:
-            self._duel.ran(sampled, self._learnt, self.now)
+        if (prompt := self._asked.pop(request, None)) is None:
+            return
+        watched, reached, youngest, threshold = self._watched, self._reached, self._by_bin[0], self._threshold
+        for key, kind in zip(prompt.keys, prompt.kinds, strict=True):
+            if key not in watched and crc32(key) < threshold:
+                watch = watched[key] = _Watch(key, self.now, kind)
+                youngest.append(watch)
+                reached[kind][0] += 1
+        if self._duel is not None and prompt.duelled:
+            self._duel.ran(prompt.duelled, self._learnt, self.now)
 
     def _end(self, key: bytes) -> None:
         if (known := self._watched.pop(key, None)) is not None:
             self._used[known.kind][known.bin] += 1
             known.is_over = True
-
-    def _watch(self, key: bytes, kind: int) -> None:
-        watch = self._watched[key] = _Watch(key, self.now, kind)
-        self._by_bin[0].append(watch)
-        self._reached[kind][0] += 1
 
     def kinds(self, keys: Iterable[bytes]) -> list[int]:
         """Classes of pages that are made now; those of a prompt were told of when it came."""

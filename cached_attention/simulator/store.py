@@ -188,7 +188,7 @@ class SimulatedStore:
     def _hits(self, name: str, on_device: int, loadable: int) -> Hits:
         if self.disk is None:
             return Hits(on_device, max(0, loadable - on_device))
-        first, fetched = self._fetch.arrived(name)
+        first, fetched, _ = self._fetch.arrived(name)
         in_time = max(on_device, min(loadable, self._in_time.get(name, loadable)))
         late = max(0, loadable - in_time)
         ahead = max(0, min(in_time, first + fetched) - max(first, on_device)) if fetched else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,10 @@ from cached_attention.tiers.disk_directory import (
     DirectoryLock,
     read_fingerprint,
     remove_store,
-    stores,
 )
 from cached_attention.tiers.disk_files import FileIO, SlotFiles
 from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex
+from cached_attention.tiers.disk_ranks import FoundStores, find_stores
 from cached_attention.tiers.disk_reader import StoreReader
 from cached_attention.tiers.disk_space import Space, disk_usage
 
@@ -40,43 +40,44 @@ class Pruned(NamedTuple):
 
 
 def prune(directory: Path, before: float | None = None, size: int | None = None) -> Iterator[Pruned]:
-    """Drop pages last used earlier than `before` (seconds since the epoch), then the coldest until the
-    directory takes at most `size` bytes, and give their space back. Store by store, as it is iterated.
+    """Drop pages last used earlier than `before` (seconds since the epoch), then the coldest until all that
+    `find_stores` finds takes at most `size` bytes, and give their space back. Store by store, as it is iterated.
 
-    Stores that cannot be read, or of other versions of this program, are left as they are.
+    One limit in time for all stores: ranks of one server, which used a page at about the same time, keep about
+    the same pages. Stores that cannot be read, or of other versions of this program, are left as they are.
 
     Raises:
-        DirectoryInUseError: a server owns the directory.
+        NoStoresError: there is nothing of ours.
+        DirectoryInUseError: a server owns one of the directories; nothing was dropped.
         OSError, sqlite3.Error: the directory does not work.
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory.")
-    lock = DirectoryLock(directory)
-    try:
+    found = find_stores(directory)
+    with ExitStack() as locks:
+        for rank in found.ranks:
+            locks.callback(DirectoryLock(rank.directory).release)
         cutoff = float("-inf") if before is None else before
         if size is not None:
-            cutoff = max(cutoff, _cutoff(directory, size))
-        for store in stores(directory):
+            cutoff = max(cutoff, _cutoff(found, size))
+        for store in found.stores:
             yield _prune_store(store, cutoff)
-    finally:
-        lock.release()
 
 
-def _cutoff(directory: Path, size: int) -> float:
+def _cutoff(found: FoundStores, size: int) -> float:
     """The last use from which on pages may stay, so that all of them take `size` bytes with their indexes."""
-    uses, costs, slots = [np.empty(0)], [np.empty(0, np.int64)], 0
-    for store in stores(directory):
+    # Before the indexes are opened, which makes files that go again.
+    rest = found.usage - sum(disk_usage(path) for store in found.stores for path in store.glob("pages-*.bin"))
+    uses, costs = [np.empty(0)], [np.empty(0, np.int64)]
+    for store in found.stores:
         try:
             with closing(StoreReader(store)) as reader:
-                found = np.fromiter(reader.last_uses(), np.float64)
+                last_uses = np.fromiter(reader.last_uses(), np.float64)
         except (ValueError, *INDEX_ERRORS):
             continue
-        uses.append(found)
-        costs.append(np.full(len(found), reader.format.stride, np.int64))
-        slots += sum(disk_usage(path) for path in store.glob("pages-*.bin"))
+        uses.append(last_uses)
+        costs.append(np.full(len(last_uses), reader.format.stride, np.int64))
     every, cost = np.concatenate(uses), np.concatenate(costs)
     order = np.argsort(-every, kind="stable")
-    fits = np.cumsum(cost[order]) <= size - (disk_usage(directory) - slots)
+    fits = np.cumsum(cost[order]) <= size - rest
     if fits.all():
         return float("-inf")
     # Pages of the same age as the first that does not fit go with it.

@@ -21,6 +21,13 @@ class HostSlots:
     def take_slot(self) -> int | None:
         return self._free.pop() if self._free else None
 
+    def take_slots(self, most: int) -> list[int]:
+        """Up to `most` slots, as from so many calls of `take_slot`."""
+        kept = max(0, len(self._free) - most)
+        taken = self._free[kept:]
+        del self._free[kept:]
+        return taken[::-1]
+
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
 

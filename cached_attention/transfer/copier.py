@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cached_attention.kernels.rope_on_load import PagedComponent, PageMoves, RopeOnLoad
+from cached_attention.kernels.rope_on_load import PagedComponent, RopeOnLoad
 from cached_attention.layout import DevicePool
 from cached_attention.position.rotation import Rotation
 from cached_attention.tiers.host import HostTier
@@ -19,19 +19,15 @@ Rotations = Sequence[Rotation | None]
 """Per layer how its keys are rotated; None for one whose keys know no position."""
 
 
-class Moves(NamedTuple):
-    """Which slot goes to which page: checked, and brought to where it is read, once for all layers."""
-
-    pages: Any
-    """`[n]`, integer: an array for the CPU, a tensor on the device for a GPU."""
-    slots: Any
-    """As `pages`."""
-    rotated: PageMoves | None
-    """The same moves, where some of the keys turn."""
+Part = Callable[[int], None]
+"""Copies one layer, whose number it is given, of some pages of a load."""
 
 
 class PageCopier(ABC):
     """Its calls run on a stream: on CUDA they return before the bytes have landed, else when they have."""
+
+    wants_numbers = False
+    """Whether loads are quicker when the numbers of their device pages are known on the host."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         self._rotating = None if rotations is None else rope_on_load(device, host, rotations)
@@ -45,30 +41,38 @@ class PageCopier(ABC):
         return len(self._pairs)
 
     @abstractmethod
-    def moves(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int] = ()) -> Moves:
-        """What `load` needs to copy the records in `slots` into the device `pages`.
+    def moves(
+        self, pages: torch.Tensor | np.ndarray, slots: Sequence[int], deltas: Sequence[int] = ()
+    ) -> list[Part]:
+        """What `load` needs to copy the records in `slots` into the device `pages`, made once for all layers.
 
         Args:
-            pages: `[n]`, integer, where the pool lies.
+            pages: `[n]`, integer: a tensor where the pool lies, or an array, where they are known on the host.
             deltas: per record how many tokens its keys turn by; without, none turns.
         """
 
-    def _rotated(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int]) -> PageMoves | None:
-        if not any(deltas):
-            return None
-        assert self._rotating is not None, "no rotations were given, so every page has one position"
-        return self._rotating.moves(pages, slots, deltas)
+    def load(self, layer: int, moves: Sequence[Part]) -> None:
+        """Copy one layer of all moves; keys that have a delta are rotated in the same pass."""
+        for part in moves:
+            part(layer)
 
-    def load(self, layer: int, moves: Moves) -> None:
-        """Copy one layer of all moves at once; keys that have a delta are rotated in the same pass."""
-        if moves.rotated is None:
-            self._load(layer, moves)
-        else:
-            assert self._rotating is not None
-            self._rotating.load(range(layer, layer + 1), moves.rotated)
+    def _split(self, pages: np.ndarray, slots: np.ndarray, deltas: Sequence[int]) -> list[Part]:
+        """What turns goes through the kernel, what does not is copied as quickly as bytes can be."""
+        turns = np.array(deltas, bool) if len(deltas) else np.zeros(len(slots), bool)
+        parts = []
+        if not turns.all():
+            parts.append(self._verbatim(pages[~turns], slots[~turns]))
+        if turns.any():
+            parts.append(self._turned(pages[turns].tolist(), slots[turns].tolist(), list(filter(None, deltas))))
+        return parts
 
     @abstractmethod
-    def _load(self, layer: int, moves: Moves) -> None: ...
+    def _verbatim(self, pages: np.ndarray, slots: np.ndarray) -> Part:
+        """Copies records as they are."""
+
+    def _turned(self, pages: torch.Tensor | Sequence[int], slots: Sequence[int], deltas: Sequence[int]) -> Part:
+        assert self._rotating is not None, "no rotations were given, so every page has one position"
+        return by_kernel(self._rotating, pages, slots, deltas)
 
     @abstractmethod
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
@@ -92,13 +96,18 @@ class CpuCopier(PageCopier):
         ends = [0, *accumulate(len(layer) for layer in self._pairs)]
         self._layers = [slice(*span) for span in pairwise(ends)]
 
-    def moves(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int] = ()) -> Moves:
-        targets, sources = self._checked(pages.numpy(), slots)
-        return Moves(targets, sources, self._rotated(pages, slots, deltas))
+    def moves(
+        self, pages: torch.Tensor | np.ndarray, slots: Sequence[int], deltas: Sequence[int] = ()
+    ) -> list[Part]:
+        targets, sources = self._checked(np.asarray(pages), slots)
+        return self._split(targets, sources, deltas)
 
-    def _load(self, layer: int, moves: Moves) -> None:
+    def _verbatim(self, pages: np.ndarray, slots: np.ndarray) -> Part:
+        return partial(self._stream_layer, pages, slots)
+
+    def _stream_layer(self, pages: np.ndarray, slots: np.ndarray, layer: int) -> None:
         of = self._layers[layer]
-        self._stream(self._device[of], moves.pages, self._host[of], moves.slots, self._sizes[of])
+        self._stream(self._device[of], pages, self._host[of], slots, self._sizes[of])
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         rows = self._checked(pages, slots)
@@ -117,6 +126,13 @@ class CpuCopier(PageCopier):
 def _rows_of(arrays: Sequence[torch.Tensor]) -> np.ndarray:
     """`[arrays, 2]`: address of row 0 and bytes from row to row of `[rows, bytes]` byte tensors."""
     return np.array([(array.data_ptr(), array.stride(0)) for array in arrays], dtype=np.intp)
+
+
+def by_kernel(
+    kernel: RopeOnLoad, pages: torch.Tensor | Sequence[int], slots: Sequence[int], deltas: Sequence[int]
+) -> Part:
+    moves = kernel.moves(pages, slots, deltas)
+    return lambda layer: kernel.load(range(layer, layer + 1), moves)
 
 
 def rope_on_load(device: DevicePool, host: HostTier, rotations: Rotations) -> RopeOnLoad:

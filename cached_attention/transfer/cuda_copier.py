@@ -1,8 +1,14 @@
 """Copies between a pool on a GPU and pinned host memory. They are put on the current stream; nothing waits.
 
-The numbers of device pages of a load stay on the device: reading them would hold the scheduler until the GPU
-has computed them. So loads are made by a kernel, which reads them there. A save has a thread that knows them, and
-is made by the copy engines where that is quicker.
+There are two ways. A kernel reads and writes host memory directly: a launch for any number of pages, and it can
+turn keys. The copy engines leave the GPU's cores to the model, but take a copy per page and component, whose
+addresses the host must know. Which way is quicker, and from which size of a page on, is the machine's matter:
+for saves and for loads it is measured at start-up, on the pages that this server has.
+
+The numbers of the device pages of a load are computed on the device. They come to the host when the load is
+queued (`PageNumbers`), and as a rule are there when it starts. Nothing waits for them: a load that starts before
+they are there is made by the kernel, which reads them where they are. A page whose keys turn is always loaded by
+the kernel.
 
 On the device this takes 12 bytes per page of the loads and saves that run, and the table of deltas: with the
 granularity of torch's allocator, 2 MiB per stream.
@@ -11,10 +17,13 @@ granularity of torch's allocator, 2 MiB per stream.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from cached_attention.kernels.compilation import cuda_target, load_library
@@ -22,22 +31,40 @@ from cached_attention.kernels.copy_rows import RowCopies
 from cached_attention.kernels.rope_on_load import BLOCKS
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.host import HostTier
-from cached_attention.transfer.copier import Moves, PageCopier, Rotations, rope_on_load
+from cached_attention.transfer.copier import PageCopier, Part, Rotations, by_kernel, rope_on_load
 
 logger = logging.getLogger(__name__)
 
 SAVE_BLOCKS = 8
 """Nobody waits for a save: few of the GPU's cores are taken from the model."""
 WORTH_CORES = 0.9
-"""The kernel saves pages when it takes less than this part of the engines' time: those leave the cores alone.
+"""The kernel moves pages when it takes less than this part of the engines' time: those leave the cores alone.
 Expected, until it was measured: engines from 64 KiB per page and component, since a copy costs an engine about
 a microsecond, in which the link moves as much."""
 PROBED_PAGES = 16
 PROBES = 3
+"""Of each way and direction, besides one that does not count: 16 times 16 pages, which for pages of 64 tokens of
+Llama-3-8B are 2 GiB, and less than 0.1 s of a PCIe 5.0 link."""
+
+
+class Time(NamedTuple):
+    """What a transfer takes, in milliseconds."""
+
+    on_device: float
+    """From its start to its end."""
+    on_host: float
+    """Until all of it is handed over."""
+
+
+class ByEngines(NamedTuple):
+    """Which transfers the copy engines make."""
+
+    saves: bool
+    loads: bool
 
 
 class CudaCopier(PageCopier):
-    """Kernels for loads, kernels or copy engines for saves."""
+    """Kernels or copy engines."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         super().__init__(device, host, rotations)
@@ -53,7 +80,8 @@ class CudaCopier(PageCopier):
         pairs = [pair for layer in self._pairs for pair in layer]
         self._inwards = RowCopies(pairs, library)
         self._outwards = RowCopies([(slots, pages) for pages, slots in pairs], library)
-        self._engines_save = self._compare(min(PROBED_PAGES, device.num_pages, host.capacity))
+        self._engines = self._compare(list(range(min(PROBED_PAGES, device.num_pages, host.capacity))))
+        self.wants_numbers = self._engines.loads
 
     def _load_library(self) -> Any | None:
         return load_library(cuda_target(torch.cuda.get_device_capability(self._device)))
@@ -61,29 +89,35 @@ class CudaCopier(PageCopier):
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream
 
-    def moves(self, pages: torch.Tensor, slots: Sequence[int], deltas: Sequence[int] = ()) -> Moves:
-        rotated = self._rotated(pages, slots, deltas)
+    def moves(
+        self, pages: torch.Tensor | np.ndarray, slots: Sequence[int], deltas: Sequence[int] = ()
+    ) -> list[Part]:
         if self._plain is not None:
-            return Moves(pages, slots, rotated or self._plain.moves(pages, slots, [0] * len(slots)))
-        if rotated is not None:
-            return Moves(pages, slots, rotated)
-        return Moves(pages.to(self._device, torch.int32, non_blocking=True), self._upload(slots), None)
+            pages = torch.as_tensor(pages)
+            return [by_kernel(self._plain, pages, slots, deltas or [0] * len(slots))]
+        if isinstance(pages, np.ndarray):
+            return self._split(pages, np.array(slots), deltas)
+        if any(deltas):
+            return [self._turned(pages, slots, deltas)]
+        numbers = pages.to(self._device, torch.int32, non_blocking=True)
+        return [partial(self._load_by_cores, numbers, self._upload(slots))]
 
-    def load(self, layer: int, moves: Moves) -> None:
-        if self._plain is not None and moves.rotated is not None:
-            self._plain.load(range(layer, layer + 1), moves.rotated)
-        else:
-            super().load(layer, moves)
+    def _verbatim(self, pages: np.ndarray, slots: np.ndarray) -> Part:
+        targets, sources = (torch.from_numpy(rows.astype(np.int32)) for rows in (pages, slots))
+        return partial(self._load_by_engines, targets, sources)
 
-    def _load(self, layer: int, moves: Moves) -> None:
-        self._inwards.by_cores(self._layers[layer], moves.pages, moves.slots, BLOCKS)
+    def _load_by_engines(self, pages: torch.Tensor, slots: torch.Tensor, layer: int) -> None:
+        self._inwards.by_engines(self._layers[layer], pages, slots, self._stream())
+
+    def _load_by_cores(self, pages: torch.Tensor, slots: torch.Tensor, layer: int) -> None:
+        self._inwards.by_cores(self._layers[layer], pages, slots, BLOCKS)
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         if self._plain is not None:
             for target, source in ((slot, page) for layer in self._pairs for page, slot in layer):
                 for page, slot in zip(pages, slots, strict=True):
                     target[slot].copy_(source[page], non_blocking=True)
-        elif self._engines_save:
+        elif self._engines.saves:
             self._save_by_engines(pages, slots)
         else:
             self._save_by_cores(pages, slots)
@@ -93,35 +127,47 @@ class CudaCopier(PageCopier):
 
     def _save_by_engines(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         targets, sources = (torch.tensor(numbers, dtype=torch.int32) for numbers in (slots, pages))
-        self._outwards.by_engines(targets, sources, self._stream())
+        self._outwards.by_engines(slice(None), targets, sources, self._stream())
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         rows = torch.tensor(numbers, dtype=torch.int32).pin_memory()
         return rows.to(self._device, non_blocking=True)
 
-    def _compare(self, pages: int) -> bool:
-        """Whether copy engines shall make the saves: measured once, before anything is in the arena."""
-        rows = list(range(pages))
+    def _compare(self, rows: list[int]) -> ByEngines:
+        """Measured once, while nobody uses the pool. Page i goes to slot i and back, so it stays as it is."""
         stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(stream):
-                engines, cores = (
-                    _milliseconds(lambda save=save: save(rows, rows))  # type: ignore[misc]
-                    for save in (self._save_by_engines, self._save_by_cores)
-                )
+                ways = (self._save_by_engines, self._save_by_cores)
+                saves = [_time(partial(save, rows, rows)) for save in ways]
+                on_device = self._upload(rows).long()
+                loads = [_time(partial(self._load_all, pages, rows)) for pages in (np.array(rows), on_device)]
         except RuntimeError as error:
             # A driver that knows no batches of copies.
-            logger.info("CachedAttention: pages are saved by a kernel: %s", error)
-            return False
-        chosen = engines_are_worth_it(engines, cores)
-        logger.info(
-            "CachedAttention: pages are saved by %s (%d pages: %.2f ms by copy engines, %.2f ms by a kernel).",
-            "copy engines" if chosen else "a kernel",
-            pages,
-            engines,
-            cores,
+            logger.info("CachedAttention: pages are moved by a kernel: %s", error)
+            return ByEngines(saves=False, loads=False)
+        # A thread of their own hands over saves, the scheduler's hands over loads: there its time counts too.
+        chosen = ByEngines(
+            saves=engines_are_worth_it(*(took.on_device for took in saves)),
+            loads=engines_are_worth_it(*map(sum, loads)),
         )
+        for what, (engines, cores), by_engines in zip(("saved", "loaded"), (saves, loads), chosen, strict=True):
+            logger.info(
+                "CachedAttention: pages are %s by %s (%d pages: copy engines %.2f ms and %.2f ms to hand over, "
+                "a kernel %.2f ms and %.2f ms).",
+                what,
+                "copy engines" if by_engines else "a kernel",
+                len(rows),
+                *engines,
+                *cores,
+            )
         return chosen
+
+    def _load_all(self, pages: torch.Tensor | np.ndarray, slots: list[int]) -> None:
+        moves = self.moves(pages, slots)
+        for layer in range(self.num_layers):
+            self.load(layer, moves)
 
 
 def engines_are_worth_it(engines: float, cores: float) -> bool:
@@ -129,15 +175,17 @@ def engines_are_worth_it(engines: float, cores: float) -> bool:
     return cores >= WORTH_CORES * engines
 
 
-def _milliseconds(copy: Callable[[], None]) -> float:
+def _time(copy: Callable[[], None]) -> Time:
     """The best of `PROBES` on the current stream, after one that does not count."""
-    best = float("inf")
+    best = Time(float("inf"), float("inf"))
     for probe in range(1 + PROBES):
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
         started.record()
         copy()
         ended.record()
+        on_host = 1e3 * (time.perf_counter() - began)
         ended.synchronize()
         if probe:
-            best = min(best, started.elapsed_time(ended))
+            best = Time(min(best.on_device, started.elapsed_time(ended)), min(best.on_host, on_host))
     return best

@@ -17,7 +17,8 @@ from cached_attention.index import PageKey
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer import cpu_stream, cuda_stream  # noqa: F401  Registers them.
 from cached_attention.transfer.copier import PageCopier
-from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad, device_pages
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
+from cached_attention.transfer.page_numbers import PageNumbers
 from cached_attention.transfer.streams import Event, Op, Priority, make_stream
 from cached_attention.transfer.work import Step, Work
 
@@ -60,9 +61,18 @@ class Transfers:
         self._sealed = sealed
         self._loads = make_stream(device, "load", Priority.HIGH)
         self._saves = make_stream(device, "save", Priority.LOW)
+        self._numbers = make_stream(device, "numbers", Priority.HIGH) if copier.wants_numbers else None
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="cached-attention-save")
         self._last_load: Event | None = None
         self._saved_at_once = max(1, SAVED_AT_ONCE // host.layout.page_bytes)
+
+    def read_numbers(self, device_slots: torch.Tensor, after: Sequence[Event]) -> PageNumbers | None:
+        """Let the page numbers of a load come to the host after the events `after`; None: nobody wants them."""
+        if self._numbers is None:
+            return None
+        for event in after:
+            self._numbers.wait(event)
+        return PageNumbers(device_slots, self._page_size, self._numbers)
 
     def load(self, loads: Sequence[PageLoad], after: Sequence[Event]) -> LayerWiseLoad:
         """Start copying; waits for nothing."""
@@ -85,23 +95,12 @@ class Transfers:
         for event in after:
             self._saves.wait(event)
         try:
-            of_run = self._read_pages(run.device_slots)
+            of_run = PageNumbers(run.device_slots, self._page_size, self._saves).wait_here().tolist()
             return self._save_in_parts([run.keys[i] for i in places], [of_run[i] for i in places], slots)
         except BaseException:
             # The slots go to others now: nothing may be written to them any more.
             self._saves.record().synchronize()
             raise
-
-    def _read_pages(self, device_slots: torch.Tensor) -> list[int]:
-        pages: list[torch.Tensor] = []
-
-        def read() -> None:
-            there = device_pages(device_slots, self._page_size)
-            here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.is_cuda)
-            pages.append(here.copy_(there, non_blocking=True))
-
-        self._start_saving(read).wait_here()
-        return pages[0].tolist()
 
     def _save_in_parts(self, keys: Sequence[PageKey], pages: Sequence[int], slots: Sequence[int]) -> list[int]:
         """One part is copied while the checksums of the one before are computed."""
@@ -139,3 +138,5 @@ class Transfers:
         self._saver.shutdown(cancel_futures=True)
         self._loads.close()
         self._saves.close()
+        if self._numbers is not None:
+            self._numbers.close()

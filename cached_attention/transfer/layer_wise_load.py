@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from cached_attention.transfer.copier import Moves, PageCopier
+from cached_attention.transfer.copier import PageCopier
+from cached_attention.transfer.page_numbers import PageNumbers
 from cached_attention.transfer.streams import Event, Op
 from cached_attention.transfer.work import Work
 
@@ -21,6 +23,8 @@ class PageLoad(NamedTuple):
     host_slots: list[int]
     deltas: list[int]
     """Per page: tokens from where it was computed to where it is loaded."""
+    numbers: PageNumbers | None = None
+    """Of its device pages, where the copier wants them."""
 
 
 def device_pages(device_slots: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -43,8 +47,9 @@ class LayerWiseLoad(Work):
     - An earlier load of slots that were freed since is in front, on the same stream.
 
     So a load waits for everything that was put on the forward's stream when it starts (`after`), which holds
-    all forwards before its own: its own is launched later and waits for it, layer by layer. The same events
-    say that the numbers in `device_slots` are computed. Whoever uses the slots next does so on the forward's
+    all forwards before its own: its own is launched later and waits for it, layer by layer. Where `LoadFence`
+    knows that the last of them touches none of the slots, it waits for those before that one only. `after` also
+    says that the numbers in `device_slots` are computed. Whoever uses the slots next does so on the forward's
     stream, which has waited for the last layer (`CachedAttentionStore.finish_load`), or on the load's.
     """
 
@@ -66,10 +71,17 @@ class LayerWiseLoad(Work):
         return list(map(self.step, steps))
 
     def _prepare(self) -> None:
-        slots = torch.cat([load.device_slots for load in self._loads])
         host_slots = [slot for load in self._loads for slot in load.host_slots]
         deltas = [delta for load in self._loads for delta in load.deltas]
-        self._moves: Moves = self._copier.moves(device_pages(slots, self._page_size), host_slots, deltas)
+        self._moves = self._copier.moves(self._device_pages(), host_slots, deltas)
+
+    def _device_pages(self) -> np.ndarray | torch.Tensor:
+        """Where their numbers are: on the host, if those of all loads have arrived."""
+        known = [None if load.numbers is None else load.numbers.known() for load in self._loads]
+        arrived = [numbers for numbers in known if numbers is not None]
+        if len(arrived) == len(known):
+            return np.concatenate(arrived)
+        return device_pages(torch.cat([load.device_slots for load in self._loads]), self._page_size)
 
     def _copy(self, layer: int) -> None:
         self._copier.load(layer, self._moves)

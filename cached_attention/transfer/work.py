@@ -29,6 +29,11 @@ class Step(NamedTuple):
     work: Work
     ended: Event
 
+    @property
+    def has_succeeded(self) -> bool:
+        """False also while it has not ended."""
+        return self.ended.query() and self.work.error is None
+
     def wait_here(self) -> None:
         """On the calling thread, that of saves: it is there for that."""
         self.ended.synchronize()

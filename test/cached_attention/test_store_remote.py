@@ -155,8 +155,29 @@ def test_one_chain_from_three_tiers(replicas: Callable[..., Replica], tmp_path: 
     b.save("ab")
     b.save("uvwxyz")
     a.save("abcde")
+    assert b.fetch("abcdef") == 5
+    assert b.store.fetched_span("abcdef") == (0, 5, [2, 3, 4])
     assert b.load("abcdef") == 5
     assert b.counters["remote_got"] == 3
+    assert b.store.fetched_span("abcdef") == (0, 0, ()), "nothing is held any more"
+
+
+def test_two_requests_that_wait_for_the_same_pages_both_know_where_they_came_from(
+    replicas: Callable[..., Replica], tmp_path: Path
+) -> None:
+    a, b = replicas(), replicas(tmp_path)
+    a.save("abcd")
+    chains = {name: Chain(keys_of("abcd")) for name in ("one", "two")}
+    for name, chain in chains.items():
+        b.store.arrive(name, chain)
+    for name in chains:
+        until(lambda name=name: b.store.poll() or b.store.is_ready(name), "a fetch hangs")
+    spans = [b.store.fetched_span(name) for name in chains]
+    for first, pages, remote_pages in spans:
+        assert list(remote_pages) == list(range(first, first + pages))
+    assert spans[0] == (0, 4, [0, 1, 2, 3])
+    for name in chains:
+        b.store.leave(name)
 
 
 def test_a_damaged_page_ends_what_can_be_had(replicas: Callable[..., Replica]) -> None:

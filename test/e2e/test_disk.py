@@ -31,10 +31,11 @@ def expected(answers: Any) -> Any:
     return answers(conversations=30, turns=6)
 
 
-def verify(directory: Path) -> None:
+def verify(directory: Path) -> str:
     command = [str(Path(sys.executable).parent / "cached-attention"), "verify", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def histories(talk: Any) -> list[int]:
@@ -107,6 +108,8 @@ def test_two_ranks_go_on_after_a_restart(
     assert matches(actual, answers("--tp-size", "2", conversations=12, turns=6))
     last = [conversation.cached[-1] for conversation in actual.conversations]
     assert [turn["storage"] for turn in last] == histories(actual)
+    report = verify(tmp_path)
+    assert all(f"dp0-pp0-tp{rank}/" in report for rank in range(2)), report
 
 
 def update_weights(server: Any, model: Path, flush: bool) -> None:

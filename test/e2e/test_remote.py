@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmark.mooncake import Master
 from benchmark.server import Server
+from cached_attention.metrics import PREFIX
 
 PATIENCE = 120.0
 CONVERSATIONS, TURNS = 4, 5
@@ -32,6 +33,8 @@ def test_conversations_move_between_servers_that_fail(
     answers: Any,
     matches: Any,
     store_states: Any,
+    disk_tier: Any,
+    tmp_path: Path,
 ) -> None:
     remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
     expected = answers(conversations=CONVERSATIONS, turns=TURNS)
@@ -55,10 +58,15 @@ def test_conversations_move_between_servers_that_fail(
     with ExitStack() as servers:
         doomed = ExitStack()
         a = doomed.enter_context(start(models(), *TOKENS, *remote, host_size="80MB", doomed=True))
-        b = servers.enter_context(start(models(), *TOKENS, *remote, host_size="80MB"))
+        below = (*remote, *disk_tier(tmp_path, "1GB"), "--enable-metrics")
+        b = servers.enter_context(start(models(), *TOKENS, *below, host_size="80MB"))
         hold(a)
         until(lambda: is_shared(a), "A does not share")
-        assert hold(b) > CONVERSATIONS * 300, "B does not find what A computed"
+        found = hold(b)
+        assert found > CONVERSATIONS * 300, "B does not find what A computed"
+        # SGLang has one number for both; our metrics tell them apart.
+        until(lambda: b.metric(f"{PREFIX}hit_tokens_total", tier="remote") == found, "hits have another tier")
+        assert b.metric(f"{PREFIX}hit_tokens_total", tier="disk") == 0
 
         # The master dies under load, and then A.
         until(lambda: is_shared(b), "B does not share")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,10 @@ class LeafOrder(EvictionOrder):
             self.placed(row)
             if self._evictable(row):
                 self.leaves_of(row).offer(row)
+
+    def offer_many(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self.offer(row)
 
     def take(self, used_before: float = math.inf, for_rank: int = NOT_WAITING) -> int | None:
         leaves = self.next_leaves()

@@ -194,6 +194,102 @@ def test_prune_needs_to_be_told_what(directory):
     assert run("prune", directory, "--to-size", "big")[0] == 2
 
 
+RANKS = ("dp0-pp0-tp0", "dp0-pp0-tp1", "dp0-pp0-tp10")
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """What a server with several ranks leaves: a directory each, with the same pages in them."""
+    for rank in RANKS:
+        tier = open_tier(tmp_path / rank)
+        fill(tier, range(10), age=7200)
+        fill(tier, range(100, 120), age=60, uses=5)
+        tier.close()
+    return tmp_path
+
+
+def kept(directory):
+    tier = open_tier(directory)
+    try:
+        return serve(tier)
+    finally:
+        tier.close()
+
+
+def test_every_rank_is_inspected_and_verified(ranks):
+    code, output = run("inspect", ranks)
+    assert code == 0
+    assert [output.count(f"Store {rank}/") for rank in RANKS] == [1, 1, 1]
+    assert "3 stores, 90 pages" in output
+    assert "not in use" in output
+    tier = open_tier(ranks / RANKS[1])
+    code, output = run("inspect", ranks)
+    assert f"1 of 3 directories in use: {RANKS[1]} by process" in output.replace("\n", " ")
+    tier.close()
+    code, output = run("verify", ranks)
+    assert code == 0
+    assert re.search(r"all\W+90\W+0\W+0", output)
+    with open(next((ranks / RANKS[2]).rglob("pages-*.bin")), "r+b") as file:
+        file.write(b"x")
+    code, output = run("verify", ranks)
+    assert code == 1
+    assert re.search(r"tp10/\w+\W+30\W+1\W+0", output)
+    assert re.search(r"all\W+90\W+1\W+0", output)
+
+
+def test_one_rank_and_one_store_can_be_given(ranks):
+    rank = ranks / RANKS[0]
+    (store,) = (path.parent for path in rank.rglob("index.sqlite3"))
+    for given in (rank, store):
+        assert "1 stores, 30 pages" in run("inspect", given)[1]
+        assert run("verify", given)[0] == 0
+    assert run("prune", store, "--older-than", "1h")[0] == 0
+    assert [len(kept(ranks / name)) for name in RANKS] == [20, 30, 30]
+
+
+@pytest.mark.parametrize("at_root", [False, True])
+def test_prune_to_a_size_is_over_all_ranks_in_one_order(ranks, at_root):
+    """Also where the server had one rank before, and its store is beside the ranks' directories."""
+    if at_root:
+        tier = open_tier(ranks)
+        fill(tier, range(30), age=600)
+        tier.close()
+    else:
+        (ranks / "photo.jpg").write_bytes(bytes(1 << 20))
+    slots = sum(map(disk_usage, ranks.rglob("pages-*.bin")))
+    other = 0 if at_root else disk_usage(ranks / "photo.jpg")
+    size = disk_usage(ranks) - other - slots + 60 * PAGE_BYTES
+    code, output = run("prune", ranks, "--to-size", size)
+    assert code == 0
+    assert disk_usage(ranks) - other <= size
+    assert re.search(rf"all\W+{60 if at_root else 30}\W+60\b", output)
+    for rank in RANKS:
+        assert kept(ranks / rank) == set(range(100, 120))
+    assert other == 0 or (ranks / "photo.jpg").exists()
+
+
+def test_prune_drops_nothing_while_one_rank_is_in_use(ranks):
+    tier = open_tier(ranks / RANKS[2])
+    code, output = run("prune", ranks, "--older-than", "0s")
+    assert (code, "in use by process" in output) == (1, True)
+    tier.close()
+    assert [len(kept(ranks / rank)) for rank in RANKS] == [30, 30, 30]
+    assert run("prune", ranks, "--older-than", "0s")[0] == 0
+    assert not list(ranks.rglob("pages-*.bin"))
+    assert run("prune", ranks, "--older-than", "0s")[0] == 0, "an empty one is still one of ours"
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("verify",), ("prune", "--older-than", "0s")])
+def test_a_directory_without_stores_is_an_error(tmp_path, command):
+    """A store further down than a server puts one is not looked for."""
+    open_tier(tmp_path / "elsewhere" / "dp0-pp0-tp0").close()
+    (tmp_path / "dp0-pp0-tp0").mkdir()
+    code, output = run(command[0], tmp_path, *command[1:])
+    assert code == 2
+    assert "--cached-attention-disk-path" in output
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["dp0-pp0-tp0", "elsewhere"]
+
+
 LLAMA_65B = {"num_hidden_layers": 80, "num_attention_heads": 64, "hidden_size": 8192}
 LLAMA_70B = LLAMA_65B | {"num_key_value_heads": 8}
 LLAMA_13B = {"num_hidden_layers": 40, "num_attention_heads": 40, "hidden_size": 5120}

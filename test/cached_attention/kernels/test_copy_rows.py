@@ -29,7 +29,15 @@ def by_cores(copies: RowCopies, targets: torch.Tensor, sources: torch.Tensor) ->
 
 
 def by_engines(copies: RowCopies, targets: torch.Tensor, sources: torch.Tensor) -> None:
-    copies.by_engines(targets, sources, NO_STREAM)
+    copies.by_engines(slice(None), targets, sources, NO_STREAM)
+
+
+def some_by_cores(copies: RowCopies) -> None:
+    copies.by_cores(slice(1, 3), numbers(0), numbers(5), 4)
+
+
+def some_by_engines(copies: RowCopies) -> None:
+    copies.by_engines(slice(1, 3), numbers(0), numbers(5), NO_STREAM)
 
 
 def rows(size: int, gap: int = 0, start: int = 0) -> torch.Tensor:
@@ -61,9 +69,10 @@ def test_rows_go_where_they_shall_and_nothing_else_changes(library: Any, copy: C
     assert all(torch.equal(target, want) for (target, _), want in zip(pairs, expected, strict=True))
 
 
-def test_only_the_pairs_asked_for(library: Any) -> None:
+@pytest.mark.parametrize("copy", [some_by_cores, some_by_engines])
+def test_only_the_pairs_asked_for(library: Any, copy: Callable[[RowCopies], None]) -> None:
     pairs = [(rows(32).zero_(), rows(32)) for _ in range(4)]
-    RowCopies(pairs, library).by_cores(slice(1, 3), numbers(0), numbers(5), 4)
+    copy(RowCopies(pairs, library))
     assert [bool(target.any()) for target, _ in pairs] == [False, True, True, False]
 
 

@@ -2,87 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from cached_attention.kernels.compilation import load_library
-from cached_attention.kernels.copy_rows import NO_STREAM
 from cached_attention.layout import DevicePool
 from cached_attention.position.delta_table import delta_table
 from cached_attention.position.rotation import Rotation, rotate
 from cached_attention.tiers.host import HostTier
-from cached_attention.transfer.cuda_copier import CudaCopier, engines_are_worth_it
+from cached_attention.transfer.cuda_copier import ByEngines, CudaCopier, engines_are_worth_it
+
+PAGE = 16
+WAYS = [ByEngines(*ways) for ways in product((False, True), repeat=2)]
 
 
-class OnHost(CudaCopier):
-    """Its code for sm_90a, run by the CPU, between tensors of the CPU."""
-
-    def _load_library(self) -> Any:
-        return load_library("90a")
-
-    def _compare(self, pages: int) -> bool:
-        return False
-
-    def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32)
-
-    def _stream(self) -> int:
-        return NO_STREAM
-
-
-class WithoutCompiler(OnHost):
-    def _load_library(self) -> None:
-        return None
-
-
-@pytest.mark.parametrize("kind", [OnHost, WithoutCompiler])
-@pytest.mark.parametrize("engines", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("engines", WAYS)
 @pytest.mark.parametrize("dim", [64, 6])
-def test_its_code_moves_pages_on_a_cpu(kind: type[CudaCopier], engines: bool, dim: int) -> None:
-    check_there_and_back(kind, torch.device("cpu"), engines, dim)
+def test_its_code_moves_pages_on_a_cpu(
+    cuda_on_host: type[CudaCopier], compiled: bool, engines: ByEngines, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(cuda_on_host, "_load_library", lambda copier: None)
+    check_there_and_back(cuda_on_host, torch.device("cpu"), engines, dim)
 
 
-def test_copy_engines_save_unless_the_kernel_is_clearly_quicker() -> None:
+def test_copy_engines_are_taken_unless_the_kernel_is_clearly_quicker() -> None:
     assert engines_are_worth_it(engines=1.0, cores=1.0)
     assert engines_are_worth_it(engines=1.0, cores=0.91)
     assert not engines_are_worth_it(engines=1.0, cores=0.89)
 
 
+def test_only_pages_that_stay_as_they_are_go_by_copy_engines(cuda_on_host: type[CudaCopier]) -> None:
+    """And only where the host knows their numbers: else nothing is handed to the engines."""
+    turn = Rotation((1.0,))
+    device = DevicePool([[torch.zeros(4 * PAGE, 1, 2, dtype=torch.bfloat16) for _ in "kv"]], PAGE)
+    copier = cuda_on_host(device, HostTier(device.layout, 4 * device.layout.stride), [turn])
+    handed_over: list[list[int]] = []
+    copier._load_by_engines = lambda pages, slots, layer: handed_over.append(pages.tolist())  # type: ignore[method-assign]
+    for pages, deltas, expected in [
+        (np.array([3, 1, 2]), [0, 5, 0], [[3, 2]]),
+        (np.array([3, 1, 2]), [], [[3, 1, 2]]),
+        (np.array([3, 1, 2]), [5, 5, 7], []),
+        (torch.tensor([3, 1, 2]), [0, 5, 0], []),
+        (torch.tensor([3, 1, 2]), [], []),
+    ]:
+        handed_over.clear()
+        copier.load(0, copier.moves(pages, [0, 1, 2], deltas))
+        assert handed_over == expected
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("engines", [False, True])
+@pytest.mark.parametrize("engines", WAYS)
 @pytest.mark.parametrize("dim", [64, 6])
-def test_pages_go_out_and_come_back_on_a_gpu(engines: bool, dim: int) -> None:
+def test_pages_go_out_and_come_back_on_a_gpu(engines: ByEngines, dim: int) -> None:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         check_there_and_back(CudaCopier, torch.device("cuda"), engines, dim)
 
 
-def check_there_and_back(kind: type[CudaCopier], device_of_pool: torch.device, engines: bool, dim: int) -> None:
-    page_size = 16
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_measured_at_start_leaves_the_pool_as_it_was() -> None:
+    buffers = [[torch.randn(40 * PAGE, 2, 64, device="cuda") for _ in "kv"] for _ in range(2)]
+    device = DevicePool(buffers, PAGE)
+    before = [[buffer.clone() for buffer in layer] for layer in buffers]
+    CudaCopier(device, HostTier(device.layout, 40 * device.layout.stride, device.device), None)
+    torch.cuda.synchronize()
+    for now, then in zip(buffers, before, strict=True):
+        assert all(map(torch.equal, now, then))
+
+
+def check_there_and_back(
+    kind: type[CudaCopier], device_of_pool: torch.device, engines: ByEngines, dim: int
+) -> None:
     turn = Rotation(tuple(1e4 ** (-i / dim) for i in range(0, dim, 2)))
     buffers = [
-        [torch.randn(12 * page_size, 2, dim, dtype=torch.bfloat16, device=device_of_pool) for _ in "kv"]
+        [torch.randn(12 * PAGE, 2, dim, dtype=torch.bfloat16, device=device_of_pool) for _ in "kv"]
         for _ in range(3)
     ]
-    device = DevicePool(buffers, page_size)
+    device = DevicePool(buffers, PAGE)
     host = HostTier(device.layout, 8 * device.layout.stride, device_of_pool)
-    copier = kind(device, host, [turn] * 3)
-    copier._engines_save = engines
+    copier: Any = kind(device, host, [turn] * 3)
+    copier._engines = engines
     before = [[pages.cpu().clone() for pages in layer] for layer in device.layers]
     copier.save([1, 5, 3], [7, 0, 2])
-    plain = copier.moves(torch.tensor([8, 9], device=device_of_pool), [0, 2])
-    turned = copier.moves(torch.tensor([10], device=device_of_pool), [7], [-37])
+    pages = np.array([8, 10, 9]) if engines.loads else torch.tensor([8, 10, 9], device=device_of_pool)
+    moves = copier.moves(pages, [0, 7, 2], [0, -37, 0])
     for layer in range(3):
-        copier.load(layer, plain)
-        copier.load(layer, turned)
-    for layer, pages in enumerate(device.layers):
-        for component, there in enumerate(pages):
+        copier.load(layer, moves)
+    for layer, pages_of_layer in enumerate(device.layers):
+        for component, there in enumerate(pages_of_layer):
             was = before[layer][component]
             assert torch.equal(there[[8, 9]].cpu(), was[[5, 3]])
             assert torch.equal(there[:8].cpu(), was[:8])
-            record = was[1].view(torch.bfloat16).view(page_size, 2, dim)
+            record = was[1].view(torch.bfloat16).view(PAGE, 2, dim)
             want = rotate(record, delta_table(turn, [-37]), turn) if component == 0 else record
             assert torch.equal(there[10].cpu(), want.contiguous().view(torch.uint8).flatten())

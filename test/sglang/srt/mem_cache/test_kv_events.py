@@ -26,6 +26,7 @@ from sglang.srt.mem_cache.events import KVCacheEventRecorder, KvEventLoraNames
 from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
+from benchmark.mooncake import Master
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
@@ -33,6 +34,9 @@ from cached_attention.position.rotation import Rotation
 from cached_attention.residency import ResidentPage
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.remote import RemoteTier
+from cached_attention.tiers.remote_address import parse_remote
 from examples.kv_events import Subscriber
 
 PAGE, SINK, STEP, WINDOW = 2, 1, 3, 8
@@ -83,10 +87,17 @@ def on_device(key: RadixKey, params: CacheInitParams) -> list[int]:
 
 
 class Server:
-    """A store with its events and upstream's publisher, as a scheduler has them, and conversations over it."""
+    """A store with its events and upstream's publisher, as a scheduler has them, and conversations over it.
 
-    def __init__(self, directory: Path, buffer_steps: int = 10_000, **params: Any) -> None:
+    Args:
+        remote: URL of a remote store.
+    """
+
+    def __init__(
+        self, directory: Path, buffer_steps: int = 10_000, remote: str | None = None, **params: Any
+    ) -> None:
         self.directory = directory
+        self.url = remote
         self.params = CacheInitParams(False, None, None, PAGE, **params)  # type: ignore[arg-type]
         buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 1, 4) for _ in "kv"] for _ in range(2)]
         self.pool = DevicePool(buffers, PAGE)
@@ -101,9 +112,11 @@ class Server:
     def start(self) -> None:
         size = HOST_PAGES * self.pool.layout.stride
         rotations = [Rotation((1.0, 0.1))] * 2
+        disk, remote = self.open_disk(), None if self.url is None else reach(self.url, self.fingerprint)
         self.store = CachedAttentionStore(
-            self.pool, size, self.open_disk(), rotations=rotations, ttl=TTL, clock=self.tick
+            self.pool, size, disk, remote, rotations=rotations, ttl=TTL, clock=self.tick
         )
+        self.join()
         for _ in range(20):
             self.store.prefill_took(PAGE, 60.0)  # So that a fetch is always worth waiting for.
         self.events = KvEvents(self.store.residency, self.params, lambda: self.watch)
@@ -113,9 +126,17 @@ class Server:
         self.published = 0
         self.publish([AllBlocksCleared()])
 
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint("m", "w", "float32", PAGE, self.pool.layout.component_bytes, {}, {})
+
     def open_disk(self) -> DiskTier:
-        layout = self.pool.layout.component_bytes
-        return DiskTier(self.directory, Fingerprint("m", "w", "float32", PAGE, layout, {}, {}), 4 << 20)
+        return DiskTier(self.directory, self.fingerprint, 4 << 20)
+
+    def join(self) -> None:
+        """Wait until the remote store, where there is one, is in service."""
+        if (remote := self.store.remote) is not None:
+            self._wait_for(lambda: remote.healthy)
 
     @property
     def endpoints(self) -> tuple[str, str]:
@@ -181,10 +202,14 @@ class Server:
         self.publish([AllBlocksCleared()])
 
     def update_weights(self) -> None:
-        """Away from the disk's fingerprint and back to it."""
+        """Away from the tiers' fingerprint and back to it."""
         self.settle()
+        if self.store.remote is not None:
+            self.store.remote.pause()
         self.store.detach_disk()
         self.store.replace_disk(self.open_disk)
+        if self.store.remote is not None:
+            self.store.remote.serve(self.fingerprint)
         self.publish([AllBlocksCleared()])
 
     def lose(self, key: bytes) -> None:
@@ -193,6 +218,20 @@ class Server:
         row = pages.index.find(key)
         if row in pages.on_disk and not pages.index.pins[row]:
             self.store.disk.remove(pages.lose(row))  # type: ignore[union-attr]
+
+    def lose_all_remotely(self) -> None:
+        """The remote store drops what it has, without a word."""
+        self.store.remote._client._call.remove_all(True)  # type: ignore[union-attr]
+
+    def lose_master(self, master: Master) -> None:
+        remote = self.store.remote
+        assert remote is not None
+        master.kill()
+        remote.exist([b"probe"]).result(60)
+        assert not remote.healthy
+        self.store.poll()
+        master.start()
+        self.join()
 
     @property
     def resident(self) -> Stored:
@@ -205,6 +244,8 @@ class Server:
                 stored.add(("CPU_PINNED", name))
             if row in pages.on_disk:
                 stored.add(("DISK", name))
+        for key in pages.remote._known:
+            stored.add(("EXTERNAL", self.hashes[key]))
         return stored
 
     def close(self) -> None:
@@ -215,6 +256,22 @@ class Server:
 
 def _pages(key: RadixKey) -> list[int]:
     return [token % 1000 // PAGE for token in key.token_ids[::PAGE]]
+
+
+def reach(url: str, fingerprint: Fingerprint) -> RemoteTier:
+    address = parse_remote("--remote", url)
+    return RemoteTier(address, address.segment, fingerprint, probe_seconds=(0.1, 0.2))
+
+
+@pytest.fixture
+def lender(master: Master) -> Iterator[Master]:
+    """A remote store in the memory of another server, which outlives the one that is tested."""
+    pool = DevicePool([[torch.zeros(PAGE, 1, 4) for _ in "kv"] for _ in range(2)], PAGE)
+    layout = pool.layout
+    other = reach(master.url("16MiB"), Fingerprint("m", "w", "float32", PAGE, layout.component_bytes, {}, {}))
+    other.open(HostTier(layout, 8 * layout.stride))
+    yield master
+    other.close()
 
 
 class Router(Subscriber):
@@ -252,9 +309,19 @@ def router(server: Server) -> Iterator[Router]:
     router.close()
 
 
-def test_after_a_thousand_random_operations_the_picture_is_that_of_the_store(
-    server: Server, router: Router
-) -> None:
+@pytest.fixture(params=["disk", "remote"])
+def any_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    """Over disk, and over a remote store as well."""
+    remote = None
+    if request.param == "remote":
+        remote = request.getfixturevalue("lender").url("0")
+    server = Server(tmp_path, remote=remote)
+    yield server
+    server.close()
+
+
+def test_after_a_thousand_random_operations_the_picture_is_that_of_the_store(any_server: Server) -> None:
+    server, router = any_server, Router(any_server)
     chance = random.Random(3)
 
     def turn() -> None:
@@ -276,6 +343,8 @@ def test_after_a_thousand_random_operations_the_picture_is_that_of_the_store(
 
     often = [turn] * 60 + [drop] * 8 + [server.settle] * 12 + [lambda: server.lose(some_key())] * 4
     seldom = [wait] * 6 + [server.restart] * 2 + [server.reset] * 2 + [server.update_weights] * 2
+    if server.url is not None:
+        often, seldom = 4 * often, [*seldom, *[server.lose_all_remotely] * 4]  # Mooncake takes its time to leave.
     kinds: Stored = set()
     for operation in chance.choices(often + seldom, k=1000):
         if operation is not turn and not server.hashes:
@@ -288,9 +357,40 @@ def test_after_a_thousand_random_operations_the_picture_is_that_of_the_store(
             kinds |= {(medium, 0) for medium, _ in server.resident}
     assert router.hear_all(server) == server.resident
     assert router.picture.whole
-    assert len(kinds) == 2
+    assert len(kinds) == (2 if server.url is None else 3)
     counters = server.store.counters()
     assert counters["host_pages_used"] <= len(server.resident)
+    router.close()
+
+
+def test_the_remote_tier(lender: Master, tmp_path: Path) -> None:
+    """Told when this server has put a page or found it, until it finds it gone or the store is out of reach."""
+    server = Server(tmp_path, remote=lender.url("0"))
+    router = Router(server)
+    server.turn("salted", "here", 3)
+    server.settle()
+    device = on_device(prompt("salted", "here", 3), server.params)
+    external = {("EXTERNAL", block) for block in device}
+    assert router.hear_all(server) >= external
+
+    server.reset()
+    server.turn("salted", "here", 3)
+    server.settle()
+    assert router.hear_all(server) == server.resident >= external
+    stored = [event for event in server.events._feed.walk(0, server.events._feed.end) if event.tier == "remote"]
+    keys = keys_of(prompt("salted", "here", 3))
+    assert {(page.key, page.parent) for page in stored} == set(zip(keys, [None, *keys], strict=False))
+
+    server.store.drop(Chain(keys))
+    assert not router.hear_all(server)
+
+    server.turn("salted", "here", 3)
+    server.settle()
+    server.lose_master(lender)
+    assert router.hear_all(server) == server.resident
+    assert not external & router.known
+    router.close()
+    server.close()
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

@@ -14,6 +14,7 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
+from cached_attention.tiers.disk_ranks import rank_name
 
 SAMPLES = 1024
 """Elements of each parameter that the digest reads."""
@@ -63,7 +64,7 @@ class ModelIdentity:
         ranks = self._ranks
         if self.ranks_per_machine == 1:
             return "."
-        return f"dp{self._replica}-pp{ranks['pp_rank']}-tp{ranks['tp_rank']}"
+        return rank_name(self._replica, ranks["pp_rank"], ranks["tp_rank"])
 
     def describe(self, model: torch.nn.Module, hf_config: Any) -> None:
         self._model = model

@@ -26,7 +26,10 @@ from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, parse_remote
+from cached_attention.transfer.load_fence import LoadFence
+from cached_attention.transfer.streams import Event
 
+from .free_slots import free_slots
 from .identity import ModelIdentity
 from .kv_events import KvEvents
 from .layer_events import LayerEvents
@@ -78,6 +81,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self._identity = ModelIdentity(server_args, params, self._pool)
         self.forward_stream = forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
+        self.fence = LoadFence(free_slots(params.token_to_kv_pool_allocator))
         self.pools = {PoolName.KV: self._pool}
         waited = self._load_waited if self.on_cpu else None
         self.layer_done_counter = LayerEvents(self._pool.layout.num_layers, waited)
@@ -190,7 +194,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     @never_waits
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         (kv,) = transfers
-        return self.store.queue_load(rid, page_keys(kv.keys or []), kv.device_indices)
+        keys = page_keys(kv.keys or [])
+        return self.store.queue_load(rid, keys, kv.device_indices, self._record_indices_ready())
+
+    def _record_indices_ready(self) -> list[Event]:
+        """The current stream has computed which pages are to be loaded."""
+        return [] if self.on_cpu else [torch.cuda.current_stream().record_event()]
 
     def cancel_queued_load(self, rid: str) -> bool:
         return self.store.cancel_load(rid)
@@ -200,10 +209,20 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if not self.store.has_queued_loads:
             return -1
         batch = self.layer_done_counter.next_batch()
-        # `LayerWiseLoad` says what the forward before may still do with the slots.
-        load = self.store.start_load(batch, self.record_offload_ready())
+        load = self.store.start_load(batch, self._record_slots_unused())
         self.layer_done_counter.add(batch, load.layers)
         return batch
+
+    def _record_slots_unused(self) -> Sequence[Event]:
+        """The slots of the loads are computed, and no forward touches them any more."""
+        if self.fence.is_closed:
+            return self.record_offload_ready()
+        return [*self._record_indices_ready(), *self.fence.earlier]
+
+    def forward_launched(self) -> None:
+        """All forwards that were launched until now end with what is on their stream."""
+        stream = None if self.on_cpu else self.forward_stream
+        self.fence.launched([] if stream is None else [stream.record_event()])
 
     @never_waits
     def finish_layer_wise_loading(self, counter_index: int) -> bool:

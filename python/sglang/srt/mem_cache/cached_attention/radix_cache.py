@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, InsertParams, InsertResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    CacheRequestHandle,
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    InsertResult,
+    TreeLock,
+)
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from .linker import CachedAttentionLinker
@@ -35,6 +42,8 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
         self.linker = TreeLink(self, cache_linker)
         self._counted: WeakSet[Req] = WeakSet()
+        self._remote_pages: WeakKeyDictionary[CacheRequestHandle, Sequence[int]] = WeakKeyDictionary()
+        """Of requests that were admitted: the places in their chains of pages from the remote store."""
 
     reporting: Reporting | None = None
     _queue: Callable[[], Sequence[Req]] = staticmethod(tuple)
@@ -54,7 +63,9 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return self.linker.is_ready(handle.rid)
 
     def pop_prefetch_loaded_span(self, handle: CacheRequestHandle) -> tuple[int, int | None]:
-        first, pages = self.linker.cache_linker.store.fetched_span(handle.rid)
+        first, pages, remote_pages = self.linker.cache_linker.store.fetched_span(handle.rid)
+        if pages:
+            self._remote_pages[handle] = remote_pages
         return pages * self.page_size, first * self.page_size if pages else None
 
     def has_pending_cache_operations(self) -> bool:
@@ -74,7 +85,34 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         if self.reporting is not None:
             self.reporting.poll()
 
+    # What `LoadFence` watches.
+
+    def lock(self, *node: Any, **options: Any) -> TreeLock | None:
+        lock = super().lock(*node, **options)
+        self.linker.cache_linker.fence.locked(lock)
+        return lock
+
+    def unlock(self, lock: TreeLock | None) -> None:
+        if lock is not None:
+            self.linker.cache_linker.fence.unlocked(lock)
+        super().unlock(lock)
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        with self.linker.cache_linker.fence.evicting():
+            return super().evict(params)
+
+    def evict_for_alloc(self, params: EvictParams, **options: Any) -> EvictResult:
+        with self.linker.cache_linker.fence.evicting():
+            return super().evict_for_alloc(params, **options)
+
+    def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
+        # The last thing that the scheduler does when it has launched a forward.
+        failed = super().finish_external_linker_loads(reqs)
+        self.linker.cache_linker.forward_launched()
+        return failed
+
     def insert(self, params: InsertParams) -> InsertResult:
+        self.linker.cache_linker.fence.close()
         # The saves that it starts are of pages of this prompt.
         with self.linker.inserting(params.key):
             return super().insert(params)
@@ -101,18 +139,23 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def prompts_ran(self, reqs: Sequence[Req]) -> None:
         """Some of their prompts was computed. Each is counted once, with the hits that its response will tell."""
-        store = self.linker.cache_linker.store
-        # SGLang has one number for all that is below host memory.
-        below = "remote" if store.disk is None and store.remote is not None else "disk"
+        stats = self.linker.cache_linker.store.stats
         for req in reqs:
             if req not in self._counted and not (req.rid or "").startswith(HEALTH_CHECK_RID_PREFIX):
                 self._counted.add(req)
-                hits = {
-                    "device": req.cached_tokens_device,
-                    "host": req.cached_tokens_host,
-                    below: req.cached_tokens_storage,
-                }
-                store.stats.prompt_ran(len(req.origin_input_ids), hits)
+                stats.prompt_ran(len(req.origin_input_ids), self._hits(req))
+
+    def _hits(self, req: Req) -> dict[str, int]:
+        """Tokens of the prompt that were not computed, by tier; SGLang has one number for disk and remote."""
+        below, first = req.cached_tokens_storage, req.storage_hit_start or 0
+        places = self._remote_pages.pop(req.cache_request_handle, ())
+        remote = sum(first <= place * self.page_size < first + below for place in places) * self.page_size
+        return {
+            "device": req.cached_tokens_device,
+            "host": req.cached_tokens_host,
+            "disk": below - remote,
+            "remote": remote,
+        }
 
     def take_hint(self, hint: HintReqInput) -> None:
         """What a client says of a conversation, see `hints`."""
