@@ -41,6 +41,8 @@ from benchmark.workload import WorkloadShape
 PAGE = ("--page-size", "64")
 START_S = 900.0
 """On a busy machine."""
+FEWEST_LOOKS = 10
+"""At the server, for a line through its memory."""
 SHOWN = 5
 """Wrong answers and failures that are printed."""
 
@@ -150,6 +152,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("out/load"), help="of .json and .png")
     args = parser.parse_args(arguments)
+    if args.minutes * 60 < FEWEST_LOOKS * args.interval:
+        parser.error(f"--minutes {args.minutes:g} is too short to look at memory every {args.interval:g} s")
     try:
         args.shape = WorkloadShape(1, args.turns, args.history, args.new, args.answer, think_time_s=args.think)
         check_context(args.shape, args.model_path)

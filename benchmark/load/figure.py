@@ -58,7 +58,7 @@ def _memory(axes: Axes, samples: Sequence[Sample]) -> None:
     for name in samples[-1].rss:
         axes.plot(at, [sample.rss.get(name, 0) / 2**20 for sample in samples], label=name)
     axes.set(ylabel="resident memory, MiB", ylim=(0, None))
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
 def _disk(axes: Axes, samples: Sequence[Sample]) -> None:
@@ -70,7 +70,7 @@ def _disk(axes: Axes, samples: Sequence[Sample]) -> None:
     axes.broken_barh(out, (-0.06, 0.04), color=RED, label="disk out of service")
     axes.set(ylabel="pages, share of room", ylim=(-0.08, 1.05))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
 def stretches(samples: Sequence[Sample], holds: Callable[[Sample], bool]) -> Iterator[tuple[float, float]]:

@@ -62,8 +62,9 @@ def outages(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """By name; empty where there are no values."""
     levels = {"P50": 0.5, "P90": 0.9, "P99": 0.99, "max": 1.0}
-    return {name: float(np.quantile(values, level)) for name, level in levels.items()}
+    return {} if not values else {name: float(np.quantile(values, level)) for name, level in levels.items()}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ REST_S = 180.0
 """A server that nobody asks is at rest within this time."""
 MOVING = ("saving", "dirty", "writing", "pins", "waiting")
 """Counts of the store that are zero at rest."""
-ADMIN = ("/metrics/", "/health", "/flush_cache", "/get_server_info", "/v1/models", "/get_load")
+ADMIN = ("/metrics/", "/health", "/flush_cache", "/get_server_info", "/v1/models")
 """Called in turns. A flush is refused, with 400, while requests run."""
 
 
