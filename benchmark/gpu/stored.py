@@ -16,6 +16,7 @@ from cached_attention.layout import DevicePool
 from cached_attention.position.rotation import Rotation
 from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer.layer_wise_load import LayerWiseLoad
+from cached_attention.transfer.streams import Event
 
 SAVE_TIMEOUT_S = 120.0
 TO_BATCH_S = 200e-6
@@ -104,7 +105,7 @@ class StoredPages:
         self._store.end_pass()
         return number, arrival
 
-    def _on_stream(self) -> list[torch.cuda.Event]:
+    def _on_stream(self) -> list[Event]:
         """What the load waits for: all that the current stream was given."""
         if self._pool.device.type == "cpu":
             return []

@@ -217,7 +217,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return batch
 
     def _record_slots_unused(self) -> Sequence[Event]:
-        """The slots of the loads are computed, and no forward touches them any more."""
+        """Events: which slots the loads take is computed, and no forward touches these any more."""
         if self.fence.is_closed:
             return self.record_offload_ready()
         return [*self._record_indices_ready(), *self.fence.earlier]
