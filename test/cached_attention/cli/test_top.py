@@ -126,7 +126,9 @@ class Terminal:
     def __init__(self, url: str, columns: int) -> None:
         self._master, inside = pty.openpty()
         self.resize(columns)
-        code = "from cached_attention.cli import app; app()"
+        # Where the tests run in the background, SIGINT is ignored, and so it would be in what they start.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        code += "from cached_attention.cli import app; app()"
         command = [sys.executable, "-c", code, "top", url, "--interval", "0.2"]
         env = {**os.environ, "TERM": "xterm"}
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
