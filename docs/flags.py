@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.cached_attention.flags import (
     ENABLE,
     EXCLUSIVE,
     FLAGS,
+    UNDIVIDED,
     Flag,
     fold,
 )
@@ -73,7 +74,7 @@ def _code(text: str) -> str:
 
 def _refusal(flag: Flag) -> str | None:
     """What a server says that is given `?` for `flag`; None where that is a value."""
-    if flag is ENABLE:
+    if flag.default is False:
         return None
     values: dict[str, Any] = {ENABLE.name: True, AUTO_TRUNCATE: True, flag.name: "?"}
     if flag is DISK_SIZE:
@@ -87,6 +88,7 @@ def _refusal(flag: Flag) -> str | None:
 
 def _contradictions() -> str:
     rows = [f"| `{Flag(name, None, '').option}` | {reason} |" for name, reason in EXCLUSIVE.items()]
+    rows += [f"| `{Flag(name, None, '').option}` above 1 | {reason} |" for name, reason in UNDIVIDED.items()]
     table = "\n".join(["| not together with | because |", "|---|---|", *rows])
     return f"## What {ENABLE.option} excludes\n\n{table}\n"
 

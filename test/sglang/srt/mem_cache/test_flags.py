@@ -190,6 +190,9 @@ def test_engine_arguments() -> None:
         ([*AUTO, "--cached-attention-truncation-ratio", "1"], "is '1': give a number above 0 and below 1"),
         ([*AUTO, "--cached-attention-truncation-ratio", "half"], "is 'half': give a number above 0"),
         (["--speculative-algorithm", "NGRAM"], "cannot be used with --speculative-algorithm"),
+        (["--pp-size", "2"], r"cannot be used with --pp-size 2 \(stages would decide"),
+        (["--attn-cp-size", "2"], "cannot be used with --attn-cp-size 2"),
+        (["--dcp-size", "2"], "cannot be used with --dcp-size 2"),
     ],
 )
 def test_contradictions_stop_the_server(extra: list[str], message: str) -> None:

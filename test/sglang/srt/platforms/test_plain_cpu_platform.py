@@ -3,6 +3,7 @@
 import glob
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -105,9 +106,8 @@ def server_args(**given: object) -> SimpleNamespace:
             "max_running_requests",
         )
     )
-    return SimpleNamespace(
-        **{**unset, "tp_size": 1, "pp_size": 1, "cuda_graph_config": CudaGraphConfig(), **given}
-    )
+    one = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_dp_attention": False}
+    return SimpleNamespace(**{**unset, **one, "cuda_graph_config": CudaGraphConfig(), **given})
 
 
 def test_the_class_is_a_platform() -> None:
@@ -144,9 +144,14 @@ def test_what_the_user_says_stands() -> None:
     assert args.max_total_tokens is None
 
 
-def test_ranks_share_memory_and_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "ranks",
+    [{"tp_size": 2}, {"dp_size": 2}, {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}],
+    ids=["tp", "dp", "dp attention"],
+)
+def test_ranks_share_memory_and_cpus(monkeypatch: pytest.MonkeyPatch, ranks: dict[str, Any]) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5})
-    one, two = server_args(), server_args(tp_size=2)
+    one, two = server_args(), server_args(**ranks)
     PlainCpuPlatform().apply_server_args_defaults(one)
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ

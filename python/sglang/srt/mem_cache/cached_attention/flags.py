@@ -28,8 +28,9 @@ from cached_attention.permissions import check_private
 from cached_attention.tiers.remote_address import parse_remote
 from cached_attention.tiers.remote_client import check_installed
 
-LINKER_MODULE = "sglang.srt.mem_cache.cached_attention.linker"
-LINKER_CLASS = "CachedAttentionLinker"
+PACKAGE = "sglang.srt.mem_cache.cached_attention"
+LINKER = (f"{PACKAGE}.linker", "CachedAttentionLinker")
+DEDUP_LINKER = (f"{PACKAGE}.mla_dedup", "MlaDedupLinker")
 
 
 class Flag(NamedTuple):
@@ -102,6 +103,12 @@ EVICTION = Flag(
     "Which pages leave a tier first where the queue does not decide: learnt, those expected to be used again "
     "latest by the gaps between the turns seen so far, or lru, those used longest ago (default: learnt).",
 )
+MLA_DEDUP = Flag(
+    "cached_attention_mla_dedup",
+    False,
+    "Keep the pages of an MLA model once, not once per rank of tensor parallelism: the first rank loads them, "
+    "and each layer is broadcast to the others.",
+)
 TTL = Flag(
     "cached_attention_ttl",
     "1h",
@@ -130,6 +137,7 @@ FLAGS = (
     LOOK_AHEAD,
     WAIT,
     EVICTION,
+    MLA_DEDUP,
     TTL,
     TRUNCATION_RATIO,
     SINK_PAGES,
@@ -148,13 +156,22 @@ EXCLUSIVE = {
     "speculative_algorithm": "the draft model's KV is not in the hierarchy",
 }
 """Arguments of SGLang that contradict ours, and why."""
+UNDIVIDED = {
+    "pp_size": "stages would decide one by one what they can restore",
+    "dcp_size": "a page would be spread over ranks",
+    "attn_cp_size": "a page would be spread over ranks",
+}
+"""Arguments of SGLang that must be 1, and why."""
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("CachedAttention")
     group.add_argument(ENABLE.option, action="store_true", default=ENABLE.default, help=ENABLE.help)
     for flag in FLAGS[1:]:
-        group.add_argument(flag.option, type=str, default=None, help=flag.help)
+        if flag.default is False:
+            group.add_argument(flag.option, action="store_true", default=None, help=flag.help)
+        else:
+            group.add_argument(flag.option, type=str, default=None, help=flag.help)
 
 
 def fold(values: MutableMapping[str, Any]) -> None:
@@ -171,15 +188,22 @@ def fold(values: MutableMapping[str, Any]) -> None:
         if values.get(name):
             option = Flag(name, None, "").option
             raise ConfigError(f"{ENABLE.option} cannot be used with {option} ({reason}): leave one of them out.")
+    for name, reason in UNDIVIDED.items():
+        if int(values.get(name) or 1) > 1:
+            option = Flag(name, None, "").option
+            raise ConfigError(
+                f"{ENABLE.option} cannot be used with {option} {values[name]} ({reason}): leave it out."
+            )
     if not values.get(AUTO_TRUNCATE):
         about_truncation = {flag: given[flag] for flag in (TRUNCATION_RATIO, SINK_PAGES)}
         _refuse_lonely(about_truncation, Flag(AUTO_TRUNCATE, None, ""))
     config = _config({flag: flag.default if value is None else value for flag, value in given.items()})
     values["enable_unified_cache_external_linker"] = True
     values["unified_cache_external_linker_backend"] = "dynamic"
+    module, linker = DEDUP_LINKER if given[MLA_DEDUP] else LINKER
     values["unified_cache_external_linker_config"] = {
-        "linker": LINKER_CLASS,
-        "linker_module_path": LINKER_MODULE,
+        "linker": linker,
+        "linker_module_path": module,
         "linker_extra_config": config.to_settings(),
     }
     if values.get("page_size") is None:
@@ -266,7 +290,8 @@ def _refuse_lonely(given: Mapping[Flag, Any], missing: Flag = ENABLE) -> None:
 
 def is_enabled(linker_config: dict[str, Any] | None) -> bool:
     """Whether `ServerArgs.unified_cache_external_linker_config` is ours."""
-    return linker_config is not None and linker_config.get("linker_module_path") == LINKER_MODULE
+    modules = [module for module, _ in (LINKER, DEDUP_LINKER)]
+    return linker_config is not None and linker_config.get("linker_module_path") in modules
 
 
 def has_disk(linker_config: dict[str, Any] | None) -> bool:

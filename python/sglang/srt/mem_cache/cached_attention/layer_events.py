@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from cached_attention.transfer.streams import Event
+
+class Layer(Protocol):
+    """A layer on its way. An `Event` is one."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Let the current stream, or the thread where there is none, wait until it is there."""
 
 
 class LayerEvents:
@@ -28,15 +34,15 @@ class LayerEvents:
     def reset(self) -> None:
         self.consumer_index = -1
         self._last = -1
-        self._layers: dict[int, Sequence[Event]] = {}
+        self._layers: dict[int, Sequence[Layer]] = {}
         self._seconds: dict[int, float] = {}
 
     def next_batch(self) -> int:
         self._last += 1
         return self._last
 
-    def add(self, batch: int, layers: Sequence[Event]) -> None:
-        """`layers`: one event per layer of the pool."""
+    def add(self, batch: int, layers: Sequence[Layer]) -> None:
+        """`layers`: those of the pool."""
         self._layers[batch] = layers
         self._seconds[batch] = 0.0
 

@@ -32,7 +32,7 @@ from cached_attention.transfer.streams import Event
 from .free_slots import free_slots
 from .identity import ModelIdentity
 from .kv_events import KvEvents
-from .layer_events import LayerEvents
+from .layer_events import Layer, LayerEvents
 from .never_waits import never_waits
 from .pools import device_pool
 from .rotary import UnsupportedRotationError, key_rotations
@@ -95,10 +95,10 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self._identity.describe(model, hf_config)
         if self._truncates:
             self._find_rotations(model)
-        config, ranks = self._config, self._identity.ranks_per_machine
+        config = self._config
         self.store = CachedAttentionStore(
             self._pool,
-            config.host_size // ranks,
+            self._share(config.host_size),
             self._open_disk(),
             self._reach_remote(),
             rotations=self.rotations,
@@ -113,6 +113,10 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
         gc.freeze()
         self._announce()
+
+    def _share(self, size: int) -> int:
+        """What this rank has of `size` bytes of its machine."""
+        return size // self._identity.ranks_per_machine
 
     def _load_waited(self, seconds: float) -> None:
         self.store.stats.load_waited(seconds)
@@ -129,7 +133,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return DiskTier(
             Path(self._config.disk_path) / self._identity.rank_directory,
             self._identity.fingerprint(),
-            self._config.disk_size // self._identity.ranks_per_machine,
+            self._share(self._config.disk_size),
             ttl=self._config.ttl or None,
             encryption=self._read_key(),
         )
@@ -142,8 +146,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if self._config.remote is None:
             return None
         address = parse_remote("--cached-attention-remote", self._config.remote)
-        segment = address.segment // self._identity.ranks_per_machine
-        segment = max(segment, LEAST_SEGMENT) if address.segment else 0
+        segment = max(self._share(address.segment), LEAST_SEGMENT) if address.segment else 0
         logger.info(
             "CachedAttention: remote tier at %s, which this rank lends %s.", address.master, format_size(segment)
         )
@@ -213,8 +216,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             return -1
         batch = self.layer_done_counter.next_batch()
         load = self.store.start_load(batch, self._record_slots_unused())
-        self.layer_done_counter.add(batch, load.layers)
+        self._hand_out(batch, load.layers)
         return batch
+
+    def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
+        """The forward of `batch` may wait for `layers`."""
+        self.layer_done_counter.add(batch, layers)
 
     def _record_slots_unused(self) -> Sequence[Event]:
         """Events: which slots the loads take is computed, and no forward touches these any more."""
@@ -238,6 +245,10 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         (kv,) = transfers
         self.store.save(self.page_run(kv), self.record_offload_ready())
         return True
+
+    def lacks_parent(self, transfer: PoolTransfer) -> bool:
+        """Whether `offload` needs the pages before those of `transfer` as well."""
+        return self.store.lacks_parent(self.page_run(transfer))
 
     def page_run(self, transfer: PoolTransfer) -> PageRun:
         prefix = transfer.prefix_hashes if isinstance(transfer, PathTransfer) else []

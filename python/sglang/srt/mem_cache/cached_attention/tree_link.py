@@ -214,7 +214,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         if self.events is not None and self._inserted is not None:
             self.events.learn(page_keys([*prefix, *(transfer.keys or [])]), self._inserted)
         path = PathTransfer(PoolName.KV, None, transfer.device_indices, transfer.keys, prefix_hashes=prefix)
-        if self.cache_linker.store.lacks_parent(self.cache_linker.page_run(path)):
+        if self.cache_linker.lacks_parent(path):
             indices = self.cache.path_device_indices(node_id).to(torch.int64)
             return PathTransfer(PoolName.KV, None, indices, [*prefix, *(transfer.keys or [])])
         return path

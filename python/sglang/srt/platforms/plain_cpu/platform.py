@@ -59,7 +59,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = self.get_default_attention_backend()
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
-        ranks = server_args.tp_size * server_args.pp_size
+        # With attention in replicas these are among the ranks of tensor parallelism.
+        replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
+        ranks = server_args.tp_size * server_args.pp_size * replicas
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = round(STATIC_MEMORY_FRACTION / ranks, 3)
             if server_args.max_total_tokens is None:

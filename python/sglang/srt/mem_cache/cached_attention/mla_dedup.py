@@ -1,0 +1,196 @@
+"""One copy of the pages of an MLA model, whose ranks of tensor parallelism hold them alike.
+
+The first rank keeps the store, with all of the memory that the ranks have. The others know of no page: they
+take the first rank's word for what can be restored, and get each layer of it by broadcast, on the forward's
+stream and from the first rank's device, once it has landed there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.hicache_storage import PoolTransfer
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.srt.mem_cache.mla_host_dedup import MLAHostDedupBroadcaster
+
+from cached_attention.chain import Chain
+from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.remote import RemoteTier
+
+from .layer_events import Layer
+from .linker import CachedAttentionLinker
+
+logger = logging.getLogger(__name__)
+
+STAGED_TOKENS = 64
+"""Per layer of the model, broadcast at once: 5 MB of device memory for 61 layers of DeepSeek-V3 in bfloat16."""
+
+
+class Relay:
+    """The layers of one load: landed on the first rank, then sent to the others, in order and once.
+
+    Args:
+        landed: the layers on this rank; none on a rank that only receives.
+        send: sends or receives a layer on the current stream.
+    """
+
+    def __init__(self, num_layers: int, landed: Sequence[Layer], send: Callable[[int], None]) -> None:
+        self._landed = landed
+        self._send = send
+        self._sent = 0
+        self.layers = [RelayedLayer(self, layer) for layer in range(num_layers)]
+
+    def send_through(self, layer: int) -> None:
+        """Send what was not sent yet, up to `layer`."""
+        for next_layer in range(self._sent, layer + 1):
+            if self._landed:
+                self._landed[next_layer].wait()
+            self._send(next_layer)
+            self._sent = next_layer + 1
+
+    def send_all(self) -> None:
+        self.send_through(len(self.layers) - 1)
+
+
+class RelayedLayer(NamedTuple):
+    relay: Relay
+    number: int
+
+    def wait(self, stream: Any = None) -> None:
+        self.relay.send_through(self.number)
+
+
+class MlaDedupLinker(CachedAttentionLinker):
+    """The linker of `--cached-attention-mla-dedup`; where no ranks hold equal pages it is as without."""
+
+    def __init__(self, server_args: Any, params: CacheInitParams, **options: Any) -> None:
+        super().__init__(server_args, params, **options)
+        self._broadcaster = _broadcaster(params, self.on_cpu)
+        self._keeps = self._broadcaster is None or self._broadcaster.is_src
+        self._queued: dict[str, torch.Tensor] = {}
+        """Device slots of queued loads, by request."""
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self._relays: dict[int, Relay] = {}
+        self._offloads = 0
+        """Of a rank that keeps nothing: accepted, and not yet reported."""
+
+    def _share(self, size: int) -> int:
+        if not self._keeps:
+            return self._pool.layout.stride
+        alike = 1 if self._broadcaster is None else torch.distributed.get_world_size(self._broadcaster.group)
+        return size // max(1, self._identity.ranks_per_machine // alike)
+
+    def _open_disk(self) -> DiskTier | None:
+        return super()._open_disk() if self._keeps else None
+
+    def _reach_remote(self) -> RemoteTier | None:
+        return super()._reach_remote() if self._keeps else None
+
+    def _announce(self) -> None:
+        if self._keeps:
+            super()._announce()
+        else:
+            logger.info("CachedAttention: this rank gets its pages from the first rank.")
+
+    # What can be restored: the first rank says.
+
+    def reserve(self, rid: str, chain: Chain) -> int:
+        return super().reserve(rid, chain) if self._keeps else len(chain.keys)
+
+    # Loads
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        if self._keeps and not super().load(rid, transfers):
+            return False
+        (kv,) = transfers
+        self._queued[rid] = kv.device_indices
+        self.store.leave(rid)
+        return True
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        queued = self._queued.pop(rid, None) is not None
+        super().cancel_queued_load(rid)
+        return queued
+
+    def start_layer_wise_loading(self) -> int:
+        if not self._queued:
+            return -1
+        self._slots = torch.cat(list(self._queued.values())).to(torch.int64)
+        self._queued = {}
+        if self._keeps:
+            return super().start_layer_wise_loading()
+        batch = self.layer_done_counter.next_batch()
+        self._hand_out(batch, [])
+        return batch
+
+    def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
+        if self._broadcaster is None:
+            super()._hand_out(batch, layers)
+            return
+        prepared = self._broadcaster.prepare_broadcast(self._slots, self._stream())
+        send = self._broadcaster.broadcast_loaded_layer
+        relay = Relay(self.layer_done_counter.num_layers, layers, lambda layer: send(layer, prepared))
+        self._relays[batch] = relay
+        self.layer_done_counter.add(batch, relay.layers)
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        if (relay := self._relays.pop(counter_index, None)) is not None:
+            with self._on_forward_stream():
+                relay.send_all()
+        if self._keeps:
+            return super().finish_layer_wise_loading(counter_index)
+        self.layer_done_counter.discard(counter_index)
+        return True
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        return None if self.on_cpu else self.forward_stream or torch.cuda.current_stream()
+
+    @contextmanager
+    def _on_forward_stream(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream()):
+            yield
+
+    # Saves
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        if self._keeps:
+            return super().offload(transfers, session_id)
+        self._offloads += 1
+        return True
+
+    def lacks_parent(self, transfer: PoolTransfer) -> bool:
+        return self._keeps and super().lacks_parent(transfer)
+
+    def num_completed_offloads(self) -> int:
+        completed = super().num_completed_offloads()
+        return completed if self._keeps else self._offloads
+
+    def pop_completed_offload(self) -> bool:
+        if self._keeps:
+            return super().pop_completed_offload()
+        self._offloads -= 1
+        return True
+
+    def reset(self) -> None:
+        self._queued, self._relays, self._offloads = {}, {}, 0
+        super().reset()
+
+
+def _broadcaster(params: CacheInitParams, on_cpu: bool) -> MLAHostDedupBroadcaster | None:
+    """None where no other rank holds what this one holds."""
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    group = params.attn_tp_cache_group or params.tp_cache_group
+    if type(pool) is not MLATokenToKVPool or group is None or torch.distributed.get_world_size(group) == 1:
+        logger.warning("CachedAttention: --cached-attention-mla-dedup has no effect: no ranks hold equal pages.")
+        return None
+    if not envs.SGLANG_MLA_DEDUP_CHUNK_TOKENS.is_set():
+        envs.SGLANG_MLA_DEDUP_CHUNK_TOKENS.set(STAGED_TOKENS)
+    if on_cpu:
+        return MLAHostDedupBroadcaster(pool, group, torch.distributed.get_process_group_ranks(group)[0])
+    return MLAHostDedupBroadcaster.build(pool, params.tp_cache_group, params.attn_tp_cache_group)
