@@ -51,17 +51,3 @@ def test_other_ways_to_run(
         actual.hold(server, 3)
     assert matches(actual, answers(*args, conversations=known[0], turns=known[1], **model))
     assert actual.cached("host") > 4_000
-
-
-def test_ranks_that_hold_equal_pages_keep_one_copy(
-    models: Any, start: Any, town: Any, answers: Any, matches: Any, store_states: Any
-) -> None:
-    model, two = {"architecture": "deepseek-mla", "dtype": "float32"}, ("--tp-size", "2")
-    actual = town(6)
-    # 12 MB hold 60 pages: what six conversations take, and with a copy per rank half of it.
-    with start(models(**model), *tight(1216), *two, "--cached-attention-mla-dedup", host_size="12MB") as server:
-        actual.hold(server, 3)
-        (state,) = store_states(server)
-    assert matches(actual, answers(*two, conversations=6, turns=3, **model))
-    assert actual.cached("host") > 4_000
-    assert state["host_pages"] == 12_000_000 // state["page_bytes"]

@@ -98,6 +98,11 @@ class MlaDedupLinker(CachedAttentionLinker):
         else:
             logger.info("CachedAttention: this rank gets its pages from the first rank.")
 
+    def _find_rotations(self, model: torch.nn.Module) -> None:
+        super()._find_rotations(model)
+        if not self._keeps:
+            self.rotations = None  # What arrives was rotated; no sources are to be looked for.
+
     # What can be restored: the first rank says.
 
     def reserve(self, rid: str, chain: Chain) -> int:
