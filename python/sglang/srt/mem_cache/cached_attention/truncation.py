@@ -33,7 +33,6 @@ from cached_attention.index import PageKey
 from cached_attention.position.truncation import TruncationPlan, TruncationRule
 
 from .flags import is_enabled
-from .openai_responses import TRUNCATED_TOKENS, note_dropped
 from .tree_link import RequestChain
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRUNCATED_TOKENS = "truncated_tokens"
+"""Field of `meta_info`; absent where nothing was dropped."""
 _GIVEN = "cached_attention_given_tokens"
 """Attribute of an over-long `GenerateReqInput`; its copies for parallel sampling have it too."""
 
@@ -247,5 +248,4 @@ async def _told(responses: AsyncGenerator[dict[str, Any]], given: int) -> AsyncI
             meta_info = response["meta_info"]
             if (meta_info.get("finish_reason") or {}).get("type") != "abort":
                 meta_info[TRUNCATED_TOKENS] = given - meta_info["prompt_tokens"]
-                note_dropped(meta_info["id"], meta_info[TRUNCATED_TOKENS])
             yield response
