@@ -198,7 +198,11 @@ _POSITIONAL: list[tuple[Callable[[Any], bool], str, str]] = [
         "log probabilities of the prompt",
         "leave logprob_start_len (or echo) out",
     ),
-    (lambda obj: obj.return_hidden_states is True, "hidden states of the prompt", 'ask for "last" only'),
+    (
+        lambda obj: obj.return_hidden_states is True,
+        "hidden states of the prompt",
+        'ask for "last" only (OpenAI endpoints and sgl.Engine)',
+    ),
     (lambda obj: obj.return_routed_experts, "return_routed_experts", "leave it out"),
     (lambda obj: obj.return_indexer_topk, "return_indexer_topk", "leave it out"),
     (lambda obj: obj.positional_embed_overrides is not None, "positional_embed_overrides", "leave it out"),
