@@ -6,12 +6,10 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from benchmark.server import Server, ServerError
 
@@ -275,47 +273,6 @@ def test_a_model_whose_keys_cannot_be_moved_is_served_as_by_sglang(
         # SGLang bounds the answer by the prompt's length before the cut: no room is left.
         assert meta_info["completion_tokens"] == 0
         assert len(server.generate(tokens[: LIMIT - 1], 3)["output_ids"]) == 3
-
-
-def test_adapters_answer_from_what_is_kept_and_share_nothing(
-    models: Any, start: Any, words: random.Random, tmp_path: Path
-) -> None:
-    model = models(context=WINDOW)
-    names = ("one", "two")
-    paths = [f"{name}={make_adapter(model, tmp_path / name, seed)}" for seed, name in enumerate(names)]
-    lora = ("--enable-lora", "--lora-backend", "torch_native", "--lora-paths", *paths)
-    with start(model, AUTO, *POOL, *lora, **OURS) as server:
-        tokens, answers = prompt(words, 1600), []
-        for name in (None, *names):
-            reply = server.generate(tokens, 8, lora_path=name)
-            assert reply["meta_info"]["truncated_tokens"] == dropped(1600)
-            assert reply["meta_info"]["cached_tokens"] == 0
-            again = server.generate(tokens, 8, lora_path=name)
-            assert again["meta_info"]["cached_tokens"] >= len(kept(tokens)) - PAGE
-            assert again["output_ids"] == reply["output_ids"]
-            answers.append(reply["output_ids"])
-        server.flush_cache()
-        assert answers == [
-            server.generate(kept(tokens), 8, lora_path=name)["output_ids"] for name in (None, *names)
-        ]
-        assert answers[0] != answers[1] != answers[2]
-
-
-def make_adapter(model: Path, path: Path, seed: int) -> Path:
-    """A LoRA adapter of the queries of all layers, far from zero."""
-    config = json.loads((model / "config.json").read_text())
-    chance, rank, hidden = torch.Generator().manual_seed(seed), 4, config["hidden_size"]
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        queries = config["num_attention_heads"] * config.get("head_dim", hidden // config["num_attention_heads"])
-        weights[f"{name}.lora_A.weight"] = torch.randn(rank, hidden, generator=chance)
-        weights[f"{name}.lora_B.weight"] = torch.randn(queries, rank, generator=chance)
-    path.mkdir()
-    save_file(weights, path / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
-    (path / "adapter_config.json").write_text(json.dumps(adapter))
-    return path
 
 
 def test_the_pool_may_be_smaller_than_the_window(models: Any, start: Any, words: random.Random) -> None:

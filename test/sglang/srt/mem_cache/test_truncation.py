@@ -117,6 +117,19 @@ def test_the_request_runs_on_what_is_kept() -> None:
     assert req.extra_key.startswith("tenantadapter|truncated:")
 
 
+def test_adapters_share_nothing_before_or_after_a_truncation() -> None:
+    chains = []
+    for adapter in (None, "one", "two"):
+        req = request(words(LIMIT + 30), lora_id=adapter)
+        whole = keys(req.origin_input_ids, req.extra_key)
+        prompt = Truncation(RULE).cut_request(req)
+        assert prompt is not None
+        kept = keys(req.origin_input_ids, req.extra_key)
+        assert {key for source in prompt.sources(len(kept)) for key in source if key} <= {*whole}
+        chains.append({*whole, *kept})
+    assert sum(map(len, chains)) == len(set.union(*chains))
+
+
 def test_a_request_that_fits_is_untouched() -> None:
     req = request(words(LIMIT - 1), extra_key="tenant")
     assert Truncation(RULE).cut_request(req) is None
