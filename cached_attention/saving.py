@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
+from itertools import takewhile
+from typing import NamedTuple
 
 from cached_attention.aliases import Aliases
 from cached_attention.chain import PageRun
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.index import NOWHERE
+from cached_attention.index import NOWHERE, PageKey
 from cached_attention.stats import Direction, StoreStats
 from cached_attention.transfer.jobs import PageSave, Transfers
 from cached_attention.transfer.streams import Event
+
+
+class _Await(NamedTuple):
+    last: PageKey
+    """The page that lands last: saves end in order."""
+    until: float
+    """By then they are computed again as soon."""
 
 
 class Saves:
@@ -41,6 +50,7 @@ class Saves:
         self._clock = clock
         self._running: deque[PageSave] = deque()
         self._finished: deque[bool] = deque()
+        self._awaits: dict[str, _Await] = {}
 
     @property
     def in_flight(self) -> int:
@@ -91,6 +101,29 @@ class Saves:
             self._pages.index.last_use[row] = now
             parent = key
         return admitted, True
+
+    def await_landing(self, request: str, keys: Sequence[PageKey], recompute: Callable[[int], float]) -> None:
+        """See `CachedAttentionStore.await_saves`; `recompute`: seconds that a number of pages takes."""
+        here = list(takewhile(lambda row: row in self._pages.in_host, map(self._pages.index.find, keys)))
+        coming = [place for place, row in enumerate(here) if not self._pages.in_host.ready[row]]
+        if coming:
+            until = self._clock() + recompute(coming[-1] + 1 - coming[0])
+            self._awaits[request] = _Await(keys[coming[-1]], until)
+
+    def has_landed(self, request: str) -> bool:
+        """Whether `request` awaits no page, or has done so for long enough."""
+        if (awaited := self._awaits.get(request)) is None:
+            return True
+        row = self._pages.index.find(awaited.last)
+        is_coming = row in self._pages.in_host and not self._pages.in_host.ready[row]
+        if is_coming and self._clock() < awaited.until:
+            return False
+        self.leave(request)
+        return True
+
+    def leave(self, request: str) -> None:
+        """`request` awaits nothing any more."""
+        self._awaits.pop(request, None)
 
     def poll(self) -> int:
         """Take note of the saves that have ended; returns how many wait for `pop`."""

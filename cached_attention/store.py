@@ -123,8 +123,6 @@ class CachedAttentionStore:
 
     def _migrate(self) -> None:
         self._migration: Migration | None = None
-        self.is_ready: Callable[[str], bool] = lambda request: True
-        """Whether nothing is on its way to host memory for a request, or it is quicker to compute it again."""
         if self.disk is None and self.remote is None:
             return
         self._migration = Migration(
@@ -137,7 +135,6 @@ class CachedAttentionStore:
             page_tokens=self.layout.page_size,
             clock=self._clock,
         )
-        self.is_ready = self._migration.is_ready
 
     @property
     def resident_pages(self) -> int:
@@ -220,6 +217,19 @@ class CachedAttentionStore:
             self._migration.arrive(request, chain.keys, loadable, pages)
         return pages
 
+    def await_saves(self, request: str, keys: Sequence[PageKey]) -> None:
+        """Hold `request`, which waits, until those of the pages `keys` that are being saved can be loaded.
+
+        To be said where these pages are not on the device: while they are saved they are there, but a truncated
+        prompt wants them at other positions. Ends when they could have been computed again.
+        """
+        page_tokens, seconds = self.layout.page_size, self._decision.computing.seconds
+        self._saves.await_landing(request, keys, lambda pages: seconds(pages * page_tokens))
+
+    def is_ready(self, request: str) -> bool:
+        """Whether nothing is on its way to host memory for a request, or it is quicker to compute it again."""
+        return self._saves.has_landed(request) and (self._migration is None or self._migration.is_ready(request))
+
     def reorder(self, requests: Sequence[str]) -> None:
         """The waiting requests in the order in which they will run; those not named wait no more."""
         for request in self._pages.waiting.replace([*requests, *self._hints.order()]):
@@ -228,6 +238,7 @@ class CachedAttentionStore:
     def leave(self, request: str) -> None:
         """`request` runs or was given up: nothing is held for it any more."""
         self._pages.unwant(request, self._clock())
+        self._saves.leave(request)
         if self._migration is not None:
             self._migration.leave(request)
 

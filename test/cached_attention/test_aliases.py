@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,6 +28,8 @@ PAGE, SINK, STEP, WINDOW = 2, 1, 3, 8
 """Tokens per page; then pages that are always kept, that are dropped at a time, that fit the window."""
 HOST_PAGES, DEVICE_PAGES = 12, 40
 ROTATION = Rotation((1.0, 0.1))
+LIFE = 100_000.0
+"""Seconds; time to live of random conversations, whose clock moves by a second whenever it is read."""
 
 
 def content(key: bytes) -> torch.Tensor:
@@ -72,8 +75,9 @@ def _fits(page: int, drop: int) -> bool:
 class Conversations:
     """Conversations that grow and overflow, on a device whose pages are checked to be what they must be."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ttl: float | None = None) -> None:
         self.directory = directory
+        self.ttl = ttl
         self.buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 1, 4) for _ in "kv"] for _ in range(2)]
         self.pool = DevicePool(self.buffers, PAGE)
         self.now, self.batch = 1000.0, 0
@@ -90,6 +94,7 @@ class Conversations:
             size,
             DiskTier(self.directory, fingerprint, 4 << 20),
             rotations=[ROTATION, ROTATION],
+            ttl=self.ttl,
             clock=self.tick,
         )
         for _ in range(20):
@@ -168,6 +173,10 @@ class Conversations:
         while self.store.flush(1.0) and time.monotonic() < deadline:
             pass
 
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.store.poll()
+
     def restart(self) -> None:
         self.settle()
         self.store.close()
@@ -209,6 +218,64 @@ def test_a_page_that_got_another_name_while_it_was_saved_comes_back_from_disk(ta
     assert talk.store.counters()["lost"] == 0
 
 
+@pytest.fixture
+def being_saved(talk: Conversations, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Eight pages of conversation "a" are on their way to host memory, until the event is set."""
+    arrives, copier = threading.Event(), talk.store._transfers._copier
+    save = copier.save
+
+    def save_later(pages: Sequence[int], slots: Sequence[int]) -> None:
+        arrives.wait(20)
+        save(pages, slots)
+
+    monkeypatch.setattr(copier, "save", save_later)
+    keys = keys_of("a", 8, 0)
+    for place, key in enumerate(keys):
+        talk.originals[key] = place
+        talk._write(place, key, 0)
+    talk.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)))
+    yield arrives
+    arrives.set()
+    talk.store._saves.wait()
+    talk.store.poll()
+    talk.store.end_pass()
+
+
+def next_turn(talk: Conversations, request: str) -> Chain:
+    chain = Chain(keys_of("a", 9, 3))
+    talk.store.alias(chain, sources("a", 9, 3))
+    talk.store.await_saves(request, chain.keys)
+    talk.store.arrive(request, chain)
+    return chain
+
+
+def test_a_truncated_prompt_waits_for_pages_that_are_being_saved(
+    talk: Conversations, being_saved: threading.Event
+) -> None:
+    chain = next_turn(talk, "next")
+    talk.store.poll()
+    assert not talk.store.is_ready("next")
+    being_saved.set()
+    talk.store._saves.wait()
+    talk.store.poll()
+    assert talk.store.is_ready("next")
+    assert talk.load("next", chain.keys, 0) == 5
+
+
+def test_it_waits_no_longer_than_they_take_to_compute(talk: Conversations, being_saved: threading.Event) -> None:
+    chain = next_turn(talk, "next")
+    assert not talk.store.is_ready("next")
+    talk.now += 5 * 60.0
+    assert talk.store.is_ready("next")
+    assert talk.store.reserve("next", chain) == 0
+
+
+def test_one_that_left_waits_for_nothing(talk: Conversations, being_saved: threading.Event) -> None:
+    next_turn(talk, "next")
+    talk.store.leave("next")
+    assert talk.store.is_ready("next")
+
+
 def test_fifty_truncations_in_a_row(talk: Conversations) -> None:
     """Each page is loaded as its original, turned once: `check` compares to the bit."""
     pages = WINDOW
@@ -220,6 +287,51 @@ def test_fifty_truncations_in_a_row(talk: Conversations) -> None:
     assert talk.store.counters()["host_pages_used"] <= HOST_PAGES
 
 
+def test_the_error_stays_flat_over_fifty_truncations() -> None:
+    """A page of bfloat16 that moves fifty times is as close to fresh keys in the end as after the first move."""
+    rotation = Rotation(tuple(1e4 ** (-i / 64) for i in range(0, 64, 2)))
+    window, chance = 60, torch.Generator().manual_seed(0)
+    unrotated = torch.randn(window * PAGE, 1, 64, generator=chance, dtype=torch.float64)
+    base = torch.arange(window * PAGE) + 100_000
+
+    def fresh(drop: int) -> torch.Tensor:
+        """The keys of the pages that are left, rotated where they are after `drop` pages have gone."""
+        positions = (base - drop * PAGE)[drop * PAGE :].tolist()
+        return rotate(unrotated[drop * PAGE :].float(), delta_table(rotation, positions), rotation).bfloat16()
+
+    pool = DevicePool([[torch.zeros(window * PAGE, 1, 64, dtype=torch.bfloat16) for _ in "kv"]], PAGE)
+    store = CachedAttentionStore(pool, window * pool.layout.stride, rotations=[rotation])
+    keys, whole = pool.buffers[0][0], keys_of("a", window, 0)
+    keys[:] = chained = fresh(0)
+    store.save(PageRun(None, 0, whole, torch.arange(window * PAGE)))
+    store._saves.wait()
+    store.poll()
+    step = delta_table(rotation, [-PAGE])
+    errors, drifted = [], []
+    for drop in range(1, 51):
+        moved = Chain([sha256(key + bytes([drop])).digest() for key in whole[drop:]])
+        store.alias(moved, [whole[drop:]])
+        pages = store.reserve("next", moved)
+        assert pages == window - drop
+        assert store.queue_load("next", moved.keys, torch.arange(pages * PAGE))
+        store.start_load(drop)
+        assert store.finish_load(drop)
+        store.end_pass()
+        chained = rotate(chained[PAGE:], step, rotation)
+        expected = fresh(drop).float()
+        errors.append(_error(keys[: pages * PAGE], expected))
+        drifted.append(_error(chained, expected))
+    store.close()
+    assert errors[-1] < 1.1 * errors[0]
+    assert max(errors) < 1.2 * errors[0]
+    assert drifted[-1] > 3 * drifted[0], "the test notices keys that were rotated again and again"
+
+
+def _error(keys: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2."""
+    return ((keys.float() - expected).norm() / expected.norm()).item()
+
+
 def test_a_restart_knows_what_was_kept(talk: Conversations) -> None:
     talk.turn("a", 8)
     talk.turn("a", 11)
@@ -227,6 +339,23 @@ def test_a_restart_knows_what_was_kept(talk: Conversations) -> None:
     assert talk.turn("a", 11) == 8
     talk.restart()
     assert talk.turn("a", 13) == 13 - 6 - 2
+
+
+def test_pages_live_as_long_as_one_of_their_names_is_used(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path, ttl=1000.0)
+    talk.turn("a", 8)
+    talk.settle()
+    talk.pass_time(600)
+    assert talk.turn("a", 9) == 5
+    talk.settle()
+    talk.pass_time(600)
+    assert talk.store.restorable_pages(Chain(keys_of("a", 8, 0))) == 0, "nobody used them under these names"
+    assert talk.turn("a", 9) == 6
+    talk.pass_time(1100)
+    assert talk.store.restorable_pages(Chain(keys_of("a", 9, 3))) == 0
+    assert talk.store.counters()["host_pages_used"] == talk.store.counters()["disk_pages_used"] == 0
+    talk.store.check_invariants()
+    talk.store.close()
 
 
 def test_a_rotated_copy_is_not_saved_when_the_original_is_gone(talk: Conversations) -> None:
@@ -254,12 +383,12 @@ def test_without_rotations_nothing_is_shared(tmp_path: Path) -> None:
 
 
 class Overflowing(RuleBasedStateMachine):
-    """Conversations at random, with evictions, restarts and pages that stay on the device."""
+    """Conversations at random, with evictions, expiry, restarts and pages that stay on the device."""
 
     @initialize()
     def start(self) -> None:
         self.directory = Path(tempfile.mkdtemp())
-        self.talk = Conversations(self.directory)
+        self.talk = Conversations(self.directory, ttl=LIFE)
         self.pages = dict.fromkeys("abc", 1)
         self.last: tuple[str, int] | None = None
 
@@ -285,6 +414,10 @@ class Overflowing(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         self.talk.settle()
+
+    @rule(share=st.sampled_from([0.3, 0.7, 1.1]))
+    def pass_time(self, share: float) -> None:
+        self.talk.pass_time(share * LIFE)
 
     @precondition(lambda self: self.last is not None)
     @rule()

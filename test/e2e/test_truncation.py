@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from benchmark.server import Server, ServerError
 
@@ -23,7 +24,8 @@ POOL = ("--max-total-tokens", "8192")
 
 @pytest.fixture(scope="module")
 def server(models: Any, start: Any) -> Iterator[Server]:
-    with start(models(context=WINDOW), AUTO, *POOL, **OURS) as server:
+    hidden_states = ("--return-hidden-states-mode", "full")
+    with start(models(context=WINDOW), AUTO, *POOL, *hidden_states, **OURS) as server:
         yield server
 
 
@@ -101,9 +103,12 @@ def stream(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, An
 OPENAI = {"model": "model", "temperature": 0, "ignore_eos": True}
 
 
-def told(chunk: dict[str, Any]) -> int | None:
-    """What a chunk of an OpenAI stream says of dropped tokens."""
-    return (chunk.get("metadata") or {}).get("truncated_tokens")
+WITH_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def told(response: dict[str, Any], where: str = "metadata") -> int | None:
+    """What an OpenAI response, or a chunk of a stream, says of dropped tokens."""
+    return (response.get(where) or {}).get("truncated_tokens")
 
 
 def test_completions(server: Server, words: random.Random) -> None:
@@ -112,14 +117,29 @@ def test_completions(server: Server, words: random.Random) -> None:
     body = {**OPENAI, "prompt": tokens, "max_tokens": 6}
     reply = json.loads(server.post("/v1/completions", body))
     assert reply["choices"][0]["text"] == expected["text"]
-    assert reply["metadata"]["truncated_tokens"] == dropped(1700) == expected["meta_info"]["truncated_tokens"]
+    assert told(reply) == told(reply, "usage") == dropped(1700) == expected["meta_info"]["truncated_tokens"]
     assert reply["usage"]["prompt_tokens"] == 1700 - dropped(1700)
     chunks = stream(server, "/v1/completions", {**body, "stream": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected["text"]
     assert [told(chunk) for chunk in chunks] == [None] * (len(chunks) - 1) + [dropped(1700)]
-    two = {**body, "stream": True, "prompt": [tokens, tokens[:100]]}
-    ends = [chunk for chunk in stream(server, "/v1/completions", two) if chunk["choices"][0]["finish_reason"]]
-    assert {chunk["choices"][0]["index"]: told(chunk) for chunk in ends} == {0: dropped(1700), 1: None}
+
+
+def test_completions_of_several_prompts(server: Server, words: random.Random) -> None:
+    """The usage counts the tokens dropped from each prompt once, as it does those that stay."""
+    lengths = [100, 1700, 1100]
+    prompts = [prompt(words, length) for length in lengths]
+    body = {**OPENAI, "prompt": prompts, "max_tokens": 6, "n": 2}
+    reply = json.loads(server.post("/v1/completions", body))
+    of_all = sum(map(dropped, lengths))
+    assert told(reply) == told(reply, "usage") == of_all
+    assert reply["usage"]["prompt_tokens"] == sum(lengths) - of_all
+    *chunks, usage = stream(server, "/v1/completions", {**body, **WITH_USAGE})
+    ends = {chunk["choices"][0]["index"]: told(chunk) for chunk in chunks if chunk["choices"][0]["finish_reason"]}
+    assert ends == {
+        2 * i + sample: dropped(length) or None for i, length in enumerate(lengths) for sample in (0, 1)
+    }
+    assert told(usage, "usage") == of_all
+    assert usage["usage"]["prompt_tokens"] == sum(lengths) - of_all
 
 
 def test_chat(server: Server, words: random.Random) -> None:
@@ -134,16 +154,19 @@ def test_chat(server: Server, words: random.Random) -> None:
     tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     expected = server.generate(tokens, 6)
     assert expected["output_ids"] == answer(server, kept(tokens), 6)
-    body = {**OPENAI, "messages": messages, "max_tokens": 6}
+    body = {**OPENAI, "messages": messages, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
     reply = json.loads(server.post("/v1/chat/completions", body))
     assert reply["choices"][0]["message"]["content"] == expected["text"]
-    assert reply["metadata"]["truncated_tokens"] == dropped(len(tokens)) > 0
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    *chunks, usage = stream(server, "/v1/chat/completions", {**body, **options})
+    assert told(reply) == told(reply, "usage") == dropped(len(tokens)) > 0
+    assert len(reply["choices"][0]["logprobs"]["content"]) == 6
+    *chunks, usage = stream(server, "/v1/chat/completions", {**body, **WITH_USAGE})
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
     assert text == expected["text"]
+    assert [told(chunk) for chunk in chunks] == [None] * (len(chunks) - 1) + [dropped(len(tokens))]
     assert usage["usage"]["prompt_tokens"] == len(kept(tokens))
-    assert told(usage) == dropped(len(tokens))
+    assert told(usage, "usage") == dropped(len(tokens))
+    short = stream(server, "/v1/chat/completions", {**body, **WITH_USAGE, "messages": messages[:2]})
+    assert not any("truncated_tokens" in json.dumps(chunk) for chunk in short)
 
 
 def test_a_frontend_program(server: Server) -> None:
@@ -169,10 +192,27 @@ def test_log_probabilities_of_the_answer_are_right(server: Server, words: random
         assert logprobs == pytest.approx(wanted, abs=1e-4)
 
 
+def test_hidden_states_of_the_answer_are_right(server: Server, words: random.Random) -> None:
+    """Asked for where SGLang takes "last"; `/generate` over HTTP takes a bool only."""
+    tokens = prompt(words, 1600)
+    states = []
+    for sent in (tokens, kept(tokens)):
+        server.flush_cache()
+        body = {**OPENAI, "prompt": sent, "max_tokens": 4, "return_hidden_states": "last"}
+        states.append(json.loads(server.post("/v1/completions", body))["choices"][0]["hidden_states"])
+    torch.testing.assert_close(torch.tensor(states[0]), torch.tensor(states[1]), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "message"),
     [
         ("/generate", {"return_logprob": True, "logprob_start_len": 0}, "log probabilities of the prompt"),
+        (
+            "/generate",
+            {"return_logprob": True, "logprob_start_len": 1500, "top_logprobs_num": 2},
+            "log probabilities of the prompt",
+        ),
+        ("/generate", {"return_hidden_states": True}, "hidden states of the prompt"),
         ("/generate", {"session_params": {"id": "none"}}, "session_params"),
         ("/v1/completions", {**OPENAI, "echo": True, "logprobs": 1}, "log probabilities of the prompt"),
     ],
@@ -193,6 +233,13 @@ def test_a_session_that_outgrows_the_window_is_refused(server: Server, words: ra
     with pytest.raises(ServerError, match=refusal):
         server.generate(prompt(words, 200), 4, session_params=follow)
     server.post("/close_session", {"session_id": session})
+
+
+def test_embeddings_as_a_prompt_are_refused_by_sglang(server: Server) -> None:
+    """Of any length: they want the radix cache off, which is where CachedAttention lives."""
+    for length in (8, 1600):
+        with pytest.raises(ServerError, match=r"answered 400: .*disable_radix_cache is False"):
+            server.post("/generate", {"input_embeds": [[0.0] * 64] * length})
 
 
 def test_tenants_do_not_see_each_other(server: Server, words: random.Random) -> None:

@@ -1,4 +1,8 @@
 // rope_on_load over a pool on the device. Records lie on the device too, or in pinned host memory that it can read.
+//
+// The pool is FlashInfer's (page.cuh), and so are the vectors (vec_dtypes.cuh). Its rotations (pos_enc.cuh) are not used:
+// they read each element twice, for itself and for its pair, where every read may cross a link; and they leave it to the
+// compiler to contract products into sums, which then round otherwise than the reference.
 #include <algorithm>
 #include <cstring>
 #include <flashinfer/page.cuh>

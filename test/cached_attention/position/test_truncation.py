@@ -67,6 +67,29 @@ def test_everything_lies_on_the_page_grid(case: tuple[TruncationRule, int]) -> N
     assert not any(tokens % rule.page_size for tokens in (plan.sink, plan.dropped, plan.step))
 
 
+START, ROLE, NEWLINE, WORD = range(4)
+"""Tokens of a chat template's header, and of what is said."""
+
+
+@given(prompts(), st.integers(4, 300))
+def test_after_the_seam_only_one_message_is_torn_wherever_the_grid_cuts(
+    case: tuple[TruncationRule, int], message: int
+) -> None:
+    """The seam stays on the page grid, be it in a header; from the next header on, all messages are whole."""
+    rule, length = case
+    chat = ([START, ROLE, NEWLINE] + [WORD] * (message - 3)) * (length // message + 1)
+    chat = chat[:length]
+    plan = rule.plan(length)
+    if not plan.dropped:
+        return
+    seam = plan.sink + plan.dropped
+    kept = list(plan.keep(array("q", chat)))[plan.sink :]
+    torn = -seam % message
+    assert seam % rule.page_size == 0
+    assert START not in kept[:torn]
+    assert kept[torn:] == chat[: max(0, length - seam - torn)]
+
+
 @given(prompts(), st.data())
 def test_more_tokens_never_drop_less_and_none_within_a_step_drop_more(
     case: tuple[TruncationRule, int], data: st.DataObject

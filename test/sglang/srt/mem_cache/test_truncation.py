@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.cached_attention import flags, openai_responses, truncation
+from sglang.srt.mem_cache.cached_attention import flags, truncation
 from sglang.srt.mem_cache.cached_attention.tree_link import RequestChain
 from sglang.srt.mem_cache.cached_attention.truncation import Truncation
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -115,6 +117,19 @@ def test_the_request_runs_on_what_is_kept() -> None:
     assert req.extra_key.startswith("tenantadapter|truncated:")
 
 
+def test_adapters_share_nothing_before_or_after_a_truncation() -> None:
+    chains = []
+    for adapter in (None, "one", "two"):
+        req = request(words(LIMIT + 30), lora_id=adapter)
+        whole = keys(req.origin_input_ids, req.extra_key)
+        prompt = Truncation(RULE).cut_request(req)
+        assert prompt is not None
+        kept = keys(req.origin_input_ids, req.extra_key)
+        assert {key for source in prompt.sources(len(kept)) for key in source if key} <= {*whole}
+        chains.append({*whole, *kept})
+    assert sum(map(len, chains)) == len(set.union(*chains))
+
+
 def test_a_request_that_fits_is_untouched() -> None:
     req = request(words(LIMIT - 1), extra_key="tenant")
     assert Truncation(RULE).cut_request(req) is None
@@ -197,7 +212,17 @@ def test_what_is_left_to_sglang(args: list[str], obj: Any, length: int) -> None:
         ({"return_hidden_states": True}, 'hidden states of the prompt: ask for "last" only'),
         ({"return_routed_experts": True}, "return_routed_experts: leave it out"),
         ({"return_indexer_topk": True}, "return_indexer_topk: leave it out"),
+        (
+            {"return_logprob": True, "logprob_start_len": 7, "top_logprobs_num": 2},
+            "log probabilities of the prompt",
+        ),
         ({"image_data": ["image.png"]}, "images, video or audio: send less of the conversation"),
+        ({"video_data": ["video.mp4"]}, "images, video or audio: send less of the conversation"),
+        ({"audio_data": ["audio.wav"]}, "images, video or audio: send less of the conversation"),
+        (
+            {"positional_embed_overrides": PositionalEmbeds([torch.zeros(1, 8)], [3])},
+            "positional_embed_overrides: leave it out",
+        ),
         ({"multi_item_delimiter_indices": [3]}, "multi-item scoring: score fewer items at once"),
         ({"token_indices_to_pool": [3]}, "token_indices_to_pool: leave it out"),
     ],
@@ -265,14 +290,6 @@ def test_closing_the_responses_closes_those_of_sglang() -> None:
 
     asyncio.run(hang_up())
     assert closed == [True]
-
-
-def test_metadata_of_openai_responses() -> None:
-    metadata: dict[str, Any] = {"weight_version": "default"}
-    openai_responses.add_to_metadata(metadata, {"truncated_tokens": 512})
-    assert metadata == {"weight_version": "default", "truncated_tokens": 512}
-    openai_responses.add_to_metadata(metadata := {}, {})
-    assert metadata == {}
 
 
 @pytest.mark.parametrize(

@@ -1,48 +1,98 @@
-"""Responses of the OpenAI endpoints say how many tokens were dropped from a prompt that was too long."""
+"""Responses of the OpenAI endpoints say how many tokens were dropped from prompts that were too long.
+
+`usage` says it of all prompts of a request, as it does of their other tokens; and so does `metadata`, which in a
+stream comes with the chunk that ends an answer, of its prompt, and with what follows the answers. Both are absent
+where nothing was dropped.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-TRUNCATED_TOKENS = "truncated_tokens"
-"""Field of `meta_info`, and of `metadata` in OpenAI responses; absent where nothing was dropped."""
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionResponse, CompletionResponse, UsageInfo
+
+from .truncation import TRUNCATED_TOKENS
+
 _EVENT = "data: "
-_dropped: ContextVar[dict[str, int]] = ContextVar("cached_attention_dropped")
-"""Of the stream that runs: request id -> tokens dropped. The requests of a batch run in tasks of their own."""
+_dropped: ContextVar[dict[int, int]] = ContextVar("cached_attention_dropped")
+"""Of the stream that runs: number of an answer -> tokens dropped from its prompt. The prompts of a batch run in
+tasks of their own, so what is shared is the dictionary."""
 
 
-def note_dropped(request: str, tokens: int) -> None:
-    """`tokens` were dropped from the prompt of `request`; kept where it belongs to an OpenAI stream."""
-    if (dropped := _dropped.get(None)) is not None:
-        dropped[request] = tokens
+class _Usage(UsageInfo):
+    truncated_tokens: int
 
 
-def add_to_metadata(metadata: dict[str, Any], meta_info: dict[str, Any]) -> None:
-    """Say it in the `metadata` of a response that is no stream."""
-    if TRUNCATED_TOKENS in meta_info:
-        metadata[TRUNCATED_TOKENS] = meta_info[TRUNCATED_TOKENS]
+class _ChatCompletion(ChatCompletionResponse):
+    usage: _Usage
 
 
-async def tell_in_stream(events: AsyncGenerator[str]) -> AsyncIterator[str]:
-    """`events`, server-sent, with the tokens dropped in the `metadata` of each chunk that ends an answer."""
-    dropped: dict[str, int] = {}
+class _Completion(CompletionResponse):
+    usage: _Usage
+
+
+_TELLING: dict[type, type[_ChatCompletion] | type[_Completion]] = {
+    ChatCompletionResponse: _ChatCompletion,
+    CompletionResponse: _Completion,
+}
+
+
+def _of_all_prompts(dropped: Mapping[int, int], samples: int) -> int:
+    """Each prompt has `samples` answers, with adjacent numbers."""
+    return sum(tokens for answer, tokens in dropped.items() if answer % samples == 0)
+
+
+def tell_in_response(response: Any, answers: Sequence[dict[str, Any]], samples: int) -> Any | None:
+    """What to send instead of `response`; None where nothing was dropped, or it is an error."""
+    dropped = {i: answer["meta_info"].get(TRUNCATED_TOKENS, 0) for i, answer in enumerate(answers)}
+    tokens, telling = _of_all_prompts(dropped, samples), _TELLING.get(type(response))
+    if not tokens or telling is None:
+        return None
+    usage = _Usage(**dict(response.usage), truncated_tokens=tokens)
+    metadata = {**(response.metadata or {}), TRUNCATED_TOKENS: tokens}
+    return telling.model_construct(**{**dict(response), "usage": usage, "metadata": metadata})
+
+
+async def tell_in_stream(events: AsyncGenerator[str], samples: int) -> AsyncIterator[str]:
+    """`events`, server-sent, with what `note_dropped` saw."""
+    dropped: dict[int, int] = {}
     _dropped.set(dropped)
     async with aclosing(events):
         async for event in events:
-            yield _with_metadata(event, dropped) if dropped else event
+            yield _telling(event, dropped, samples) if dropped else event
 
 
-def _with_metadata(event: str, dropped: dict[str, int]) -> str:
+def _telling(event: str, dropped: Mapping[int, int], samples: int) -> str:
     if not event.startswith(_EVENT + "{"):
         return event
     chunk = json.loads(event.removeprefix(_EVENT))
     choices = chunk.get("choices")
-    ends = choices is not None and all(choice.get("finish_reason") for choice in choices)
-    if not ends or chunk.get("id") not in dropped:
+    if choices:
+        tokens = dropped.get(choices[0]["index"], 0)
+    else:
+        tokens = 0 if choices is None else _of_all_prompts(dropped, samples)
+    if not tokens:
         return event
-    chunk["metadata"] = {**(chunk.get("metadata") or {}), TRUNCATED_TOKENS: dropped[chunk["id"]]}
+    if chunk.get("usage"):
+        chunk["usage"][TRUNCATED_TOKENS] = tokens
+    if all(choice.get("finish_reason") for choice in choices):
+        chunk["metadata"] = {**(chunk.get("metadata") or {}), TRUNCATED_TOKENS: tokens}
     return f"{_EVENT}{json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+
+def note_dropped(responses: AsyncGenerator[Any]) -> AsyncIterator[Any] | None:
+    """`responses`, noted for the OpenAI stream that asked for them; None where none did."""
+    dropped = _dropped.get(None)
+    return None if dropped is None else _noted(responses, dropped)
+
+
+async def _noted(responses: AsyncGenerator[Any], dropped: dict[int, int]) -> AsyncIterator[Any]:
+    async with aclosing(responses):
+        async for response in responses:
+            if tokens := response["meta_info"].get(TRUNCATED_TOKENS):
+                dropped[response.get("index", 0)] = tokens
+            yield response

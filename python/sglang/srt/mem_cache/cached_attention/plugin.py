@@ -88,13 +88,13 @@ def _leave_prompts_whole() -> None:
     register, manager = HookRegistry.register, TOKENIZER_MANAGER
     register(f"{manager}._validate_one_request", _validate, HookType.AROUND)
     register(f"{manager}._wait_one_response", _tell_truncated, HookType.AFTER)
-    metadata = "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata"
-    register(metadata, _tell_truncated_in_metadata, HookType.AFTER)
+    register(f"{manager}.generate_request", _note_truncated, HookType.AFTER)
     openai = "sglang.srt.entrypoints.openai"
-    for stream in (
-        f"{openai}.serving_chat.OpenAIServingChat._generate_chat_stream",
-        f"{openai}.serving_completions.OpenAIServingCompletion._generate_completion_stream",
-    ):
+    chat = f"{openai}.serving_chat.OpenAIServingChat"
+    completion = f"{openai}.serving_completions.OpenAIServingCompletion"
+    for response in (f"{chat}._build_chat_response", f"{completion}._build_completion_response"):
+        register(response, _tell_truncated_in_response, HookType.AFTER)
+    for stream in (f"{chat}._generate_chat_stream", f"{completion}._generate_completion_stream"):
         register(stream, _tell_truncated_in_stream, HookType.AFTER)
     HookRegistry.apply_hooks()
 
@@ -111,16 +111,22 @@ def _tell_truncated(responses: Any, _manager: Any, obj: Any, *_args: Any, **_kwa
     return tell(responses, obj)
 
 
-def _tell_truncated_in_metadata(metadata: dict[str, Any], meta_info: dict[str, Any]) -> None:
-    from .openai_responses import add_to_metadata
+def _note_truncated(responses: Any, *_args: Any, **_kwargs: Any) -> Any:
+    from .openai_responses import note_dropped
 
-    add_to_metadata(metadata, meta_info)
+    return note_dropped(responses)
 
 
-def _tell_truncated_in_stream(events: Any, *_args: Any) -> Any:
+def _tell_truncated_in_response(response: Any, _serving: Any, request: Any, answers: Any, *_args: Any) -> Any:
+    from .openai_responses import tell_in_response
+
+    return tell_in_response(response, answers, request.n)
+
+
+def _tell_truncated_in_stream(events: Any, _serving: Any, _adapted: Any, request: Any, *_args: Any) -> Any:
     from .openai_responses import tell_in_stream
 
-    return tell_in_stream(events)
+    return tell_in_stream(events, request.n)
 
 
 def _serve_hints(_result: None, manager: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -106,6 +106,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self.cache_linker.store.left_device(chain.keys[on_device:])
         if (prompt := self._truncated.pop(req, None)) is not None:
             self.cache_linker.store.alias(chain, prompt.sources(len(chain.keys)))
+            self.cache_linker.store.await_saves(req.rid, chain.keys[on_device:])
         self.cache_linker.store.arrive(req.rid, chain)
         # Asked for even if the device has it all: the conversation is in use, its copy must not age.
         restorable = self.cache_linker.reserve(req.rid, chain)

@@ -33,7 +33,6 @@ from cached_attention.index import PageKey
 from cached_attention.position.truncation import TruncationPlan, TruncationRule
 
 from .flags import is_enabled
-from .openai_responses import TRUNCATED_TOKENS, note_dropped
 from .tree_link import RequestChain
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRUNCATED_TOKENS = "truncated_tokens"
+"""Field of `meta_info`; absent where nothing was dropped."""
 _GIVEN = "cached_attention_given_tokens"
 """Attribute of an over-long `GenerateReqInput`; its copies for parallel sampling have it too."""
 
@@ -197,7 +198,11 @@ _POSITIONAL: list[tuple[Callable[[Any], bool], str, str]] = [
         "log probabilities of the prompt",
         "leave logprob_start_len (or echo) out",
     ),
-    (lambda obj: obj.return_hidden_states is True, "hidden states of the prompt", 'ask for "last" only'),
+    (
+        lambda obj: obj.return_hidden_states is True,
+        "hidden states of the prompt",
+        'ask for "last" only (OpenAI endpoints and sgl.Engine)',
+    ),
     (lambda obj: obj.return_routed_experts, "return_routed_experts", "leave it out"),
     (lambda obj: obj.return_indexer_topk, "return_indexer_topk", "leave it out"),
     (lambda obj: obj.positional_embed_overrides is not None, "positional_embed_overrides", "leave it out"),
@@ -247,5 +252,4 @@ async def _told(responses: AsyncGenerator[dict[str, Any]], given: int) -> AsyncI
             meta_info = response["meta_info"]
             if (meta_info.get("finish_reason") or {}).get("type") != "abort":
                 meta_info[TRUNCATED_TOKENS] = given - meta_info["prompt_tokens"]
-                note_dropped(meta_info["id"], meta_info[TRUNCATED_TOKENS])
             yield response
