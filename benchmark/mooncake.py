@@ -1,4 +1,4 @@
-"""A real Mooncake master as a context manager, for tests and benchmarks of the remote tier."""
+"""A real Mooncake store, its master and who lends it memory, for tests and benchmarks of the remote tier."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ from benchmark.server import free_port
 from cached_attention.tiers.remote_client import RemoteError, load_mooncake
 
 START_SECONDS = 60.0
+LENDER = """
+import sys
+from cached_attention.tiers.remote_address import parse_remote
+from cached_attention.tiers.remote_client import RemoteClient
+address = parse_remote("--remote", sys.argv[1])
+client = RemoteClient(address, address.segment)
+client.connect([])
+print("ready", flush=True)
+sys.stdin.read()
+"""
 
 
 def missing() -> str | None:
@@ -68,6 +78,10 @@ class Master:
         raise RuntimeError(f"mooncake_master did not start: see {self.log}")
 
     @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         assert self._process is not None, "the master does not run"
         return self._process.pid
@@ -76,6 +90,46 @@ class Master:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+class Lender:
+    """A process that lends `size`, such as 128MB, to the store; it finds a master that was away by itself."""
+
+    def __init__(self, master: Master, size: str) -> None:
+        self._url = master.url(size)
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Returns when the memory is lent.
+
+        Raises:
+            RuntimeError: it cannot be.
+        """
+        command = [sys.executable, "-c", LENDER, self._url]
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing)
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise RuntimeError(f"no memory could be lent to {self._url}")
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
             self._process = None
 
     def __enter__(self) -> Self:

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -34,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmark.mooncake import Master, missing
+from benchmark.mooncake import Lender, Master, missing
 from benchmark.report import machine
 from cached_attention.checksum import page_checksum
 from cached_attention.encryption import EncryptionKey
@@ -45,16 +44,6 @@ from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import parse_remote
 
-LENDER = """
-import sys, time
-from cached_attention.tiers.remote_address import parse_remote
-from cached_attention.tiers.remote_client import RemoteClient
-address = parse_remote("--remote", sys.argv[1])
-client = RemoteClient(address, address.segment)
-client.connect([])
-print("ready", flush=True)
-sys.stdin.read()
-"""
 FLEETS = (10, 100, 1000)
 LOOKUP_PAGES = (1, 16, 256, 2048)
 PAGE_TOKENS = 64
@@ -129,14 +118,8 @@ class Bench:
         self.pages = pages
         self.host = HostTier(layout, pages * layout.stride)
         self.host.arena.random_(0, 255)
-        self._lender = subprocess.Popen(
-            [sys.executable, "-c", LENDER, master.url(str(segment))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert self._lender.stdout is not None
-        self._lender.stdout.readline()
+        self._lender = Lender(master, str(segment))
+        self._lender.start()
         fingerprint = Fingerprint("bench", "w", "bfloat16", PAGE_TOKENS, layout.component_bytes, {}, {})
         self.tier = RemoteTier(parse_remote("--remote", master.url("0")), 0, fingerprint, encryption=key)
         self.tier.open(self.host)
@@ -181,7 +164,6 @@ class Bench:
     def close(self) -> None:
         self.tier.close()
         self._lender.kill()
-        self._lender.wait()
 
     def _write(self, first: int, slot: int) -> PageWrite:
         name = key(first + slot)

@@ -176,7 +176,7 @@ METRICS: tuple[Metric, ...] = (
         "evicted_pages_total",
         Kind.COUNTER,
         "Pages that left a tier: room, others needed it; ttl, not used for longer than the time to live; hint, a "
-        "client said so; damage, what was read back was not what was written; flush, the cache was emptied.",
+        "client said so; damage, it was not what was written, or unreadable; flush, the cache was emptied.",
         ("tier", "reason"),
         _gone,
     ),

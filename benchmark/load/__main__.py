@@ -1,23 +1,25 @@
-"""Does a server stay right, and small, under many clients, while its disk fails and heals?
+"""Does a server stay right, and small, under many clients, while its tiers fail and heal?
 
     python -m benchmark.model out/tiny --size tiny
-    python -m benchmark.load --model-path out/tiny --clients 500 --minutes 10
+    python -m benchmark.load --model-path out/tiny --clients 500 --minutes 10 [--encrypt] [--remote 128MB]
 
 Clients hold conversations, give requests up, close connections and give hints; an operator looks at the server,
-calls what operators call, and once empties the whole cache; the disk fails in several ways. Every tenth answer is
-compared, afterwards, with that of a server that keeps everything on the device.
+calls what operators call, and once empties the whole cache; the disk fails in several ways, and of a remote store
+the master and who lends it memory are killed in turn. Every tenth answer is compared, afterwards, with that of a
+server that keeps everything on the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from benchmark.load.figure import save_figure
 from benchmark.load.ledger import Ledger
 from benchmark.load.outcome import Outcome, growth
 from benchmark.load.reference import Comparison, compare
-from benchmark.load.trouble import DiskTrouble
+from benchmark.load.trouble import DiskTrouble, RemoteTrouble
 from benchmark.load.watch import Sample, Watch
 from benchmark.load.wire import Wire
+from benchmark.mooncake import Lender, Master
 from benchmark.multiturn import check_context, vocabulary_of
 from benchmark.server import Server, ServerError
 from benchmark.workload import WorkloadShape
@@ -41,6 +44,10 @@ from benchmark.workload import WorkloadShape
 PAGE = ("--page-size", "64")
 START_S = 900.0
 """On a busy machine."""
+CLIENT_TTL = 3
+"""Seconds after which a Mooncake master forgets who is gone, so that an outage ends in good time."""
+DRIFT = 0.75
+"""Of the time that the disk is well, so is the remote store, so that their outages meet in every way."""
 FEWEST_LOOKS = 10
 """At the server, for a line through its memory."""
 SHOWN = 5
@@ -48,7 +55,8 @@ SHOWN = 5
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    with tempfile.TemporaryDirectory(dir=args.disk_path) as directory:
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(dir=args.disk_path))
         trouble = DiskTrouble(Path(directory) / "fault.json", args.calm, args.outage)
         command = [
             *PAGE,
@@ -65,17 +73,47 @@ def run(args: argparse.Namespace) -> Outcome:
             args.disk_size,
         ]
         command += shlex.split(args.server_args)
+        if args.encrypt:
+            command += ["--cached-attention-encryption-key-file", str(_make_key(Path(directory) / "key"))]
+        remote_trouble = None
+        if args.remote:
+            remote_trouble, url = _remote_store(args, stack)
+            command += ["--cached-attention-remote", url]
         env = trouble.env | {"CACHED_ATTENTION_CHECK_INVARIANTS": "1"}
         log = args.output.parent / "logs" / "load.log"
         with Server(args.model_path, command, env=env, log=log, timeout_s=START_S) as server:
-            wire, watch, final = asyncio.run(_load(server, trouble, args))
-    comparison = _compare(wire.ledger, args)
-    return Outcome(wire.ledger, watch.samples, final, trouble.faults, watch.flushed, wire.clock.lost, comparison)
+            wire, watch, final, hits = asyncio.run(_load(server, trouble, remote_trouble, args))
+    return Outcome(
+        ledger=wire.ledger,
+        samples=watch.samples,
+        final=final,
+        faults=trouble.faults,
+        flushed=watch.flushed,
+        stalled=wire.clock.lost,
+        comparison=_compare(wire.ledger, args),
+        hits=hits,
+        remote_faults=None if remote_trouble is None else remote_trouble.faults,
+    )
+
+
+def _make_key(path: Path) -> Path:
+    path.touch(0o600)
+    path.write_bytes(os.urandom(32))
+    return path
+
+
+def _remote_store(args: argparse.Namespace, stack: ExitStack) -> tuple[RemoteTrouble, str]:
+    """A Mooncake store on this machine, and its URL; the server and a second process lend it memory."""
+    log = args.output.parent / "logs" / "load-master.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    master = stack.enter_context(Master(log, CLIENT_TTL))
+    lender = stack.enter_context(Lender(master, args.remote))
+    return RemoteTrouble(master, lender, DRIFT * args.calm, args.outage), master.url(args.remote)
 
 
 async def _load(
-    server: Server, trouble: DiskTrouble, args: argparse.Namespace
-) -> tuple[Wire, Watch, dict[str, Any]]:
+    server: Server, trouble: DiskTrouble, remote_trouble: RemoteTrouble | None, args: argparse.Namespace
+) -> tuple[Wire, Watch, dict[str, Any], dict[str, int]]:
     seconds = args.minutes * 60
     habits = Habits(vocabulary=vocabulary_of(str(args.model_path)))
     with tqdm(total=round(seconds), desc="load", unit="s") as bar:
@@ -88,10 +126,11 @@ async def _load(
 
         async with Wire(server.url, Ledger()) as wire:
             crowd = Crowd(wire, args.shape, habits, args.clients, args.seed)
-            watch = Watch(server.process.pid, crowd, trouble, args.interval)
+            watch = Watch(server.process.pid, crowd, trouble, args.interval, remote_trouble)
             beside = (
                 wire.clock.run(),
                 trouble.run(),
+                *([] if remote_trouble is None else [remote_trouble.run()]),
                 watch.run(show),
                 _later(wire.clock, seconds / 2, watch.flush()),
             )
@@ -99,7 +138,8 @@ async def _load(
             await crowd.forget_hints()
             final = await watch.rest()
             await watch.look()
-    return wire, watch, final
+            hits = await watch.hits()
+    return wire, watch, final, hits
 
 
 async def _beside(work: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
@@ -143,7 +183,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--disk-path", type=Path, help="where the disk tier is made; default: with temporary files"
     )
-    parser.add_argument("--calm", type=float, default=40.0, help="seconds that the disk is well")
+    parser.add_argument("--encrypt", action="store_true", help="what lies on disk and in the remote store")
+    parser.add_argument(
+        "--remote",
+        metavar="SIZE",
+        help="share pages through a Mooncake store, to which the server and another process lend so much each",
+    )
+    parser.add_argument("--calm", type=float, default=40.0, help="seconds that a tier is well")
     parser.add_argument("--outage", type=float, default=20.0, help="seconds that it fails then")
     parser.add_argument("--interval", type=float, default=3.0, help="seconds between looks at the server")
     parser.add_argument(
@@ -199,10 +245,14 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
         yield f"TTFT {name}", f"{seconds:.1f} s"
     for tier, tokens in outcome.cached.items():
         yield f"prompt tokens from {tier}", f"{tokens / prompts:.1%}"
+    for tier, tokens in outcome.hits.items():
+        yield f"tokens from {tier}, aborted requests included", f"{tokens:,}"
     for what, count in ledger.aborts.items():
         yield f"given up: {what}", f"{count:,}"
     yield "hints", f"{sum(count for (path, _), count in ledger.statuses.items() if path == HINT):,}"
     yield "faults of the disk", str(outcome.faults)
+    if outcome.remote_faults is not None:
+        yield "faults of the remote store", str(outcome.remote_faults)
     yield "answers that differ in a tie", str(outcome.comparison.ties)
     for process in outcome.samples[-1].rss:
         yield f"growth of {process}", f"{growth(outcome.samples, process) / 2**20:+.1f} MiB"

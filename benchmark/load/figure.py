@@ -16,7 +16,7 @@ from benchmark.load.watch import Sample
 
 SLICE = 15.0
 """Seconds that answers are counted over."""
-BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#d55e00"
+BLUE, ORANGE, RED, GREEN = "#0072b2", "#e69f00", "#d55e00", "#009e73"
 
 
 def save_figure(path: Path, outcome: Outcome) -> None:
@@ -68,9 +68,12 @@ def _disk(axes: Axes, samples: Sequence[Sample]) -> None:
         axes.plot(at, fill, color=colour, label=label)
     out = [(start, end - start) for start, end in stretches(samples, lambda s: not s.disk_healthy)]
     axes.broken_barh(out, (-0.06, 0.04), color=RED, label="disk out of service")
-    axes.set(ylabel="pages, share of room", ylim=(-0.08, 1.05))
+    away = [(start, end - start) for start, end in stretches(samples, lambda s: not s.remote_healthy)]
+    if away:
+        axes.broken_barh(away, (-0.12, 0.04), color=GREEN, label="remote out of service")
+    axes.set(ylabel="pages, share of room", ylim=(-0.14, 1.05))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
 
 
 def stretches(samples: Sequence[Sample], holds: Callable[[Sample], bool]) -> Iterator[tuple[float, float]]:

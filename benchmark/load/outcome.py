@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,9 +55,9 @@ def resident(samples: Sequence[Sample]) -> float:
     return float(np.mean([_resident(s, None) for s in samples if s.at >= samples[-1].at / 2]))
 
 
-def outages(samples: Sequence[Sample]) -> tuple[int, int]:
-    """How often the disk was seen to go out of service, and to come back."""
-    pairs = list(itertools.pairwise(sample.disk_healthy for sample in samples))
+def outages(healthy: Iterable[bool]) -> tuple[int, int]:
+    """How often a tier was seen to go out of service, and to come back."""
+    pairs = list(itertools.pairwise(healthy))
     return sum(was and not now for was, now in pairs), sum(now and not was for was, now in pairs)
 
 
@@ -78,6 +78,10 @@ class Outcome:
     stalled: float
     """Seconds that did not count."""
     comparison: Comparison
+    hits: dict[str, int]
+    """Prompt tokens by the tier that they came from, as the server counts them: aborted requests included."""
+    remote_faults: int | None = None
+    """None: without a remote tier."""
 
     @property
     def ttft(self) -> dict[str, float]:
@@ -94,15 +98,18 @@ class Outcome:
 
     def checks(self) -> list[Check]:
         compared, failures = self.comparison, self.ledger.failures.total()
-        went, came = outages(self.samples)
         grown, size = growth(self.samples), resident(self.samples)
         return [
             Check("wrong answers", f"{len(compared.wrong)} of {compared.compared}", "0", not compared.wrong),
             Check("answers compared", f"{compared.compared:,}", "> 0", compared.compared > 0),
             Check("HTTP 5xx", str(self.ledger.server_errors), "0", not self.ledger.server_errors),
             Check("lost, refused, damaged", str(failures), "0", not failures),
-            Check("disk out of service, back", f"{went}, {came}", "> 0, as often", 0 < went <= came),
-            Check("tokens from disk", f"{self.cached['storage']:,}", "> 0", self.cached["storage"] > 0),
+            *self._tier_checks("disk", [sample.disk_healthy for sample in self.samples]),
+            *(
+                []
+                if self.remote_faults is None
+                else self._tier_checks("remote", [sample.remote_healthy for sample in self.samples])
+            ),
             Check("whole cache flushed", str(self.flushed), "> 0", self.flushed > 0),
             Check("pins at rest", str(self.final.get("pins")), "0", self.final.get("pins") == 0),
             Check(
@@ -111,6 +118,13 @@ class Outcome:
                 f"<= {FLAT:.0%}",
                 grown <= FLAT * size,
             ),
+        ]
+
+    def _tier_checks(self, tier: str, healthy: Sequence[bool]) -> list[Check]:
+        (went, came), hits = outages(healthy), self.hits.get(tier, 0)
+        return [
+            Check(f"{tier} out of service, back", f"{went}, {came}", "> 0, as often", 0 < went <= came),
+            Check(f"tokens from {tier}", f"{hits:,}", "> 0", hits > 0),
         ]
 
     def save(self, path: Path, parameters: dict[str, Any]) -> None:
@@ -124,6 +138,9 @@ class Outcome:
             "answers": len(ledger.answers),
             "prompt_tokens": sum(answer.prompt_tokens for answer in ledger.answers),
             "cached_tokens": dict(self.cached),
+            "hit_tokens": self.hits,
+            "faults": self.faults,
+            "remote_faults": self.remote_faults,
             "statuses": {f"{path} {status}": count for (path, status), count in sorted(ledger.statuses.items())},
             "aborts": dict(ledger.aborts),
             "failures": dict(ledger.failures),

@@ -1,4 +1,4 @@
-"""A disk that fails now and then, and heals."""
+"""Tiers that fail now and then, and heal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import itertools
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmark.mooncake import Lender, Master
 
 FAILING_DISK = Path(__file__).parents[1] / "failing_disk"
 FAULTS: dict[str, dict[str, Any]] = {
@@ -60,3 +62,37 @@ class DiskTrouble:
     def _heal(self) -> None:
         self._rule.unlink(missing_ok=True)
         self.fault = ""
+
+
+class RemoteTrouble:
+    """A running store whose parts are killed in turn, and started again: the master, then who lends memory.
+
+    Args:
+        calm, outage: seconds with all of it, and without a part.
+    """
+
+    def __init__(self, master: Master, lender: Lender, calm: float, outage: float) -> None:
+        self.fault = ""
+        """The part that is away now, or none."""
+        self.faults = 0
+        """So far."""
+        self._parts: dict[str, Master | Lender] = {"master away": master, "lender away": lender}
+        self._calm, self._outage = calm, outage
+
+    async def run(self) -> None:
+        """Until it is cancelled; then all of it is there."""
+        try:
+            for name in itertools.cycle(self._parts):
+                await asyncio.sleep(self._calm)
+                self._parts[name].kill()
+                self.fault = name
+                self.faults += 1
+                await asyncio.sleep(self._outage)
+                self._heal()
+        finally:
+            self._heal()
+
+    def _heal(self) -> None:
+        if self.fault:
+            self._parts[self.fault].start()
+            self.fault = ""

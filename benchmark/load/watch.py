@@ -11,14 +11,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmark.load.crowd import Crowd
-from benchmark.load.trouble import DiskTrouble
+from benchmark.load.trouble import DiskTrouble, RemoteTrouble
+from cached_attention.metrics import PREFIX
 
 REST_S = 180.0
 """A server that nobody asks is at rest within this time."""
-MOVING = ("saving", "dirty", "writing", "pins", "waiting")
+MOVING = ("saving", "dirty", "writing", "remote_unshared", "pins", "waiting")
 """Counts of the store that are zero at rest."""
+HEALTH = ("disk_healthy", "remote_healthy")
+"""1 at rest; of a tier that there is not, nothing."""
 ADMIN = ("/metrics/", "/health", "/flush_cache", "/get_server_info", "/v1/models")
 """Called in turns. A flush is refused, with 400, while requests run."""
 
@@ -34,16 +38,27 @@ class Sample(NamedTuple):
     disk_healthy: bool
     state: dict[str, int]
     """Counters of the store."""
+    remote_fault: str = ""
+    remote_healthy: bool = True
+    """Also where there is no remote tier."""
 
 
 class Watch:
     """Samples of the server whose process is `pid`, and admin calls between them."""
 
-    def __init__(self, pid: int, crowd: Crowd, trouble: DiskTrouble, interval: float) -> None:
+    def __init__(
+        self,
+        pid: int,
+        crowd: Crowd,
+        trouble: DiskTrouble,
+        interval: float,
+        remote_trouble: RemoteTrouble | None = None,
+    ) -> None:
         self.samples: list[Sample] = []
         self.flushed = 0
         self._process = psutil.Process(pid)
         self._crowd, self._wire, self._trouble = crowd, crowd.wire, trouble
+        self._remote_trouble = remote_trouble
         self._interval = interval
 
     async def run(self, on_sample: Callable[[Sample], object] = lambda _: None) -> None:
@@ -69,6 +84,8 @@ class Watch:
             fault=self._trouble.fault,
             disk_healthy=bool(state["disk_healthy"]),
             state=counters,
+            remote_fault=self._remote_trouble.fault if self._remote_trouble else "",
+            remote_healthy=bool(state.get("remote_healthy", True)),
         )
         self.samples.append(sample)
         return sample
@@ -91,12 +108,24 @@ class Watch:
         while True:
             state = await self._state() or {}
             moving = {name: state.get(name) for name in MOVING if state.get(name)}
-            if state and not moving and state["disk_healthy"]:
+            away = [name for name in HEALTH if not state.get(name, 1)]
+            if state and not moving and not away:
                 return state
             if time.monotonic() > deadline:
-                self._wire.ledger.failures[f"never at rest: {moving}, disk {state.get('disk_healthy')}"] += 1
+                self._wire.ledger.failures[f"never at rest: {moving}, not {away}"] += 1
                 return state
             await asyncio.sleep(0.5)
+
+    async def hits(self) -> dict[str, int]:
+        """Prompt tokens by the tier that they came from, since the server started."""
+        _, text = await self._wire.call("/metrics/")
+        hits: dict[str, int] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == f"{PREFIX}hit_tokens_total":
+                    tier = sample.labels["tier"]
+                    hits[tier] = hits.get(tier, 0) + int(sample.value)
+        return hits
 
     async def _state(self) -> dict[str, Any] | None:
         status, text = await self._wire.call("/server_info")

@@ -17,14 +17,18 @@ LOST = (aiohttp.ClientError, TimeoutError, ServerError)
 
 
 class Wire:
-    """Connections to the server at `url`, as many as there are requests; a context."""
+    """Connections to the server at `url`, one for each request; a context.
+
+    SGLang closes a connection that was idle for 5 s. A client that is slow to notice, as all of these are where
+    there are few cores, would send its next request into one that is gone.
+    """
 
     def __init__(self, url: str, ledger: Ledger) -> None:
         self.ledger = ledger
         self.clock = Clock()
         self._http = aiohttp.ClientSession(
             url,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
             read_bufsize=2**20,
         )

@@ -3,6 +3,9 @@ import re
 from pathlib import Path
 
 import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard, Panel, RowPanel
 
 from cached_attention.metrics import METRICS, PREFIX, Kind
 from docs.metrics import PAGE, render
@@ -63,6 +66,28 @@ def test_every_metric_that_tells_of_trouble_is_on_the_dashboard():
     shown = {name for query in QUERIES for name in names_in(query)}
     for name in ("tier_healthy", "checksum_failures_total", "tier_errors_total", "declined_pages_total"):
         assert PREFIX + name in shown
+
+
+def lost(given, kept, path="dashboard"):
+    """Where `kept` lacks something of `given`, or has it otherwise; it may have more."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for name, value in given.items():
+            yield from lost(value, kept.get(name), f"{path}.{name}")
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for place, (value, other) in enumerate(zip(given, kept, strict=True)):
+            yield from lost(value, other, f"{path}[{place}]")
+    elif given != kept:
+        yield path
+
+
+def test_grafanas_own_classes_know_every_field_of_the_dashboard():
+    register_default_plugins()
+    dashboard = Dashboard.from_json(DASHBOARD)
+    assert list(lost(DASHBOARD, json.loads(JSONEncoder().encode(dashboard)))) == []
+    misspelt = DASHBOARD | {"refesh": "10s"}
+    kept = json.loads(JSONEncoder().encode(Dashboard.from_json(misspelt)))
+    assert list(lost(misspelt, kept)) == ["dashboard.refesh"]
+    assert {type(panel) for panel in dashboard.panels} == {Panel, RowPanel}
 
 
 def test_panels_do_not_overlap():

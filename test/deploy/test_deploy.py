@@ -21,6 +21,8 @@ import yaml
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
+from cached_attention.permissions import make_private
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 USER = 10001
@@ -102,7 +104,8 @@ def test_what_the_image_installs(tmp_path: Path) -> None:
     install, kernels = commands.split("&&")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    words = [str(source) if word == "/src" else word for word in shlex.split(install)[1:]]
+    words = [word.replace("/src", str(source), 1) for word in shlex.split(install)[1:]]
+    assert f"{source}[encryption,remote]" in words
     run(python, *words, "--no-deps", "--quiet", "--disable-pip-version-check", cwd=tmp_path)
     module = shlex.split(kernels)[-1]
     probe = f"import importlib.util as u; print(u.find_spec('{module}.__main__').origin)"
@@ -209,12 +212,24 @@ def test_kubernetes_pod(parse: Any) -> None:
     assert pod["securityContext"]["runAsUser"] == USER
     limit = int(server["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
     assert settings["host_size"] + (32 << 30) < limit
+    (mount,) = [one["mountPath"] for one in server["volumeMounts"] if one["name"] == "kv"]
+    assert Path(settings["disk_path"]).parent == Path(mount)
     volume = int(resources["PersistentVolume"]["spec"]["capacity"]["storage"].removesuffix("Ti")) << 40
     assert settings["disk_size"] < 0.95 * volume
     mounted = {mount["name"] for mount in server["volumeMounts"]}
     claims = resources["StatefulSet"]["spec"]["volumeClaimTemplates"]
     assert mounted == {one["name"] for one in pod["volumes"]} | {claim["metadata"]["name"] for claim in claims}
     assert pod["terminationGracePeriodSeconds"] >= 5 + 5 + 60 + 15
+
+
+def test_a_volume_as_kubernetes_mounts_it(tmp_path: Path) -> None:
+    """With `fsGroup`, kubelet makes the volume's root writable for the group, with the set-group-id bit."""
+    volume = tmp_path / "kv"
+    volume.mkdir()
+    volume.chmod(0o2770)
+    with pytest.raises(PermissionError, match="give a directory in it"):
+        make_private(volume)
+    make_private(volume / "store")
 
 
 def unit(python: str) -> str:

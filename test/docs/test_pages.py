@@ -20,6 +20,8 @@ from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.remote import RemoteTier
+from cached_attention.tiers.remote_address import parse_remote
 from docs import figures, flags
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +99,8 @@ def test_the_plans_are_real(block: str) -> None:
 def test_counters_in_the_operations_page_exist(tmp_path: Path) -> None:
     pool = DevicePool([[torch.zeros(8, 1, 4) for _ in "kv"]], 2)
     fingerprint = Fingerprint("m", "w", "float32", 2, pool.layout.component_bytes, {}, {})
-    store = CachedAttentionStore(pool, 1 << 16, DiskTier(tmp_path, fingerprint, 4 << 20))
+    remote = RemoteTier(parse_remote("--remote", "mooncake://127.0.0.1:1"), 0, fingerprint)  # Nobody is there.
+    store = CachedAttentionStore(pool, 1 << 16, DiskTier(tmp_path, fingerprint, 4 << 20), remote=remote)
     known = {"page_size", "page_bytes", *store.counters()}
     store.close()
     rows = re.findall(r"^\| (`[a-z_`, ]+`) \|", (DOCS / "operations.md").read_text(), re.MULTILINE)

@@ -205,6 +205,7 @@ def test_nothing_of_a_prompt_is_in_the_log(server: Server, prompt: Any, settled:
     assert "DEBUG" in log or "debug" in log
     assert word not in log
     assert DISK_KEY not in log
+    assert f"is encrypted, key {EncryptionKey(bytes.fromhex(DISK_KEY)).id}." in log
     assert not re.search(r"917\D{1,3}333\D{1,3}918", log)
 
 

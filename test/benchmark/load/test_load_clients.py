@@ -127,3 +127,25 @@ def test_a_dropped_connection_is_a_failure(load: Any, stand_in: Any) -> None:
 def test_damage_is_a_failure(load: Any, stand_in: Any) -> None:
     ledger = load(stand_in(damage="a slot leaked"))
     assert set(ledger.failures) == {"damage: a slot leaked"}
+
+
+def test_no_request_goes_into_a_connection_that_the_server_closes() -> None:
+    """As a server does that finds a connection idle for too long while the next request is under way."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        await reader.read(1)
+        writer.close()
+
+    async def run() -> Ledger:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with Wire(f"http://127.0.0.1:{port}", Ledger()) as wire:
+                for _ in range(3):
+                    assert await wire.call("/abort_request", {"rid": "1"}) == (200, "ok")
+        return wire.ledger
+
+    assert not asyncio.run(run()).failures

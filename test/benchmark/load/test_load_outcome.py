@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ MIB = 1 << 20
 def samples(size: Callable[[float], float], healthy: Sequence[bool] = (True, False, True)) -> list[Sample]:
     state = {"host_pages": 4, "host_pages_used": 4, "disk_pages": 4, "disk_pages_used": 2}
     return [
-        Sample(float(at), {"scheduler": int(size(at))}, 0, 0, "", healthy[at % len(healthy)], state)
+        Sample(
+            at=float(at),
+            rss={"scheduler": int(size(at))},
+            answers=0,
+            asking=0,
+            fault="",
+            disk_healthy=healthy[at % len(healthy)],
+            state=state,
+            remote_healthy=healthy[at % len(healthy)],
+        )
         for at in range(600)
     ]
 
@@ -50,16 +60,26 @@ def test_a_run_that_is_too_short_says_so() -> None:
 
 
 def test_outages_are_counted_by_what_was_seen() -> None:
-    seen = samples(lambda _: 1, healthy=(True, True, False, False))
-    assert outages(seen[:4]) == (1, 0)
-    assert outages(seen[:9]) == (2, 2)
+    seen = [True, True, False, False]
+    assert outages(seen) == (1, 0)
+    assert outages([*seen, *seen, True]) == (2, 2)
 
 
 @pytest.fixture
 def outcome() -> Outcome:
     answers = [Answer(float(at), 0.1, 0.2, 100, {"storage": 50}) for at in range(600)]
     ledger = Ledger(answers, [Kept([1], [2])])
-    return Outcome(ledger, samples(lambda _: MIB), {"pins": 0}, 3, 1, 0.0, Comparison(compared=1))
+    return Outcome(
+        ledger=ledger,
+        samples=samples(lambda _: MIB),
+        final={"pins": 0},
+        faults=3,
+        flushed=1,
+        stalled=0.0,
+        comparison=Comparison(compared=1),
+        hits={"disk": 50, "remote": 20},
+        remote_faults=2,
+    )
 
 
 def failing(outcome: Outcome) -> list[str]:
@@ -83,6 +103,12 @@ def test_each_check_can_fail(outcome: Outcome) -> None:
     broken("lost, refused, damaged", lambda o: o.ledger.failures.update({"damage": 1}))
     broken("wrong answers", lambda o: o.comparison.wrong.append("token 3"))
     broken("pins at rest", lambda o: o.final.update(pins=2))
-    broken("tokens from disk", lambda o: o.ledger.answers.clear())
+    broken("tokens from disk", lambda o: o.hits.update(disk=0))
+    broken("tokens from remote", lambda o: o.hits.pop("remote"))
     broken("memory growth", lambda o: o.samples.__setitem__(slice(None), samples(lambda at: at * MIB)))
     broken("disk out of service, back", lambda o: o.samples.__delitem__(slice(2, None, 3)))
+    assert "remote out of service, back" in failing(outcome)
+
+
+def test_a_run_without_a_remote_tier_is_asked_nothing_about_it(outcome: Outcome) -> None:
+    assert not [check for check in replace(outcome, remote_faults=None).checks() if "remote" in check.what]

@@ -1,4 +1,4 @@
-"""Disks that fail on purpose."""
+"""Tiers that fail on purpose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.load.trouble import FAULTS, DiskTrouble
+from benchmark.load.trouble import FAULTS, DiskTrouble, RemoteTrouble
+from benchmark.mooncake import Lender, Master
 
 WRITER = """
 import os, sys
@@ -71,3 +72,25 @@ def test_faults_come_in_turn_and_are_gone_at_the_end(tmp_path: Path) -> None:
 
     assert asyncio.run(watch())[: len(FAULTS)] == list(FAULTS)
     assert not rule.exists()
+
+
+def test_parts_of_a_store_go_in_turn_and_all_are_there_at_the_end(master: Master) -> None:
+    with Lender(master, "16MiB") as lender:
+        parts: dict[str, Master | Lender] = {"master away": master, "lender away": lender}
+
+        async def watch() -> list[str]:
+            trouble = RemoteTrouble(master, lender, 0.02, 0.02)
+            running = asyncio.create_task(trouble.run())
+            seen: list[str] = []
+            while trouble.faults <= len(parts):
+                if trouble.fault and trouble.fault not in seen[-1:]:
+                    seen.append(trouble.fault)
+                    assert [name for name, part in parts.items() if not part.runs] == [trouble.fault]
+                await asyncio.sleep(0)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            return seen
+
+        assert asyncio.run(watch())[: len(parts)] == list(parts)
+        assert all(part.runs for part in parts.values())

@@ -173,6 +173,9 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                     format_size(layout.page_bytes),
                     counters[f"{tier}_pages_used"],
                 )
+        if (key := self._read_key()) is not None:
+            # By its name, as `cached-attention inspect` has it.
+            logger.info("CachedAttention: what leaves host memory is encrypted, key %s.", key.id)
 
     def truncation_rule(self, window: int, limit: int) -> TruncationRule:
         """How a prompt that outgrew `window` tokens is cut, see `TruncationRule`.
