@@ -42,10 +42,6 @@ class PlainCpuAttnBackend(TorchNativeAttnBackend):
         requests = list(map(Request, rows, q_lens, kv_lens))
         self.plan = ForwardPlan(requests, self.req_to_token_pool.req_to_token)
 
-    def get_cuda_graph_seq_len_fill_value(self) -> int:
-        # Also asked for without graphs: by replicas that pad their batches to the same size (DP attention).
-        return 1
-
     def forward_extend(
         self,
         q: torch.Tensor,
