@@ -215,10 +215,12 @@ class Hierarchy:
 
         The page before it, `parent`, is in a tier; its first token is at `place` in its prompt.
         """
-        row = self.index.find(source)
-        if row == NOWHERE or not self.is_kept(source):
+        named = self.index.find(source)
+        if named == NOWHERE or not self.is_kept(source):
             return False
-        return self.join(self.index.alias(key, parent, place, self.index.origin(row)))
+        row, last_use = self.index.alias(key, parent, place, self.index.origin(named)), self.index.last_use
+        last_use[row] = max(last_use[row], last_use[named])  # Else it would be as old as can be, and expire.
+        return self.join(row)
 
     def land(self, row: int, *, clean: bool) -> None:
         """The bytes of an admitted page have arrived; `clean`: from the disk."""

@@ -358,6 +358,17 @@ def test_pages_live_as_long_as_one_of_their_names_is_used(tmp_path: Path) -> Non
     talk.store.close()
 
 
+def test_a_new_name_is_as_old_as_the_page(tmp_path: Path) -> None:
+    """What is not loadable yet is not marked as used, and must not expire for that."""
+    talk = Conversations(tmp_path, ttl=1000.0)
+    talk.turn("a", 8)
+    chain = Chain(keys_of("a", 9, 3))
+    talk.store.alias(chain, sources("a", 9, 3))
+    talk.store.poll()
+    assert talk.store.restorable_pages(chain) == 5
+    talk.store.close()
+
+
 def test_a_rotated_copy_is_not_saved_when_the_original_is_gone(talk: Conversations) -> None:
     talk.turn("a", 8)
     talk.turn("a", 11)
