@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fcntl import LOCK_EX, flock
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -162,21 +165,25 @@ Answers = list[list[list[int]]]
 
 
 @pytest.fixture(scope="session")
-def answers(models: Any, start: Any) -> Callable[..., Answers]:
+def answers(models: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answers]:
     """Per conversation of a town and per turn: what a server says that keeps everything on the device.
 
-    Each kind of server is asked once per session.
+    Each kind of server is asked once, by the first of the processes that run the tests.
     """
-    known: dict[Any, Answers] = {}
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     def answers(*args: str, conversations: int, turns: int, **model: Any) -> Answers:
-        kind = (args, conversations, turns, *model.items())
-        if kind not in known:
-            talk = Town(conversations, HISTORY)
-            with start(models(**model), "--max-total-tokens", "60000", *args) as reference:
-                talk.hold(reference, turns, (1, 4, 2, 3))
-            known[kind] = talk.answers
-        return known[kind]
+        kind = json.dumps([args, conversations, turns, model], sort_keys=True)
+        known = root / f"answers-{sha256(kind.encode()).hexdigest()[:16]}.json"
+        with known.with_suffix(".lock").open("w") as lock:
+            flock(lock, LOCK_EX)
+            if not known.exists():
+                talk = Town(conversations, HISTORY)
+                with start(models(**model), "--max-total-tokens", "60000", *args) as reference:
+                    talk.hold(reference, turns, (1, 4, 2, 3))
+                known.write_text(json.dumps(talk.answers))
+        return json.loads(known.read_text())
 
     return answers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,3 +52,27 @@ def test_other_ways_to_run(
         actual.hold(server, 3)
     assert matches(actual, answers(*args, conversations=known[0], turns=known[1], **model))
     assert actual.cached("host") > 4_000
+
+
+def test_ranks_that_hold_equal_pages_keep_one_copy(
+    models: Any,
+    start: Any,
+    town: Any,
+    answers: Any,
+    matches: Any,
+    disk_tier: Any,
+    store_states: Any,
+    tmp_path: Path,
+) -> None:
+    model, two = {"architecture": "deepseek-mla", "dtype": "float32"}, ("--tp-size", "2")
+    one_copy = (*two, "--cached-attention-mla-dedup", *disk_tier(tmp_path, "100MB"))
+    actual = town(6)
+    # Host memory for about half of the pages: the others come from disk.
+    with start(models(**model), *tight(1216), *one_copy, host_size="6MB") as server:
+        actual.hold(server, 3, (1, 2))
+        (state,) = store_states(server)
+    assert matches(actual, answers(*two, conversations=6, turns=3, **model))
+    assert actual.cached("host") + actual.cached("storage") > 4_000
+    assert actual.cached("storage") > 1_000
+    assert state["host_pages"] == 6_000_000 // state["page_bytes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["dp0-pp0-tp0"]

@@ -144,22 +144,6 @@ def test_any_schedule_answers_as_without_tiers(
     assert traffic.aborted > 10
 
 
-def test_ranks_that_keep_one_copy_answer_as_without_tiers(
-    models: Any, start: Any, town: Any, answers: Any, disk: tuple[str, ...], at_rest: Any, store_states: Any
-) -> None:
-    model, two = {"architecture": "deepseek-mla", "dtype": "float32"}, ("--tp-size", "2")
-    expected = answers(*two, conversations=CONVERSATIONS, turns=TURNS, **model)
-    one_copy = ("--cached-attention-mla-dedup", "--chunked-prefill-size", "256", *two)
-    with start(models(**model), *TIGHT, *disk, *one_copy, host_size=HOST) as server:
-        traffic = Traffic(server, town, expected, hints=True)
-        traffic.run(rounds=1)
-        at_rest(server)
-        (state,) = store_states(server)
-    assert state["host_pages"] == 12_000_000 // state["page_bytes"]
-    assert traffic.host > 2_000
-    assert traffic.storage > 2_000
-
-
 def test_soak(
     models: Any, start: Any, town: Any, expected: Any, disk: tuple[str, ...], at_rest: Any, store_states: Any
 ) -> None:
