@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,7 +37,35 @@ def missing() -> str | None:
     return None
 
 
-class Master:
+class _Process(ABC):
+    """A process of the store, as long as the context."""
+
+    _process: subprocess.Popen | None = None
+
+    @abstractmethod
+    def start(self) -> None: ...
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+class Master(_Process):
     """A master on a free port of this machine, which forgets all objects when it ends.
 
     Args:
@@ -47,7 +76,6 @@ class Master:
         self.port = free_port()
         self.log = log or Path(tempfile.mkstemp(prefix="mooncake-", suffix=".log")[1])
         self._client_ttl = client_ttl
-        self._process: subprocess.Popen | None = None
 
     def url(self, segment: str) -> str:
         """For `--cached-attention-remote`."""
@@ -78,36 +106,16 @@ class Master:
         raise RuntimeError(f"mooncake_master did not start: see {self.log}")
 
     @property
-    def runs(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
     def pid(self) -> int:
         assert self._process is not None, "the master does not run"
         return self._process.pid
 
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
-
-
-class Lender:
+class Lender(_Process):
     """A process that lends `size`, such as 128MB, to the store; it finds a master that was away by itself."""
 
     def __init__(self, master: Master, size: str) -> None:
         self._url = master.url(size)
-        self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Returns when the memory is lent.
@@ -121,22 +129,3 @@ class Lender:
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
             raise RuntimeError(f"no memory could be lent to {self._url}")
-
-    @property
-    def runs(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()

@@ -8,8 +8,7 @@ stream and from the first rank's device, once it has landed there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +145,7 @@ class MlaDedupLinker(CachedAttentionLinker):
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         if (relay := self._relays.pop(counter_index, None)) is not None:
-            with self._on_forward_stream():
+            with torch.cuda.stream(self._stream()):
                 relay.send_all()
         if self._keeps:
             return super().finish_layer_wise_loading(counter_index)
@@ -155,11 +154,6 @@ class MlaDedupLinker(CachedAttentionLinker):
 
     def _stream(self) -> torch.cuda.Stream | None:
         return None if self.on_cpu else self.forward_stream or torch.cuda.current_stream()
-
-    @contextmanager
-    def _on_forward_stream(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream()):
-            yield
 
     # Saves
 
