@@ -30,8 +30,6 @@ from cached_attention.write_behind import BATCH_PAGES, URGENT_BATCHES
 
 IO_THREADS = 4
 """Of the disk tier, which is its default; reads have one more."""
-QUEUED_BYTES = 1 << 30
-"""What the disk tier takes at once."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,6 @@ class DiskBench:
             self._directory / "store",
             self._fingerprint,
             self._capacity,
-            queued_write_bytes=QUEUED_BYTES,
             encryption=self._encryption,
         )
 
@@ -244,12 +241,15 @@ class DiskBench:
 
     def _write(self) -> None:
         """As write-behind does when host memory is short."""
-        most = max(1, min(URGENT_BATCHES, QUEUED_BYTES // (BATCH_PAGES * self.page_bytes)))
         waiting: deque[Future[list[int | None]]] = deque()
-        for first in range(0, len(self._writes), BATCH_PAGES):
-            if len(waiting) == most:
+        first = 0
+        while first < len(self._writes):
+            count = min(BATCH_PAGES, self._tier.write_room)
+            if count == 0 or len(waiting) == URGENT_BATCHES:
                 self._note(waiting.popleft())
-            waiting.append(self._tier.write(self._writes[first : first + BATCH_PAGES]))
+                continue
+            waiting.append(self._tier.write(self._writes[first : first + count]))
+            first += count
         while waiting:
             self._note(waiting.popleft())
 

@@ -90,7 +90,8 @@ class WriteBehind:
 
     def _choose(self) -> list[int]:
         rows: list[int] = []
-        while len(rows) < BATCH_PAGES and (row := self._pages.dirty_order.take()) is not None:
+        most = min(BATCH_PAGES, self._disk.write_room)
+        while len(rows) < most and (row := self._pages.dirty_order.take()) is not None:
             if self._disk.free_slots <= len(rows) and (rows or self._make_room(row)):
                 self._pages.offer(row)
                 break

@@ -80,6 +80,10 @@ class SimulatedDisk:
     def free_slots(self) -> int:
         return len(self._free)
 
+    @property
+    def write_room(self) -> int:
+        return self.capacity_slots
+
     def next_event(self) -> float:
         """When something ends next; infinity where nothing runs."""
         return min(self._reads.next_end(), self._writes.next_end())

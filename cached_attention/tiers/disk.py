@@ -157,6 +157,11 @@ class DiskTier:
         return self._slots.free if self._growing else self._slots.recycled
 
     @property
+    def write_room(self) -> int:
+        """Pages that may still be queued for writing; what is beyond is declined."""
+        return max(0, self._queued_write_bytes // self.stride - len(self._writes))
+
+    @property
     def direct(self) -> bool:
         """Whether I/O goes around the page cache."""
         return self._files.direct
@@ -302,9 +307,7 @@ class DiskTier:
         return time.monotonic() >= self._grow_at
 
     def _take_slots(self, count: int) -> list[int]:
-        queued = len(self._writes) * self.stride
-        room = (self._queued_write_bytes - queued) // self.stride
-        return self._slots.take(max(0, min(count, room)), self._growing) if self.healthy else []
+        return self._slots.take(min(count, self.write_room), self._growing) if self.healthy else []
 
     def _may_grow(self, length: int) -> bool:
         """Measured on the file system, because others may write to the directory too."""

@@ -41,7 +41,13 @@ def content(key: bytes) -> torch.Tensor:
 class Conversations:
     """A device pool, a store with both tiers, and prompts whose pages have a content by their key."""
 
-    def __init__(self, directory: Path, ttl: float | None = None, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        ttl: float | None = None,
+        capacity: int = CAPACITY,
+        queued_write_bytes: int = 1 << 30,
+    ) -> None:
         self.directory = directory
         self.buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 1, 4) for _ in "kv"] for _ in range(2)]
         self.pool = DevicePool(self.buffers, PAGE)
@@ -49,6 +55,7 @@ class Conversations:
         self.batch = 0
         self.ttl = ttl
         self.capacity = capacity
+        self.queued_write_bytes = queued_write_bytes
         self.open()
 
     def open(self) -> None:
@@ -60,7 +67,7 @@ class Conversations:
     def open_disk(self) -> DiskTier:
         layout = self.pool.layout.component_bytes
         fingerprint = Fingerprint("m", "w", "float32", PAGE, layout, {"tp_rank": 0}, {})
-        return DiskTier(self.directory, fingerprint, self.capacity)
+        return DiskTier(self.directory, fingerprint, self.capacity, queued_write_bytes=self.queued_write_bytes)
 
     def tick(self) -> float:
         self.now += 1
@@ -216,6 +223,16 @@ def test_writes_wait_for_reads_until_the_reserve_is_short(
     talk.save("a")
     talk.settle()
     assert 0 < talk.store.counters()["disk_pages_used"] <= HOST_PAGES
+    talk.store.close()
+
+
+def test_no_more_is_written_at_once_than_the_disk_takes(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path, queued_write_bytes=2 << 12)
+    assert talk.store.disk.write_room == 2
+    talk.save("aacccc"[:HOST_PAGES])
+    talk.settle()
+    assert talk.store.counters()["disk_pages_used"] == HOST_PAGES
+    assert talk.store.disk.stats.declined == 0
     talk.store.close()
 
 

@@ -79,11 +79,14 @@ def test_writes_are_declined_while_too_much_is_queued(store, faulty_io):
     hold.set()
     tier = store.open(io=faulty_io, queued_write_bytes=4 * store.pages.stride)
     hold.clear()
+    assert tier.write_room == 4
     first = tier.write([store.pages.to_write(n) for n in range(6)])
+    assert tier.write_room == 0
     second = tier.write([store.pages.to_write(7)])
     assert second.result(1) == [None]
     hold.set()
     assert [slot is None for slot in first.result(10)] == [False] * 4 + [True] * 2
+    assert tier.write_room == 4
     tier.close()
 
 
