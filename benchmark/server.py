@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,6 +35,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Process(Protocol):
+    """What `Server` uses of a `subprocess.Popen`."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> Any: ...
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def wait(self) -> Any: ...
 
 
 class Server:
@@ -66,12 +81,15 @@ class Server:
         self._log_file: BinaryIO = self.log.open("wb")
         self._started = time.monotonic()
         self._seen: set[psutil.Process] = set()
-        self.process = subprocess.Popen(
+        self.process = self._launch({**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})})
+
+    def _launch(self, environment: Mapping[str, str]) -> Process:
+        return subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+            env=environment,
             start_new_session=True,
         )
 

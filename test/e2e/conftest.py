@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from benchmark.model import make_model
+from benchmark.preloaded import PreloadedServer
 from benchmark.server import Server
 
 WORDS = range(5, 1000)
@@ -125,7 +126,8 @@ def settled(store_states: Any) -> Callable[..., dict[str, Any]]:
 def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callable[..., Any]:
     """Starts a server, with CachedAttention where `host_size` is given; checks its store at the end.
 
-    `doomed`: the server will not live until then.
+    `doomed`: the server will not live until then. `command`: by the command that users type, not by a fork; so
+    are those with variables or metrics, for which the environment of the import counts.
     """
     logs = tmp_path_factory.mktemp("logs")
 
@@ -135,14 +137,16 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
         *args: str,
         host_size: str | None = None,
         doomed: bool = False,
+        command: bool = False,
         env: Mapping[str, str] | None = None,
         **server: Any,
     ) -> Iterator[Server]:
         ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
-        command = [*ours, "--page-size", "64", "--enable-cache-report", *args]
+        flags = [*ours, "--page-size", "64", "--enable-cache-report", *args]
+        kind = Server if command or env or "--enable-metrics" in args else PreloadedServer
         log = logs / f"{len(list(logs.iterdir()))}.log"
         checked = {"CACHED_ATTENTION_CHECK_INVARIANTS": "1", **(env or {})}
-        with Server(model, command, env=checked, log=log, **server) as running:
+        with kind(model, flags, env=checked, log=log, **server) as running:
             yield running
             if host_size and not doomed:
                 assert [state["damage"] for state in store_states(running)] == [""]

@@ -24,7 +24,7 @@ def resident_bytes(server: Server) -> int:
 def test_two_thousand_requests_over_a_host_tier_of_64_pages(models: Any, start: Any, store_states: Any) -> None:
     words = random.Random(3)
     prompts = [words.choices(range(5, 1000), k=words.randint(60, 400)) for _ in range(REQUESTS)]
-    with start(models(), "--max-total-tokens", "2048", host_size=str(64 * PAGE_BYTES)) as server:
+    with start(models(), "--max-total-tokens", "2048", host_size=str(64 * PAGE_BYTES), command=True) as server:
         sizes = []
 
         def ask(i: int) -> None:

@@ -1,0 +1,82 @@
+"""Servers that are up in seconds: forked from a process that has imported SGLang already.
+
+Of the start of a small server on a CPU nearly all is the import of SGLang, in three processes. These servers
+run the same program with the same arguments; where the start itself is what matters, use `Server`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+
+from benchmark.server import Server
+
+PROGRAM = "sglang.launch_server"
+MODULES = [
+    PROGRAM,
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.models.registry",
+]
+EARLY = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""What the launch of a CPU server puts into the environment for libraries that its workers have yet to load."""
+
+
+class PreloadedServer(Server):
+    """A `Server` without the time that imports take; the first one in a process waits for them."""
+
+    def _launch(self, environment: Mapping[str, str]) -> ForkedProcess:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(MODULES)
+        program = self.command.index(PROGRAM)
+        arguments = (self.command[program:], dict(environment), str(self.log))
+        process = context.Process(target=_serve, args=arguments)
+        before = dict(os.environ)
+        os.environ.update(EARLY)
+        try:
+            process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return ForkedProcess(process)
+
+
+class ForkedProcess:
+    """A `Process` for `Server`."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+        assert process.pid is not None
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _serve(command: Sequence[str], environment: Mapping[str, str], log: str) -> None:
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)
+    # SGLang asks for "spawn", which would import everything again.
+    multiprocessing.set_start_method = lambda *_, **__: None
+    sys.argv = list(command)
+    runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
