@@ -12,10 +12,10 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
+from unittest.mock import patch
 
-from benchmark.server import Server
+from benchmark.server import PROGRAM, Server
 
-PROGRAM = "sglang.launch_server"
 MODULES = [
     PROGRAM,
     "sglang.srt.entrypoints.http_server",
@@ -36,13 +36,8 @@ class PreloadedServer(Server):
         program = self.command.index(PROGRAM)
         arguments = (self.command[program:], dict(environment), str(self.log))
         process = context.Process(target=_serve, args=arguments)
-        before = dict(os.environ)
-        os.environ.update(EARLY)
-        try:
+        with patch.dict(os.environ, EARLY):
             process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
         return ForkedProcess(process)
 
 
@@ -53,10 +48,6 @@ class ForkedProcess:
         self._process = process
         assert process.pid is not None
         self.pid = process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
 
     def poll(self) -> int | None:
         return self._process.exitcode

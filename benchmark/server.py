@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol, Self
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+PROGRAM = "sglang.launch_server"
 TAIL_BYTES = 6_000
 TERMINATION_GRACE_S = 15.0
 # A proxy in the environment must not see requests to this machine.
@@ -41,9 +42,6 @@ class Process(Protocol):
     """What `Server` uses of a `subprocess.Popen`."""
 
     pid: int
-
-    @property
-    def returncode(self) -> Any: ...
 
     def poll(self) -> int | None: ...
 
@@ -75,7 +73,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        launch = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model)]
+        launch = [sys.executable, "-m", PROGRAM, "--model-path", str(self.model)]
         where = ["--host", "127.0.0.1", "--port", str(port)]
         self.command = [*launch, *where, *_own_dtype(self.model, args), *args]
         self._log_file: BinaryIO = self.log.open("wb")
@@ -108,8 +106,8 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether the server answers its health check now; raises ServerError if its process has ended."""
-        if self.process.poll() is not None:
-            raise ServerError(f"the server ended with status {self.process.returncode}.\n{self._diagnosis()}")
+        if (status := self.process.poll()) is not None:
+            raise ServerError(f"the server ended with status {status}.\n{self._diagnosis()}")
         self._seen.update(_descendants(self.process.pid))
         try:
             with DIRECT.open(f"{self.url}/health", timeout=20) as response:
