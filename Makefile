@@ -40,7 +40,7 @@ serve: $(INSTALLED) | $(filter out/model,$(MODEL))  ## a server with CachedAtten
 		$(if $(filter out/model,$(MODEL)),--dtype float32) $(ARGS)
 
 test: $(INSTALLED)  ## all tests, in JOBS processes; ARGS goes to pytest, e.g. ARGS="-m 'not e2e'"
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 kernels: $(INSTALLED)  ## CUDA code for sm_80, sm_90a and sm_100 into the package, for a wheel; needs no GPU
 	$(BIN)/python -m cached_attention.kernels

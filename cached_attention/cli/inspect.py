@@ -37,9 +37,13 @@ def inspect(directory: StoreDirectory) -> None:
         size += contents.pages * contents.page_bytes
         console.print(_table(found.name(store), store, contents))
     console.print(
-        f"{len(found.stores)} stores, {pages:,} pages of {format_size(size)} in all, "
+        f"{_counted(len(found.stores), 'store')}, {_counted(pages, 'page')} of {format_size(size)} in all, "
         f"{format_size(found.usage)} on disk, {_owners(found)}."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _owners(found: FoundStores) -> str:

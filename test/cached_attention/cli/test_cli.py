@@ -241,7 +241,7 @@ def test_one_rank_and_one_store_can_be_given(ranks):
     rank = ranks / RANKS[0]
     (store,) = (path.parent for path in rank.rglob("index.sqlite3"))
     for given in (rank, store):
-        assert "1 stores, 30 pages" in run("inspect", given)[1]
+        assert "1 store, 30 pages" in run("inspect", given)[1]
         assert run("verify", given)[0] == 0
     assert run("prune", store, "--older-than", "1h")[0] == 0
     assert [len(kept(ranks / name)) for name in RANKS] == [20, 30, 30]
