@@ -153,7 +153,7 @@ EXCLUSIVE = {
     "enable_unified_cache_external_linker": "CachedAttention is a linker itself",
     "enable_unified_memory": "its pool does not lie in whole pages",
     "radix_cache_backend": "CachedAttention brings its own radix cache",
-    "speculative_algorithm": "the draft model's KV is not in the hierarchy",
+    "speculative_algorithm": "a draft model's KV is not in the hierarchy, and NGRAM was not tried",
 }
 """Arguments of SGLang that contradict ours, and why."""
 UNDIVIDED = {
