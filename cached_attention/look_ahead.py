@@ -163,7 +163,7 @@ class LookAhead:
         last, holder = max(behind, default=(-1, ""))
         return holder if last > rank else None
 
-    def is_ready(self, request: str) -> bool:
+    def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         """Whether `request` may run: nothing is on its way for it, or waiting for it is not worth it.
 
         Its pages are fetched on until it really runs: there may be no room for it in the batch for a while.
@@ -173,7 +173,7 @@ class LookAhead:
             return True
         if request not in self._open and not self._fetch.landing(request):
             return True
-        if request in self._waits:
+        if request in self._waits or not may_give_up:
             return False
         ask.given_up = not self._decision.is_worth_waiting(self._outstanding(request, ask))
         if ask.given_up:

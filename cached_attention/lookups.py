@@ -85,11 +85,13 @@ class Lookups:
                 found.append((request, lookup.keys))
         return found
 
-    def is_ready(self, request: str) -> bool:
+    def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         """Whether nothing was asked for `request`, or the answer is not worth waiting for."""
         lookup = self._open.get(request)
         if lookup is None:
             return True
+        if not may_give_up:
+            return False
         now = self._clock()
         lookup.held_since = now if lookup.held_since is None else lookup.held_since
         missing = len(lookup.keys) - lookup.first

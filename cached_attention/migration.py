@@ -54,7 +54,7 @@ class Migration:
         self._put_behind = None if remote is None else PutBehind(pages, remote)
         self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
         self._outages = -1
-        self.is_ready: Callable[[str], bool] = self.ahead.is_ready if remote is None else self._is_ready
+        self.is_ready: Callable[[str, bool], bool] = self.ahead.is_ready if remote is None else self._is_ready
         """Whether a request may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
 
     @property
@@ -106,8 +106,9 @@ class Migration:
         if self._lookups is not None:
             self._lookups.leave(request)
 
-    def _is_ready(self, request: str) -> bool:
-        return (self._lookups is None or self._lookups.is_ready(request)) and self.ahead.is_ready(request)
+    def _is_ready(self, request: str, may_give_up: bool) -> bool:
+        is_known = self._lookups is None or self._lookups.is_ready(request, may_give_up)
+        return is_known and self.ahead.is_ready(request, may_give_up)
 
     def poll(self) -> None:
         """Take note of what has ended, and start more; never waits."""

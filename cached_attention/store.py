@@ -226,9 +226,16 @@ class CachedAttentionStore:
         page_tokens, seconds = self.layout.page_size, self._decision.computing.seconds
         self._saves.await_landing(request, keys, lambda pages: seconds(pages * page_tokens))
 
-    def is_ready(self, request: str) -> bool:
-        """Whether nothing is on its way to host memory for a request, or it is quicker to compute it again."""
-        return self._saves.has_landed(request) and (self._migration is None or self._migration.is_ready(request))
+    def is_ready(self, request: str, may_give_up: bool = True) -> bool:
+        """Whether nothing is on its way to host memory for a request, or it is quicker to compute it again.
+
+        Args:
+            may_give_up: False where the scheduler has not come to `request` yet. Then it is too early to tell the
+                latter: its pages may come while it waits for others to run.
+        """
+        return self._saves.has_landed(request) and (
+            self._migration is None or self._migration.is_ready(request, may_give_up)
+        )
 
     def reorder(self, requests: Sequence[str]) -> None:
         """The waiting requests in the order in which they will run; those not named wait no more."""

@@ -110,6 +110,20 @@ def test_whoever_has_waited_too_long_runs_the_front_at_once_and_the_others_in_th
     assert waiting.pages.stats.given_up == requests
 
 
+def test_whoever_the_scheduler_has_not_come_to_is_not_given_up_and_runs_once_its_pages_are_there() -> None:
+    waiting = Waiting(1, page_seconds=CEILING)
+    (name,) = waiting.names
+    waiting.run_pass()
+    for _ in range(3):
+        waiting.now += CEILING
+        assert not waiting.ahead.is_ready(name, may_give_up=False)
+    assert not waiting.pages.stats.given_up
+    waiting.now += CEILING * CHAIN
+    waiting.disk.advance()
+    waiting.fetch.poll()
+    assert waiting.ahead.is_ready(name, may_give_up=False)
+
+
 def test_whoever_is_not_looked_at_again_yet_runs_once_its_pages_are_there() -> None:
     waiting = Waiting(10 * REVIEWED, page_seconds=1e-3)
     waiting.per_look = ASKING

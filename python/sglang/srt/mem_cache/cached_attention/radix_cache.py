@@ -60,7 +60,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return self.linker.cache_linker.store.disk is not None
 
     def check_prefetch_progress(self, handle: CacheRequestHandle) -> bool:
-        return self.linker.is_ready(handle.rid)
+        return self.linker.ranks.is_ready(handle.rid)
 
     def pop_prefetch_loaded_span(self, handle: CacheRequestHandle) -> tuple[int, int | None]:
         first, pages, remote_pages = self.linker.cache_linker.store.fetched_span(handle.rid)
@@ -132,7 +132,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def queue_ordered(self) -> None:
         """The scheduler has put its queue in order, and will walk it now."""
-        self.linker.agree_on_ready(self._queue_known())
+        self.linker.ranks.agree_on_ready(self._queue_known())
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         self.linker.cache_linker.store.prefill_took(tokens, seconds)

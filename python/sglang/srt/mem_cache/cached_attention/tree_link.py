@@ -26,6 +26,7 @@ from cached_attention.index import PageKey
 
 from .hints import HintReqInput, Outlook
 from .linker import CachedAttentionLinker, PathTransfer, page_keys
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -68,8 +69,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         super().__init__(cache, cache_linker)
         self._chains: WeakKeyDictionary[Req, RequestChain] = WeakKeyDictionary()
         self._truncated: WeakKeyDictionary[Req, TruncatedPrompt] = WeakKeyDictionary()
-        self._alone = cache.tp_world_size == 1
-        self._ready: set[str] = set()
+        self.ranks = Ranks(self._is_ready_here, None if cache.tp_world_size == 1 else self._take_least)
         self._inserted: RadixKey | None = None
         self._ends: OrderedDict[str, PageKey] = OrderedDict()
         """Of requests that ended lately: the last page of their conversation."""
@@ -87,6 +87,12 @@ class TreeLink(UnifiedCacheLinkerWrapper):
             yield
         finally:
             self._inserted = None
+
+    def _is_ready_here(self, rid: str, may_give_up: bool) -> bool:
+        return self.cache_linker.store.is_ready(rid, may_give_up)  # The store is not open yet when this is made.
+
+    def _take_least(self, numbers: torch.Tensor) -> None:
+        self.cache._all_reduce_attn_groups(numbers, torch.distributed.ReduceOp.MIN)
 
     def truncate(self, req: Req) -> None:
         """Leave in a new request what stays of its prompt."""
@@ -112,7 +118,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         restorable = self.cache_linker.reserve(req.rid, chain)
         if on_device >= in_prompt:
             return result
-        pages = self._agree(min(restorable, in_prompt))
+        pages = self.ranks.agree(min(restorable, in_prompt))
         if pages <= on_device:
             return result
         tail = self._chains[req].hashes[on_device:pages]
@@ -125,27 +131,6 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         known = self._chains.setdefault(req, RequestChain([], Chain()))
         known.extend(key, self.cache.page_size)
         return known.chain
-
-    def _agree(self, pages: int) -> int:
-        """The prefix that every rank can restore: the shortest, since all shorter ones can be too."""
-        agreed = torch.tensor([pages], dtype=torch.int)
-        self.cache._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
-        return int(agreed.item())
-
-    def is_ready(self, rid: str) -> bool:
-        """Whether the pages of a waiting request are in host memory on every rank, or not worth waiting for."""
-        if self._alone:
-            return self.cache_linker.store.is_ready(rid)
-        return rid in self._ready
-
-    def agree_on_ready(self, rids: Sequence[str]) -> None:
-        """Ranks agree on which requests of the queue may run, in one exchange for all."""
-        if self._alone or not rids:
-            return
-        store = self.cache_linker.store
-        agreed = torch.tensor([store.is_ready(rid) for rid in rids], dtype=torch.int)
-        self.cache._all_reduce_attn_groups(agreed, torch.distributed.ReduceOp.MIN)
-        self._ready = {rid for rid, ready in zip(rids, agreed.tolist(), strict=True) if ready}
 
     def finished(self, req: Req) -> None:
         """Remember where the conversation of `req` ends, so that a hint can name it by `req.rid`."""
