@@ -85,7 +85,7 @@ class Lookups:
                 found.append((request, lookup.keys))
         return found
 
-    def is_ready(self, request: str, may_give_up: bool = True) -> bool:
+    def is_ready(self, request: str, may_give_up: bool) -> bool:
         """Whether nothing was asked for `request`, or the answer is not worth waiting for."""
         lookup = self._open.get(request)
         if lookup is None:

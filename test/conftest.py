@@ -12,7 +12,6 @@ LONG = {"e2e", "test_install.py"}
 """Folders and files whose tests take minutes."""
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first: what is short fills up the time of whichever process is free at the end."""
     items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
