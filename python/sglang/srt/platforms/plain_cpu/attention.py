@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
 
 class PlainCpuAttnBackend(TorchNativeAttnBackend):
-    """Prefix-aware attention for CPUs; cross attention and encoders stay with upstream's."""
+    """Prefix-aware attention for CPUs; cross attention and encoders stay with upstream's.
 
-    def __init__(self, model_runner: ModelRunner) -> None:
+    Args:
+        drafted: tokens that a draft model has written, with the present one, beyond those that count yet.
+    """
+
+    def __init__(self, model_runner: ModelRunner, drafted: int = 0) -> None:
         super().__init__(model_runner)
+        self._drafted = drafted
         self.plan: ForwardPlan | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -36,8 +41,15 @@ class PlainCpuAttnBackend(TorchNativeAttnBackend):
         mode = forward_batch.forward_mode
         if mode.is_idle() or forward_batch.encoder_lens is not None:
             return
-        kv_lens = forward_batch.seq_lens.tolist()
-        q_lens = [1] * len(kv_lens) if mode.is_decode() else forward_batch.extend_seq_lens.tolist()
+        kv_lens = (forward_batch.seq_lens + self._drafted).tolist()
+        if mode.is_decode():
+            q_lens = [1] * len(kv_lens)
+        elif mode.is_target_verify():
+            # A chain of drafts, each of which sees those before it: new tokens like any.
+            width = forward_batch.spec_info.draft_token_num
+            q_lens, kv_lens = [width] * len(kv_lens), [length + width for length in kv_lens]
+        else:
+            q_lens = forward_batch.extend_seq_lens.tolist()
         rows = forward_batch.req_pool_indices.tolist()
         requests = list(map(Request, rows, q_lens, kv_lens))
         self.plan = ForwardPlan(requests, self.req_to_token_pool.req_to_token)

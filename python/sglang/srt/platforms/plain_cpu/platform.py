@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 from sglang.srt.platforms.plain_cpu import NAME
 from sglang.srt.platforms.plain_cpu.registration import register_backend, register_hooks
+from sglang.srt.platforms.plain_cpu.speculation import ALGORITHMS, slots_of_chain
+from sglang.srt.platforms.plain_cpu.speculation import register_hooks as register_speculation
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,12 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_default_attention_backend(self) -> str:
         return NAME
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in ALGORITHMS
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        return slots_of_chain
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"
@@ -80,6 +88,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # Rotating stored keys by a delta needs cos/sin of full precision, as upstream keeps them on CUDA.
         os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
         register_backend()
+        register_speculation()
         HookRegistry.apply_hooks()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
