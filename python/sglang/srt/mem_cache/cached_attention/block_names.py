@@ -6,6 +6,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from sglang.srt.disaggregation.kv_events import BlockStored
@@ -20,6 +21,10 @@ TOKENS_REMEMBERED = 65_536
 """Pages whose tokens are told, those of the latest requests; 64 tokens take 700 bytes."""
 SWEPT = 2
 """Names looked at, for each new one, whether anyone still needs them."""
+
+
+Tokens = Sequence[int] | Sequence[tuple[int, int]]
+"""Of a page, as SGLang's events tell them: with EAGLE, each with the token after it."""
 
 
 class BlockName(NamedTuple):
@@ -68,12 +73,12 @@ class BlockNames:
         """Of pages in a namespace; swept in turns."""
         self._namesakes: dict[int, list[PageKey]] = {}
         """Of block hashes that several pages may have: SGLang's leave the `extra_key` out."""
-        self._tokens: OrderedDict[PageKey, array[int]] = OrderedDict()
+        self._tokens: OrderedDict[PageKey, Tokens] = OrderedDict()
 
     def name(self, key: PageKey) -> BlockName:
         return self._learnt.get(key) or BlockName(_block_hash(key))
 
-    def tokens(self, key: PageKey) -> array[int] | None:
+    def tokens(self, key: PageKey) -> Tokens | None:
         """Those of the page; None where they are not remembered."""
         return self._tokens.get(key)
 
@@ -106,7 +111,9 @@ class BlockNames:
     def _remember_tokens(self, keys: Sequence[PageKey], prompt: RadixKey) -> None:
         tokens, size = prompt.token_ids, self._page_size
         for page in range(_first_unknown(keys, self._tokens), len(keys)):
-            self._tokens[keys[page]] = tokens[page * size : (page + 1) * size]
+            first, end = page * size, (page + 1) * size
+            own = tokens[first:end]
+            self._tokens[keys[page]] = list(pairwise(tokens[first : end + 1])) if prompt.is_bigram else own
         while len(self._tokens) > TOKENS_REMEMBERED:
             self._tokens.popitem(last=False)
 

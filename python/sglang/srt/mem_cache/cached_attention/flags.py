@@ -153,9 +153,12 @@ EXCLUSIVE = {
     "enable_unified_cache_external_linker": "CachedAttention is a linker itself",
     "enable_unified_memory": "its pool does not lie in whole pages",
     "radix_cache_backend": "CachedAttention brings its own radix cache",
-    "speculative_algorithm": "a draft model's KV is not in the hierarchy, and NGRAM was not tried",
 }
 """Arguments of SGLang that contradict ours, and why."""
+SPECULATION = "speculative_algorithm"
+WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+"""Speculative decoding with a draft model, whose KV is kept with that of the model."""
+WITHOUT_DRAFT = ("NGRAM",)
 UNDIVIDED = {
     "pp_size": "stages would decide one by one what they can restore",
     "dcp_size": "a page would be spread over ranks",
@@ -194,6 +197,7 @@ def fold(values: MutableMapping[str, Any]) -> None:
             raise ConfigError(
                 f"{ENABLE.option} cannot be used with {option} {values[name]} ({reason}): leave it out."
             )
+    _check_speculation(values.get(SPECULATION), given[MLA_DEDUP])
     if not values.get(AUTO_TRUNCATE):
         about_truncation = {flag: given[flag] for flag in (TRUNCATION_RATIO, SINK_PAGES)}
         _refuse_lonely(about_truncation, Flag(AUTO_TRUNCATE, None, ""))
@@ -208,6 +212,23 @@ def fold(values: MutableMapping[str, Any]) -> None:
     }
     if values.get("page_size") is None:
         values["page_size"] = DEFAULT_PAGE_SIZE
+
+
+def _check_speculation(algorithm: str | None, mla_dedup: bool | None) -> None:
+    if algorithm is None:
+        return
+    option = Flag(SPECULATION, None, "").option
+    known = (*WITH_DRAFT, *WITHOUT_DRAFT)
+    if algorithm.upper() not in known:
+        raise ConfigError(
+            f"{ENABLE.option} cannot be used with {option} {algorithm}: give {', '.join(known[:-1])} or {known[-1]}, "
+            "or leave it out."
+        )
+    if mla_dedup and algorithm.upper() in WITH_DRAFT:
+        raise ConfigError(
+            f"{MLA_DEDUP.option} cannot be used with {option} {algorithm} (the draft model's KV is not broadcast): "
+            "leave one of them out."
+        )
 
 
 def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:

@@ -16,6 +16,8 @@ from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.disk_ranks import rank_name
 
+from .pools import draft_pools
+
 SAMPLES = 1024
 """Elements of each parameter that the digest reads."""
 
@@ -41,6 +43,7 @@ class ModelIdentity:
     def __init__(self, server_args: ServerArgs, params: CacheInitParams, pool: DevicePool) -> None:
         self._args = server_args
         self._pool = pool
+        self._has_draft = bool(draft_pools(params))
         ranks = get_parallel()
         self._replica = ranks.dp_rank or 0
         self._ranks = {
@@ -65,6 +68,15 @@ class ModelIdentity:
         if self.ranks_per_machine == 1:
             return "."
         return rank_name(self._replica, ranks["pp_rank"], ranks["tp_rank"])
+
+    def _draft(self) -> dict[str, str]:
+        """What decides the KV of the draft model; nothing without one."""
+        args = self._args
+        if not self._has_draft:
+            return {}
+        names = ("algorithm", "draft_model_path", "draft_model_revision", "draft_model_quantization")
+        speculative = {name: getattr(args, f"speculative_{name}") for name in names}
+        return {f"speculative_{name}": str(value) for name, value in speculative.items() if value is not None}
 
     def describe(self, model: torch.nn.Module, hf_config: Any) -> None:
         self._model = model
@@ -92,5 +104,6 @@ class ModelIdentity:
                 "config": hashlib.sha256(text.encode()).hexdigest(),
                 "dtype": str(args.dtype),
                 "overrides": str(args.json_model_override_args),
+                **self._draft(),
             },
         )

@@ -34,7 +34,7 @@ from .identity import ModelIdentity
 from .kv_events import KvEvents
 from .layer_events import Layer, LayerEvents
 from .never_waits import never_waits
-from .pools import device_pool
+from .pools import device_pool, draft_pools
 from .rotary import UnsupportedRotationError, key_rotations
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     def _find_rotations(self, model: torch.nn.Module) -> None:
         try:
-            self.rotations = key_rotations(model, self._kv_cache)
+            self.rotations = key_rotations(model, self._kv_cache, draft_pools(self._params))
         except UnsupportedRotationError as error:
             self._immovable = error
 

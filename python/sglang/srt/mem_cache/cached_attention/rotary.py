@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from sglang.srt.layers.rotary_embedding.rope_variant import (
     Phi3LongRoPEScaledRotaryEmbedding,
 )
 from sglang.srt.layers.rotary_embedding.yarn import YaRNScalingRotaryEmbedding
-from sglang.srt.mem_cache.memory_pool import KVCache, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, KVCache, MLATokenToKVPool
 
 from cached_attention.position.rotation import Pairing, Rotation
 
@@ -28,17 +28,26 @@ class UnsupportedRotationError(ValueError):
     """Keys of this model cannot be moved to other positions: truncation must stay off."""
 
 
-def key_rotations(model: torch.nn.Module, pool: KVCache) -> list[Rotation | None]:
+def key_rotations(
+    model: torch.nn.Module, pool: KVCache, drafts: Sequence[KVCache] = ()
+) -> list[Rotation | None]:
     """Per layer of `pool` how its keys are rotated; None where they have no position (NoPE).
 
     Exactly the classes whose tables are a function of position alone are taken. A subclass or one that
     is not known here may rotate by something else, and a wrong token is the worst outcome.
 
+    Args:
+        drafts: the pools of its draft models, whose keys would have to be moved as well.
+
     Raises:
         UnsupportedRotationError: says in one line why.
     """
+    if drafts:
+        _refuse("it is served with a draft model that has keys of its own")
     if not pool.dtype.is_floating_point or pool.dtype.itemsize < 2:
         _refuse(f"its KV cache has the dtype {pool.dtype}")
+    if isinstance(pool, DSATokenToKVPool):
+        _refuse("its sparse attention keeps keys of its own, rotated and quantised")
     layers: dict[int, Rotation | None] = {}
     windows = set()
     for attention, core in _attentions(model):

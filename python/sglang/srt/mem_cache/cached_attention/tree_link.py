@@ -137,7 +137,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         if (known := self._chains.get(req)) is None:
             return
         tokens = array("q", [*req.origin_input_ids, *req.output_ids[:-1]])
-        known.extend(RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt), self.cache.page_size)
+        known.extend(self._key(tokens, req.extra_key, req.cache_salt), self.cache.page_size)
         if known.chain.keys:
             self._ends[req.rid] = known.chain.keys[-1]
             self._ends.move_to_end(req.rid)
@@ -145,6 +145,10 @@ class TreeLink(UnifiedCacheLinkerWrapper):
                 self.conversations.turn_ended(known.chain.keys, req.cached_tokens)
         if len(self._ends) > REMEMBERED:
             self._ends.popitem(last=False)
+
+    def _key(self, tokens: array[int], extra_key: str | None, cache_salt: str | None) -> RadixKey:
+        """As the tree names what it keeps of `tokens`: with EAGLE, each by itself and the token after it."""
+        return RadixKey(tokens, extra_key, is_bigram=self.cache.tree_core.is_eagle, cache_salt=cache_salt)
 
     def hottest(self, count: int) -> list[dict[str, Any]]:
         """The conversations that were continued most: their turns, pages and tiers."""
@@ -177,10 +181,11 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         prompt = self.truncation.cut(tokens, extra_key, hint.cache_salt) if self.truncation else None
         if prompt is not None:
             tokens, extra_key = prompt.kept, prompt.extra_key
-        known.extend(RadixKey(tokens, extra_key, cache_salt=hint.cache_salt), self.cache.page_size)
+        key = self._key(tokens, extra_key, hint.cache_salt)
+        known.extend(key, self.cache.page_size)
         if prompt is not None and hint.outlook != Outlook.DROPPED:
             if self.events is not None:
-                self.events.learn(known.chain.keys, RadixKey(tokens, extra_key, cache_salt=hint.cache_salt))
+                self.events.learn(known.chain.keys, key)
             self.cache_linker.store.alias(known.chain, prompt.sources(len(known.chain.keys)))
         return known.chain
 
