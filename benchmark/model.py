@@ -25,10 +25,13 @@ from benchmark.tokenizer import make_tokenizer, word_ids
 
 Size = Literal["tiny", "100m"]
 Dtype = Literal["float32", "bfloat16"]
-Architecture = Literal["llama", "deepseek-mla"]
+Architecture = Literal["llama", "deepseek-mla", "gemma3", "llama-eagle"]
+"""`gemma3`: every other layer has a sliding window. `llama-eagle`: a draft model for a `llama` of this size."""
 
 SPEC_FILE = "benchmark-model.json"
 HEAD_DIM = 64
+SLIDING_WINDOW = 96
+"""Tokens."""
 # Standard deviation of the attention logits: high enough that a single far token can change the output.
 ATTENTION_SHARPNESS = 3.0
 
@@ -117,7 +120,11 @@ def _write(directory: Path, spec: Spec) -> None:
     tokenizer = make_tokenizer(shape.vocabulary, spec.context)
     model = _empty_model(_config(spec, shape))
     _initialise(model, word_ids(tokenizer), spec.seed)
-    model.to(getattr(torch, spec.dtype)).save_pretrained(directory)
+    model.to(getattr(torch, spec.dtype))
+    if spec.architecture == "llama-eagle":
+        _save_draft(model, directory, spec.seed)
+    else:
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (directory / SPEC_FILE).write_text(json.dumps(spec.marker(), indent=2) + "\n")
 
@@ -140,9 +147,22 @@ def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
         "tie_word_embeddings": False,
         "dtype": spec.dtype,
     }
-    if spec.architecture == "llama":
-        return AutoConfig.for_model("llama", num_key_value_heads=shape.kv_heads, head_dim=HEAD_DIM, **shared)
+    if spec.architecture == "llama-eagle":
+        shared["num_hidden_layers"] = 1
+    grouped = {"num_key_value_heads": shape.kv_heads, "head_dim": HEAD_DIM}
+    if spec.architecture.startswith("llama"):
+        return AutoConfig.for_model("llama", **grouped, **shared)
+    if spec.architecture == "gemma3":
+        return AutoConfig.for_model("gemma3_text", **grouped, **_sliding_windows(shape), **shared)
     return AutoConfig.for_model("deepseek_v2", **_latent_attention(shape), **shared)
+
+
+def _sliding_windows(shape: Shape) -> dict[str, object]:
+    kinds = ["sliding_attention", "full_attention"]
+    types = [kinds[layer % 2] for layer in range(shape.layers)]
+    # Queries and keys are normalised: the scale makes them sharp, not the weights.
+    scale = round(HEAD_DIM / ATTENTION_SHARPNESS**2)
+    return {"layer_types": types, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": scale}
 
 
 def _latent_attention(shape: Shape) -> dict[str, int | None]:
@@ -176,18 +196,38 @@ def _initialise(model: PreTrainedModel, emitted: list[int], seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    # Gemma adds 1 to what its norms scale by, and multiplies embeddings by the root of their width.
+    gemma = model.config.model_type.startswith("gemma")
+    norm, embedding = (0.0, model.config.hidden_size**-0.5) if gemma else (1.0, 1.0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
-                weight.fill_(1.0)
+                weight.fill_(norm)
             elif "embed_tokens" in name:
-                weight.normal_(0.0, 1.0, generator=generator)
+                weight.normal_(0.0, embedding, generator=generator)
             else:
                 gain = ATTENTION_SHARPNESS**0.5 if "q_proj" in name or "k_proj" in name else 1.0
                 weight.normal_(0.0, gain * weight.shape[-1] ** -0.5, generator=generator)
         silent = torch.ones(model.lm_head.weight.shape[0], dtype=torch.bool)
         silent[emitted] = False
         model.lm_head.weight[silent] = 0.0
+
+
+def _save_draft(model: PreTrainedModel, directory: Path, seed: int) -> None:
+    """Save the layer of `model` as an EAGLE draft, which joins the target's hidden state to the next token."""
+    import torch
+    from safetensors.torch import save_file
+
+    left_out = ("lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight")
+    weights = {
+        name.removeprefix("model."): weight for name, weight in model.state_dict().items() if name not in left_out
+    }
+    hidden, dtype = model.config.hidden_size, model.dtype
+    joined = torch.randn(hidden, 2 * hidden, generator=torch.Generator().manual_seed(seed)) * hidden**-0.5
+    weights |= {"fc.weight": joined.to(dtype), "fc.bias": torch.zeros(hidden, dtype=dtype)}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = ["LlamaForCausalLMEagle"]
+    model.config.save_pretrained(directory)
 
 
 def main() -> None:

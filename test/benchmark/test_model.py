@@ -50,7 +50,7 @@ def test_processes_that_make_the_same_model_at_once_agree(tmp_path: Path) -> Non
     assert (tmp_path / "model" / "benchmark-model.json").exists()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "deepseek-mla"])
+@pytest.mark.parametrize("architecture", ["llama", "deepseek-mla", "gemma3"])
 def test_greedy_answers_vary_and_depend_on_every_part_of_the_prompt(
     tmp_path: Path, tokenizer: Any, architecture: str
 ) -> None:
@@ -69,6 +69,19 @@ def test_greedy_answers_vary_and_depend_on_every_part_of_the_prompt(
     assert first != second
     assert set(first) <= set(words)
     assert tokenizer.encode(tokenizer.decode(first)) == first
+
+
+def test_a_draft_model_has_one_layer_and_joins_hidden_state_and_token(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = make_model(tmp_path / "draft", architecture="llama-eagle")
+    config = json.loads((path / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle"]
+    assert config["num_hidden_layers"] == 1
+    weights = load_file(path / "model.safetensors")
+    assert weights["fc.weight"].shape == (192, 2 * 192)
+    assert {name for name in weights if name.startswith("layers.")} >= {"layers.0.self_attn.q_proj.weight"}
+    assert "layers.0.input_layernorm.weight" not in weights
 
 
 def test_any_text_survives_the_tokenizer(tokenizer: Any) -> None:

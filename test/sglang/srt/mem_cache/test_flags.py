@@ -189,7 +189,14 @@ def test_engine_arguments() -> None:
         ([*AUTO, "--cached-attention-sink-pages=-1"], "sink-pages is '-1': give a whole number from 0"),
         ([*AUTO, "--cached-attention-truncation-ratio", "1"], "is '1': give a number above 0 and below 1"),
         ([*AUTO, "--cached-attention-truncation-ratio", "half"], "is 'half': give a number above 0"),
-        (["--speculative-algorithm", "NGRAM"], "cannot be used with --speculative-algorithm"),
+        (
+            ["--speculative-algorithm", "DFLASH"],
+            "cannot be used with --speculative-algorithm DFLASH: give EAGLE, .* or NGRAM, or leave it out",
+        ),
+        (
+            ["--speculative-algorithm", "eagle", "--cached-attention-mla-dedup"],
+            r"mla-dedup cannot be used with --speculative-algorithm eagle \(the draft model's KV",
+        ),
         (["--pp-size", "2"], r"cannot be used with --pp-size 2 \(stages would decide"),
         (["--attn-cp-size", "2"], "cannot be used with --attn-cp-size 2"),
         (["--dcp-size", "2"], "cannot be used with --dcp-size 2"),

@@ -21,6 +21,7 @@ from sglang.srt.disaggregation.kv_events import (
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.cached_attention import kv_events
+from sglang.srt.mem_cache.cached_attention.block_names import BlockNames
 from sglang.srt.mem_cache.cached_attention.kv_events import KvEvents
 from sglang.srt.mem_cache.events import KVCacheEventRecorder, KvEventLoraNames
 from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
@@ -411,6 +412,19 @@ def test_blocks_have_the_names_that_they_have_on_the_device(tmp_path: Path, name
     assert {event.cache_salt for event in in_host} == {key.cache_salt}
     assert [event.parent_block_hash for event in in_host] == [None, on_device(key, server.params)[4]]
     server.close()
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_with_eagle_blocks_are_pairs_of_tokens(namespace: str) -> None:
+    params = CacheInitParams(False, None, None, PAGE)  # type: ignore[arg-type]
+    plain = prompt(namespace, "here", 4)
+    key = RadixKey(plain.token_ids, plain.extra_key, is_bigram=True, cache_salt=plain.cache_salt)
+    key = key.page_aligned(PAGE)
+    names, keys = BlockNames(params, lambda _: True), keys_of(key)
+    names.learn(keys, key)
+    assert len(keys) == 3
+    assert [names.name(page).block_hash for page in keys] == on_device(key, params)
+    assert [pair for page in keys for pair in names.tokens(page) or ()] == list(key)
 
 
 def test_an_adapter_has_a_namespace_with_its_name(tmp_path: Path) -> None:

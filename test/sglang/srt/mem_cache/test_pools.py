@@ -8,27 +8,33 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError, device_pool
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MHATokenToKVPoolFP4, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import (
+    DSATokenToKVPool,
+    MHATokenToKVPool,
+    MHATokenToKVPoolFP4,
+    MLATokenToKVPool,
+)
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.runtime_context import get_parallel
 
 PAGE = 16
 FULL = {ComponentType.FULL}
 
 
-def params(pool: Any, **extra: Any) -> Any:
+def params(pool: Any, page_size: int = PAGE, **extra: Any) -> Any:
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     drafts = {"mtp_draft_device_pools": (), "sidecar_draft_device_pools": ()}
-    return SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=PAGE, **{**drafts, **extra})
+    return SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=page_size, **{**drafts, **extra})
 
 
-def mha() -> MHATokenToKVPool:
+def mha(layers: int = 3, heads: int = 2, dtype: torch.dtype = torch.bfloat16) -> MHATokenToKVPool:
     return MHATokenToKVPool(
         size=8 * PAGE,
         page_size=PAGE,
-        dtype=torch.bfloat16,
-        head_num=2,
+        dtype=dtype,
+        head_num=heads,
         head_dim=32,
-        layer_num=3,
+        layer_num=layers,
         device="cpu",
         enable_memory_saver=False,
     )
@@ -44,30 +50,83 @@ def test_grouped_query_attention_has_keys_and_values() -> None:
     assert not device.layers[1][0][5].view(torch.bfloat16).eq(7).any()
 
 
-def test_latent_attention_has_one_component() -> None:
-    pool = MLATokenToKVPool(
+def mla(layers: int = 2) -> MLATokenToKVPool:
+    return MLATokenToKVPool(
         size=8 * PAGE,
         page_size=PAGE,
         dtype=torch.bfloat16,
         kv_lora_rank=64,
         qk_rope_head_dim=16,
-        layer_num=2,
+        layer_num=layers,
         device="cpu",
         enable_memory_saver=False,
     )
-    assert device_pool(params(pool), FULL).layout.component_bytes == ((PAGE * 80 * 2,),) * 2
+
+
+def test_latent_attention_has_one_component() -> None:
+    assert device_pool(params(mla()), FULL).layout.component_bytes == ((PAGE * 80 * 2,),) * 2
+
+
+def sparse(**how: Any) -> DSATokenToKVPool:
+    with get_parallel().override(attn_dcp_size=1):
+        return DSATokenToKVPool(
+            size=8 * 64,
+            page_size=64,
+            kv_lora_rank=64,
+            dtype=torch.bfloat16,
+            qk_rope_head_dim=16,
+            layer_num=3,
+            device="cpu",
+            index_head_dim=128,
+            enable_memory_saver=False,
+            kv_cache_dim=80,
+            **how,
+        )
+
+
+def test_sparse_attention_has_what_its_indexer_knows() -> None:
+    pool = sparse(skip_topk_layers=[False, True, False])
+    device = device_pool(params(pool, 64), FULL)
+    latents, index = 64 * 80 * 2, 64 * (128 + 4)
+    assert device.layout.component_bytes == ((latents, index), (latents,), (latents, index))
+    assert device.num_pages == len(pool.index_k_with_scale_buffer[0])
+    pool.index_k_with_scale_buffer[2][5] = 7
+    assert device.layers[2][1][5].eq(7).all()
+    assert not device.layers[2][1][[4, 6]].eq(7).any()
+
+
+def test_an_indexer_that_pools_tokens_is_refused() -> None:
+    pool = sparse()
+    pool.index_kpool = 4
+    with pytest.raises(UnsupportedModelError, match="keeps several tokens in one"):
+        device_pool(params(pool, 64), FULL)
 
 
 def test_other_state_beside_attention_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"because it has SWA state.*without the flag"):
+    with pytest.raises(UnsupportedModelError, match=r"sliding window only. Add --disable-hybrid-swa-memory"):
         device_pool(params(mha()), {ComponentType.FULL, ComponentType.SWA})
-    with pytest.raises(UnsupportedModelError, match="because it has MAMBA state"):
+    with pytest.raises(UnsupportedModelError, match=r"because it has MAMBA state.*without the flag"):
         device_pool(params(mha()), {ComponentType.FULL, ComponentType.MAMBA})
 
 
-def test_a_draft_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="draft model"):
+def test_layers_of_draft_models_ride_on_the_last() -> None:
+    """One per depth of multi-token prediction, or a whole model of its own, of another shape."""
+    own = PAGE * 2 * 32 * 2
+    packed = (mha(layers=1), mha(layers=1))
+    device = device_pool(params(mha(), mtp_draft_device_pools=packed), FULL)
+    assert device.layout.component_bytes == ((own,) * 2, (own,) * 4, (own,) * 4)
+    assert device.buffers[2][2] is packed[1].k_buffer[0]
+    beside = mha(layers=2, heads=1, dtype=torch.float32)
+    device = device_pool(params(mla(), sidecar_draft_device_pools=(beside,)), FULL)
+    latent = PAGE * 80 * 2
+    assert device.layout.component_bytes == ((latent, own, own), (latent, own, own))
+
+
+def test_a_draft_model_of_an_unknown_kind_or_depth_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="lies in a object"):
         device_pool(params(mha(), sidecar_draft_device_pools=(object(),)), FULL)
+    with pytest.raises(UnsupportedModelError, match="its draft model has 4 layers, and it has 3 itself"):
+        device_pool(params(mha(), sidecar_draft_device_pools=(mha(layers=4),)), FULL)
 
 
 @pytest.mark.parametrize("kind", [MHATokenToKVPoolFP4, SimpleNamespace])

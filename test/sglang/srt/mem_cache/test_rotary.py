@@ -10,7 +10,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding.factory import get_rope
 from sglang.srt.layers.rotary_embedding.rope_variant import DualChunkRotaryEmbedding
 from sglang.srt.mem_cache.cached_attention.rotary import UnsupportedRotationError, key_rotations, rotation_of
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MHATokenToKVPool, MLATokenToKVPool
 
 from cached_attention.kernels.rope_on_load import PagedComponent, RopeOnLoad
 from cached_attention.position.delta_table import delta_table
@@ -213,6 +213,18 @@ def test_models_whose_keys_cannot_be_moved_are_refused(layers: list[Any], reason
 def test_a_quantised_cache_is_refused() -> None:
     with pytest.raises(UnsupportedRotationError, match="float8_e4m3fn"):
         key_rotations(model(Attention(0, rotary_emb=module())), pool(1, dtype=torch.float8_e4m3fn))
+
+
+def test_a_draft_model_is_refused() -> None:
+    with pytest.raises(UnsupportedRotationError, match="draft model that has keys of its own"):
+        key_rotations(model(Attention(0, rotary_emb=module())), pool(1), [pool(1)])
+
+
+def test_sparse_attention_is_refused() -> None:
+    sparse = DSATokenToKVPool.__new__(DSATokenToKVPool)
+    sparse.dtype = torch.bfloat16
+    with pytest.raises(UnsupportedRotationError, match="sparse attention keeps keys of its own"):
+        key_rotations(model(), sparse)
 
 
 def test_a_rotation_is_a_value() -> None:

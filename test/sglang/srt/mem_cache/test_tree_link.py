@@ -46,3 +46,12 @@ def test_the_namespace_seeds_the_chain() -> None:
     ours.extend(key(64), PAGE)
     theirs.extend(RadixKey(array("q", range(64)), extra_key="another"), PAGE)
     assert not set(ours.hashes) & set(theirs.hashes)
+
+
+def test_with_eagle_a_page_is_named_by_the_token_after_it_as_well() -> None:
+    request, tokens = tree_link.RequestChain([], Chain()), array("q", range(2 * PAGE + 1))
+    request.extend(RadixKey(tokens[: 2 * PAGE], is_bigram=True), PAGE)
+    assert len(request.hashes) == 1
+    request.extend(RadixKey(tokens, is_bigram=True), PAGE)
+    assert request.hashes == get_storage_hash_str(RadixKey(tokens, is_bigram=True), None, page_size=PAGE)
+    assert len(request.hashes) == 2

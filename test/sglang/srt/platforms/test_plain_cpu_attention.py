@@ -1,6 +1,7 @@
 """The plain-CPU attention against an fp32 reference and against upstream's torch_native."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run(backend_class: type[TorchNativeAttnBackend], case: Case) -> torch.Tensor:
+def run(backend_class: Callable[..., TorchNativeAttnBackend], case: Case) -> torch.Tensor:
     backend = backend_class(case.runner)
     backend.init_forward_metadata(case.batch)
     decode = case.batch.forward_mode.is_decode()
@@ -176,6 +177,25 @@ def test_decode(prefixes: list[int], heads: tuple[int, int], dtype: torch.dtype)
     actual = run(PlainCpuAttnBackend, case)
     assert_close(actual, naive(case), dtype)
     assert_close(actual, run(TorchNativeAttnBackend, case), dtype)
+
+
+def test_drafts_are_verified_like_the_new_tokens_of_a_prompt() -> None:
+    case = make_case([(70, 4), (3, 4), (200, 4)])
+    expected = run(PlainCpuAttnBackend, case)
+    verified = make_case([(70, 4), (3, 4), (200, 4)])
+    verified.batch.forward_mode = ForwardMode.TARGET_VERIFY
+    verified.batch.seq_lens = verified.batch.extend_prefix_lens
+    verified.batch.extend_seq_lens = None
+    verified.batch.spec_info = SimpleNamespace(draft_token_num=4)
+    assert torch.equal(run(PlainCpuAttnBackend, verified), expected)
+
+
+def test_a_draft_step_sees_what_earlier_steps_wrote() -> None:
+    case = make_case([(70, 1), (3, 1)], decode=True)
+    expected = run(PlainCpuAttnBackend, case)
+    drafting = make_case([(70, 1), (3, 1)], decode=True)
+    drafting.batch.seq_lens = drafting.batch.seq_lens - 3
+    assert torch.equal(run(partial(PlainCpuAttnBackend, drafted=3), drafting), expected)
 
 
 @pytest.mark.parametrize("window", [0, 1, 16, 100, 1000])

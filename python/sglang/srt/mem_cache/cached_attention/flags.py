@@ -158,7 +158,7 @@ EXCLUSIVE = {
 SPECULATION = "speculative_algorithm"
 WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 """Speculative decoding with a draft model, whose KV is kept with that of the model."""
-WITHOUT_DRAFT = ("NGRAM",)
+WITHOUT_DRAFT = "NGRAM"
 UNDIVIDED = {
     "pp_size": "stages would decide one by one what they can restore",
     "dcp_size": "a page would be spread over ranks",
@@ -218,16 +218,15 @@ def _check_speculation(algorithm: str | None, mla_dedup: bool | None) -> None:
     if algorithm is None:
         return
     option = Flag(SPECULATION, None, "").option
-    known = (*WITH_DRAFT, *WITHOUT_DRAFT)
-    if algorithm.upper() not in known:
+    if algorithm.upper() not in (*WITH_DRAFT, WITHOUT_DRAFT):
         raise ConfigError(
-            f"{ENABLE.option} cannot be used with {option} {algorithm}: give {', '.join(known[:-1])} or {known[-1]}, "
-            "or leave it out."
+            f"{ENABLE.option} cannot be used with {option} {algorithm}: give {', '.join(WITH_DRAFT)} or "
+            f"{WITHOUT_DRAFT}, or leave it out."
         )
     if mla_dedup and algorithm.upper() in WITH_DRAFT:
         raise ConfigError(
-            f"{MLA_DEDUP.option} cannot be used with {option} {algorithm} (the draft model's KV is not broadcast): "
-            "leave one of them out."
+            f"{MLA_DEDUP.option} cannot be used with {option} {algorithm} (the draft model's KV is not "
+            "broadcast): leave one of them out."
         )
 
 

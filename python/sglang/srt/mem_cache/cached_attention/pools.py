@@ -57,13 +57,18 @@ def _let_ride(layers: Layers, drafts: Layers) -> None:
 
 def _layers(pool: Any) -> Layers:
     # Exactly these: a subclass may keep more, or lay it out in another way.
-    if type(pool) is MLATokenToKVPool:
-        return [[buffer] for buffer in pool.kv_buffer]
-    if type(pool) is MHATokenToKVPool:
-        return _mha_layers(pool)
-    if type(pool) is DSATokenToKVPool:
-        return _sparse_layers(pool)
-    _refuse(f"its KV lies in a {type(pool).__name__}")
+    layers_of = {
+        MHATokenToKVPool: _mha_layers,
+        MLATokenToKVPool: _latent_layers,
+        DSATokenToKVPool: _sparse_layers,
+    }
+    if type(pool) not in layers_of:
+        _refuse(f"its KV lies in a {type(pool).__name__}")
+    return layers_of[type(pool)](pool)
+
+
+def _latent_layers(pool: MLATokenToKVPool) -> Layers:
+    return [[buffer] for buffer in pool.kv_buffer]
 
 
 def _mha_layers(pool: MHATokenToKVPool) -> Layers:
@@ -92,6 +97,6 @@ def _slots(pages: torch.Tensor, page_size: int) -> Iterable[torch.Tensor]:
 
 def _refuse(reason: str, remedy: str = "Start the server without the flag") -> NoReturn:
     raise UnsupportedModelError(
-        "--enable-cached-attention supports models with plain MHA, GQA or MLA attention, or with DeepSeek's sparse "
-        f"attention; this one is not supported because {reason}. {remedy}."
+        "--enable-cached-attention supports models with plain MHA, GQA or MLA attention, or DeepSeek's sparse "
+        f"one; this one is not supported because {reason}. {remedy}."
     )

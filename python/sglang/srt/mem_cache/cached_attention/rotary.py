@@ -28,9 +28,7 @@ class UnsupportedRotationError(ValueError):
     """Keys of this model cannot be moved to other positions: truncation must stay off."""
 
 
-def key_rotations(
-    model: torch.nn.Module, pool: KVCache, drafts: Sequence[KVCache] = ()
-) -> list[Rotation | None]:
+def key_rotations(model: torch.nn.Module, pool: KVCache, drafts: Sequence[KVCache] = ()) -> list[Rotation | None]:
     """Per layer of `pool` how its keys are rotated; None where they have no position (NoPE).
 
     Exactly the classes whose tables are a function of position alone are taken. A subclass or one that
