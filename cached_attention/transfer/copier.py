@@ -145,6 +145,15 @@ def rope_on_load(device: DevicePool, host: HostTier, rotations: Rotations) -> Ro
     return RopeOnLoad(layers, device.layout.page_size)
 
 
+def whole_pages(device: DevicePool, host: HostTier) -> RopeOnLoad:
+    """Moves of whole layers that turn nothing, whatever lies in them: each page is one slot of bytes."""
+    layers = [
+        [PagedComponent(pages, host.component(layer, component)) for component, pages in enumerate(buffers)]
+        for layer, buffers in enumerate(device.layers)
+    ]
+    return RopeOnLoad(layers, page_size=1)
+
+
 def page_copier(device: DevicePool, host: HostTier, rotations: Rotations | None = None) -> PageCopier:
     """The copier for the device that the pool lies on.
 

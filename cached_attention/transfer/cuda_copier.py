@@ -31,7 +31,7 @@ from cached_attention.kernels.copy_rows import RowCopies
 from cached_attention.kernels.rope_on_load import BLOCKS
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.host import HostTier
-from cached_attention.transfer.copier import PageCopier, Part, Rotations, by_kernel, rope_on_load
+from cached_attention.transfer.copier import PageCopier, Part, Rotations, by_kernel, whole_pages
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class CudaCopier(PageCopier):
         self._plain = None
         if library is None:
             # Without a compiler torch moves the pages. It reads page numbers on the CPU, and waits for them.
-            self._plain = rope_on_load(device, host, rotations or [None] * self.num_layers)
+            self._plain = self._rotating or whole_pages(device, host)
             return
         pairs = [pair for layer in self._pairs for pair in layer]
         self._inwards = RowCopies(pairs, library)

@@ -75,6 +75,31 @@ def test_what_is_measured_at_start_leaves_the_pool_as_it_was() -> None:
         assert all(map(torch.equal, now, then))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("engines", [ByEngines(False, False), ByEngines(True, True)])
+def test_layers_may_keep_different_things(
+    cuda_on_host: type[CudaCopier], compiled: bool, engines: ByEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents; what an indexer knows, in bytes; and the keys and values of a draft model, in another dtype."""
+    if not compiled:
+        monkeypatch.setattr(cuda_on_host, "_load_library", lambda copier: None)
+    latents = [torch.randn(12 * PAGE, 1, 80, dtype=torch.bfloat16) for _ in range(3)]
+    index = torch.randint(0, 256, (12 * PAGE, 132), dtype=torch.uint8)
+    draft = [torch.randn(12 * PAGE, 2, 32) for _ in "kv"]
+    device = DevicePool([[latents[0], index], [latents[1]], [latents[2], *draft]], PAGE)
+    host = HostTier(device.layout, 8 * device.layout.stride)
+    copier: Any = cuda_on_host(device, host, None)
+    copier._engines = engines
+    before = [[pages.clone() for pages in layer] for layer in device.layers]
+    copier.save([1, 5], [7, 0])
+    moves = copier.moves(np.array([8, 10]) if engines.loads else torch.tensor([8, 10]), [0, 7])
+    for layer in range(3):
+        copier.load(layer, moves)
+        for there, was in zip(device.layers[layer], before[layer], strict=True):
+            assert torch.equal(there[[8, 10]], was[[5, 1]])
+            assert torch.equal(there[:8], was[:8])
+
+
 def check_there_and_back(
     kind: type[CudaCopier], device_of_pool: torch.device, engines: ByEngines, dim: int
 ) -> None:
