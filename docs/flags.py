@@ -13,7 +13,11 @@ from sglang.srt.mem_cache.cached_attention.flags import (
     ENABLE,
     EXCLUSIVE,
     FLAGS,
+    MLA_DEDUP,
+    SPECULATION,
     UNDIVIDED,
+    WITH_DRAFT,
+    WITHOUT_DRAFT,
     Flag,
     fold,
 )
@@ -89,6 +93,9 @@ def _refusal(flag: Flag) -> str | None:
 def _contradictions() -> str:
     rows = [f"| `{Flag(name, None, '').option}` | {reason} |" for name, reason in EXCLUSIVE.items()]
     rows += [f"| `{Flag(name, None, '').option}` above 1 | {reason} |" for name, reason in UNDIVIDED.items()]
+    speculation = f"`{Flag(SPECULATION, None, '').option}`"
+    rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it was not tried |")
+    rows.append(f"| {speculation} with a draft model, and `{MLA_DEDUP.option}` | its KV is not broadcast |")
     table = "\n".join(["| not together with | because |", "|---|---|", *rows])
     return f"## What {ENABLE.option} excludes\n\n{table}\n"
 

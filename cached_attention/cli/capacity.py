@@ -38,7 +38,12 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = DEFAULT_DTYPE) ->
             elements = 2 * (config.get("num_key_value_heads") or heads) * dim
     except KeyError as error:
         raise ValueError(f"the config has no {error}: give --bytes-per-token instead.") from error
-    return layers * elements * BYTES_PER_ELEMENT[dtype]
+    return layers * (elements * BYTES_PER_ELEMENT[dtype] + _index_bytes(config.get("index_head_dim") or 0))
+
+
+def _index_bytes(dim: int) -> int:
+    """What DeepSeek's sparse attention keeps to choose tokens: a byte per element, a scale per 128."""
+    return dim + dim // 128 * 4
 
 
 @dataclass(frozen=True)
