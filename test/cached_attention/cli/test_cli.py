@@ -306,6 +306,10 @@ def test_kv_of_a_token(config, expected):
     assert kv_bytes_per_token({"text_config": config}, "fp8") * 2 == expected
 
 
+def test_sparse_attention_keeps_an_index_as_well() -> None:
+    assert kv_bytes_per_token(DEEPSEEK | {"index_head_dim": 128}) == 70_272 + 61 * 132
+
+
 def deployment(**changes):
     values = {
         "bytes_per_token": 819_200,
