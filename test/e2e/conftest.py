@@ -127,7 +127,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
     """Starts a server, with CachedAttention where `host_size` is given; checks its store at the end.
 
     `doomed`: the server will not live until then. `command`: by the command that users type, not by a fork; so
-    are those with variables or metrics, for which the environment of the import counts.
+    are those with metrics, for which the environment of the import counts.
     """
     logs = tmp_path_factory.mktemp("logs")
 
@@ -143,7 +143,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
     ) -> Iterator[Server]:
         ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
         flags = [*ours, "--page-size", "64", "--enable-cache-report", *args]
-        kind = Server if command or env or "--enable-metrics" in args else PreloadedServer
+        kind = Server if command or "--enable-metrics" in args else PreloadedServer
         log = logs / f"{len(list(logs.iterdir()))}.log"
         checked = {"CACHED_ATTENTION_CHECK_INVARIANTS": "1", **(env or {})}
         with kind(model, flags, env=checked, log=log, **server) as running:

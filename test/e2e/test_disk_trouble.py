@@ -95,7 +95,7 @@ def test_a_slow_disk_is_not_waited_for(
     pace = tmp_path / "seconds"
     env = {"PYTHONPATH": str(SLOW_READS), "SLOW_READS": str(pace)}
     measured = (*disk(tmp_path / "kv", "500MB"), "--cached-attention-wait", "measured")
-    with start(models(), *TIGHT, *measured, host_size=HOST, env=env) as server:
+    with start(models(), *TIGHT, *measured, host_size=HOST, env=env, command=True) as server:
         talk.hold(server, 2)
         state = settled(server)
         assert state["disk_pages_used"] > state["host_pages_used"]

@@ -126,15 +126,26 @@ def at_rest(store_states: Any, settled: Any) -> Any:
         ("--schedule-policy", "lpm", "--chunked-prefill-size", "256"),
         ("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"),
         ("--schedule-policy", "fcfs", "--tp-size", "2"),
+        (
+            *("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", "{model}"),
+            *(
+                "--speculative-num-steps",
+                "2",
+                "--speculative-eagle-topk",
+                "1",
+                "--speculative-num-draft-tokens",
+                "3",
+            ),
+        ),
     ],
-    ids=["lpm-chunked", "priority-preemption", "fcfs-tp2"],
+    ids=["lpm-chunked", "priority-preemption", "fcfs-tp2", "drafts"],
 )
 def test_any_schedule_answers_as_without_tiers(
     models: Any, start: Any, town: Any, expected: Any, disk: tuple[str, ...], at_rest: Any, args: tuple[str, ...]
 ) -> None:
     ranks = args[-1] if "--tp-size" in args else "1"
-    busy = ("--max-running-requests", "3")
-    with start(models(), *TIGHT, *busy, *disk, *args, host_size=HOST) as server:
+    busy = ("--max-running-requests", "3", *(arg.format(model=models()) for arg in args))
+    with start(models(), *TIGHT, *busy, *disk, host_size=HOST) as server:
         traffic = Traffic(server, town, expected[ranks])
         traffic.run(rounds=1)
         at_rest(server)
