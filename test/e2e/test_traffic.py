@@ -128,14 +128,8 @@ def at_rest(store_states: Any, settled: Any) -> Any:
         ("--schedule-policy", "fcfs", "--tp-size", "2"),
         (
             *("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", "{model}"),
-            *(
-                "--speculative-num-steps",
-                "2",
-                "--speculative-eagle-topk",
-                "1",
-                "--speculative-num-draft-tokens",
-                "3",
-            ),
+            *("--speculative-num-steps", "2", "--speculative-num-draft-tokens", "3"),
+            *("--speculative-eagle-topk", "1"),
         ),
     ],
     ids=["lpm-chunked", "priority-preemption", "fcfs-tp2", "drafts"],
