@@ -15,18 +15,18 @@ import sglang
 ROOT = Path(__file__).parent.parent
 SITE = Path(sglang.__file__).parent.parent
 PROBE = """
-import cached_attention, importlib, pkgutil
+import cached_attention, importlib.util, pkgutil
 for module in pkgutil.walk_packages(cached_attention.__path__, "cached_attention."):
     importlib.import_module(module.name)
 import sglang.srt.mem_cache.cached_attention.plugin as plugin
 import sglang.srt.platforms.plain_cpu as platform
-import sglang.srt.mem_cache.radix_cache as upstream
 from importlib.metadata import entry_points
 for group in ("sglang.srt.plugins", "sglang.srt.platforms"):
     (ours,) = [e for e in entry_points(group=group) if e.dist.name == "sglang-cached-attention"]
     assert callable(ours.load())
-for module in (cached_attention, plugin, platform, upstream):
+for module in (cached_attention, plugin, platform):
     print(module.__file__)
+print(importlib.util.find_spec("sglang.srt.mem_cache.radix_cache").origin)
 """
 
 

@@ -20,8 +20,7 @@ POOL = 2048
 @pytest.fixture(scope="module", params=["overlap", "no-overlap-chunked"])
 def server(request: pytest.FixtureRequest, models: Any, start: Any) -> Iterator[Server]:
     args = [] if request.param == "overlap" else ["--disable-overlap-schedule", "--chunked-prefill-size", "256"]
-    by_command = request.param == "overlap"
-    with start(models(), "--max-total-tokens", str(POOL), *args, host_size="300MB", command=by_command) as server:
+    with start(models(), "--max-total-tokens", str(POOL), *args, host_size="300MB") as server:
         yield server
 
 
