@@ -104,6 +104,8 @@ def server_args(**given: object) -> SimpleNamespace:
             "mem_fraction_static",
             "max_total_tokens",
             "max_running_requests",
+            "speculative_algorithm",
+            "speculative_eagle_topk",
         )
     )
     one = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_dp_attention": False}

@@ -1,6 +1,8 @@
 """Chains of draft tokens on a CPU, against their definition."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,3 +95,27 @@ def test_the_platform_says_what_it_can_do(algorithm: str, is_there: bool) -> Non
     platform = PlainCpuPlatform()
     assert platform.supports_speculative_algorithm(algorithm) == is_there
     assert platform.get_speculative_cache_locs_fn() is speculation.slots_of_chain
+
+
+def arguments(**given: Any) -> Any:
+    names = ("algorithm", "eagle_topk", "num_steps", "num_draft_tokens")
+    return SimpleNamespace(**{f"speculative_{name}": given.get(name) for name in names})
+
+
+def test_drafts_are_chains_unless_the_user_says_how_long() -> None:
+    said = {"eagle_topk": 1, "num_steps": 5, "num_draft_tokens": 6}
+    for chain, expected in (({}, (1, 3, 4)), (said, (1, 5, 6))):
+        args = arguments(algorithm="EAGLE", **chain)
+        speculation.draft_chains(args)
+        found = (args.speculative_eagle_topk, args.speculative_num_steps, args.speculative_num_draft_tokens)
+        assert found == expected
+    args = arguments()
+    speculation.draft_chains(args)
+    assert args.speculative_num_steps is None
+
+
+def test_what_needs_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="eagle-topk is 4: without a GPU drafts are chains, give 1"):
+        speculation.draft_chains(arguments(algorithm="EAGLE", eagle_topk=4))
+    with pytest.raises(ValueError, match="algorithm is NGRAM: without a GPU give one of EAGLE, EAGLE3, "):
+        speculation.draft_chains(arguments(algorithm="NGRAM"))

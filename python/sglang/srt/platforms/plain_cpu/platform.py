@@ -12,7 +12,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 from sglang.srt.platforms.plain_cpu import NAME
 from sglang.srt.platforms.plain_cpu.registration import register_backend, register_hooks
-from sglang.srt.platforms.plain_cpu.speculation import ALGORITHMS, slots_of_chain
+from sglang.srt.platforms.plain_cpu.speculation import ALGORITHMS, draft_chains, slots_of_chain
 from sglang.srt.platforms.plain_cpu.speculation import register_hooks as register_speculation
 from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -78,6 +78,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         graphs = with_phase(server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
         server_args.cuda_graph_config = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
+        draft_chains(server_args)
         prepare_threads(ranks)
 
     def get_compile_backend(self, mode: str | None = None) -> str:

@@ -1,6 +1,6 @@
 """Speculative decoding on a CPU: chains of draft tokens (top-k of 1), drafted by upstream's own workers.
 
-Upstream's kernels for trees of draft tokens need a GPU or its AMX build. A chain needs four functions of torch.
+Upstream's kernels for trees of draft tokens need a GPU or its AMX build. For a chain a few functions of torch do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 KERNELS = "sglang.kernels.ops.speculative"
+STEPS = 3
+"""Drafts in a chain, unless the user says how many."""
 
 
 def register_hooks() -> None:
@@ -35,6 +37,28 @@ def register_hooks() -> None:
         HookRegistry.register(f"{KERNELS}.{target}", function, HookType.REPLACE)
     allocation = "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"
     HookRegistry.register(allocation, write_slots, HookType.REPLACE)
+
+
+def draft_chains(server_args: Any) -> None:
+    """Where the user leaves it open, drafts are chains; upstream would take trees for some models.
+
+    Raises:
+        ValueError: trees, or an algorithm that needs more than there is.
+    """
+    algorithm, topk = server_args.speculative_algorithm, server_args.speculative_eagle_topk
+    if algorithm is None:
+        return
+    if algorithm.upper() not in (*ALGORITHMS, "NEXTN"):
+        raise ValueError(
+            f"--speculative-algorithm is {algorithm}: without a GPU give one of {', '.join(ALGORITHMS)}, or "
+            "leave it out."
+        )
+    if topk not in (None, 1):
+        raise ValueError(f"--speculative-eagle-topk is {topk}: without a GPU drafts are chains, give 1.")
+    if server_args.speculative_num_steps is None:
+        server_args.speculative_num_steps = STEPS
+        server_args.speculative_num_draft_tokens = STEPS + 1
+    server_args.speculative_eagle_topk = 1
 
 
 def slots_of_chain(
