@@ -29,11 +29,10 @@ def test_thirty_conversations_of_five_turns(
     [
         ("llama", "bfloat16", ("--disable-overlap-schedule",), (6, 3)),
         ("deepseek-mla", "float32", (), (6, 3)),
-        ("gemma3", "float32", (), (6, 3)),
-        ("llama", "float32", ("--kv-cache-dtype", "fp8_e4m3"), (6, 3)),
+        ("gemma3", "float32", ("--kv-cache-dtype", "fp8_e4m3"), (6, 3)),
         ("llama", "float32", ("--tp-size", "2"), (12, 6)),
     ],
-    ids=["bfloat16-no-overlap", "mla", "sliding-windows", "fp8", "tp2"],
+    ids=["bfloat16-no-overlap", "mla", "sliding-windows-fp8", "tp2"],
 )
 def test_other_ways_to_run(
     models: Any,

@@ -23,6 +23,7 @@ TIGHT = ("--max-total-tokens", "2560")
 """Two or three of the conversations."""
 HOST = "12MB"
 """Of which the longest conversation takes a third."""
+DRAFTED_HOST = "24MB"
 SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "15"))
 
 
@@ -139,7 +140,9 @@ def test_any_schedule_answers_as_without_tiers(
 ) -> None:
     ranks = args[-1] if "--tp-size" in args else "1"
     busy = ("--max-running-requests", "3", *(arg.format(model=models()) for arg in args))
-    with start(models(), *TIGHT, *busy, *disk, host_size=HOST) as server:
+    # A page of the model and its draft, the same one here, is twice as large.
+    host = DRAFTED_HOST if "{model}" in args else HOST
+    with start(models(), *TIGHT, *busy, *disk, host_size=host) as server:
         traffic = Traffic(server, town, expected[ranks])
         traffic.run(rounds=1)
         at_rest(server)
