@@ -147,17 +147,13 @@ def test_new_weights_never_meet_old_pages(
     verify(tmp_path)
 
 
-def test_an_engine_flushes_before_it_ends(models: Any, start: Any, disk: Any, tmp_path: Path) -> None:
-    """A server goes on where an offline engine has ended: the same pages, whoever computed them."""
+def test_an_engine_flushes_before_it_ends(models: Any, tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "engine.py"
     command = [sys.executable, str(example), "--model-path", str(models()), "--host-size", "100MB"]
     command += ["--disk-path", str(tmp_path / "kv")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "turn 3: " in run.stdout
-    words = random.Random(0)
-    prompts = [words.choices(range(256, 768), k=600) for _ in range(6)]  # As the example draws them.
-    with start(models(), *TIGHT, *disk(tmp_path / "kv"), host_size=HOST) as server:
-        replies = server.generate(prompts, 1)
-    found = sum(reply["meta_info"]["cached_tokens_details"]["storage"] for reply in replies)
-    assert found == 6 * (600 // PAGE) * PAGE
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=300, check=False) for _ in range(2)]
+    assert all(run.returncode == 0 for run in runs), runs[-1].stdout + runs[-1].stderr
+    first = [run.stdout.splitlines()[0] for run in runs]
+    assert all("turn 3: " in run.stdout for run in runs)
+    assert "'storage': 0" in first[0]
+    assert "'storage': 3456" in first[1]
