@@ -25,8 +25,9 @@ from benchmark.tokenizer import make_tokenizer, word_ids
 
 Size = Literal["tiny", "100m"]
 Dtype = Literal["float32", "bfloat16"]
-Architecture = Literal["llama", "deepseek-mla", "gemma3", "llama-eagle"]
-"""`gemma3`: every other layer has a sliding window. `llama-eagle`: a draft model for a `llama` of this size."""
+Architecture = Literal["llama", "deepseek-mla", "gemma3", "qwen3.5", "llama-eagle"]
+"""`gemma3`: every other layer has a sliding window; `qwen3.5`: is a gated delta net. `llama-eagle`: a draft model for
+a `llama` of this size."""
 
 SPEC_FILE = "benchmark-model.json"
 HEAD_DIM = 64
@@ -34,6 +35,8 @@ SLIDING_WINDOW = 96
 """Tokens."""
 # Standard deviation of the attention logits: high enough that a single far token can change the output.
 ATTENTION_SHARPNESS = 3.0
+# Of a gated delta net's heads, before softplus: the first forget in a thousand tokens, the last in twenty.
+STATE_DECAYS = (-7.0, -3.0)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
         return AutoConfig.for_model("llama", **grouped, **shared)
     if spec.architecture == "gemma3":
         return AutoConfig.for_model("gemma3_text", **grouped, **_sliding_windows(shape), **shared)
+    if spec.architecture == "qwen3.5":
+        return AutoConfig.for_model("qwen3_5_text", **grouped, **_delta_nets(shape), **shared)
     return AutoConfig.for_model("deepseek_v2", **_latent_attention(shape), **shared)
 
 
@@ -163,6 +168,14 @@ def _sliding_windows(shape: Shape) -> dict[str, object]:
     # Queries and keys are normalised: the scale makes them sharp, not the weights.
     scale = round(HEAD_DIM / ATTENTION_SHARPNESS**2)
     return {"layer_types": types, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": scale}
+
+
+def _delta_nets(shape: Shape) -> dict[str, object]:
+    kinds = ["linear_attention", "full_attention"]
+    types = [kinds[layer % 2] for layer in range(shape.layers)]
+    heads = {"linear_num_key_heads": shape.kv_heads, "linear_num_value_heads": shape.heads}
+    dims = {"linear_key_head_dim": HEAD_DIM, "linear_value_head_dim": HEAD_DIM}
+    return {"layer_types": types, "full_attention_interval": 2, **heads, **dims}
 
 
 def _latent_attention(shape: Shape) -> dict[str, int | None]:
@@ -196,12 +209,18 @@ def _initialise(model: PreTrainedModel, emitted: list[int], seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    # Gemma adds 1 to what its norms scale by, and multiplies embeddings by the root of their width.
-    gemma = model.config.model_type.startswith("gemma")
-    norm, embedding = (0.0, model.config.hidden_size**-0.5) if gemma else (1.0, 1.0)
+    # Gemma adds 1 to what its norms scale by, and multiplies embeddings by the root of their width. Qwen3.5 does the former.
+    gemma, qwen = (model.config.model_type.startswith(name) for name in ("gemma", "qwen3_5"))
+    norm, embedding = float(not (gemma or qwen)), model.config.hidden_size**-0.5 if gemma else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 1:
+            if qwen and name.rpartition(".")[0].endswith(("q_norm", "k_norm")):
+                weight.fill_(ATTENTION_SHARPNESS**0.5 - 1)
+            elif name.endswith("linear_attn.norm.weight"):
+                weight.fill_(1.0)
+            elif name.endswith("dt_bias"):
+                weight.copy_(torch.linspace(*STATE_DECAYS, len(weight)))
+            elif weight.dim() == 1:
                 weight.fill_(norm)
             elif "embed_tokens" in name:
                 weight.normal_(0.0, embedding, generator=generator)

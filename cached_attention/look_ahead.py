@@ -39,6 +39,8 @@ class _Ask:
     """Pages of it that are in the remote store only."""
     next: int
     """The first page that was not asked of the disk yet."""
+    page_tokens: int
+    """Tokens to compute per page that is not waited for."""
     held_since: float | None = None
     """When the scheduler would first have run it."""
     given_up: bool = False
@@ -96,17 +98,22 @@ class LookAhead:
         """Requests whose pages are on their way or held."""
         return len(self._asks) - len(self._open)
 
-    def ask(self, request: str, keys: Sequence[PageKey], loadable: int) -> None:
+    def ask(
+        self, request: str, keys: Sequence[PageKey], loadable: int, page_tokens: int | None = None
+    ) -> None:
         """`request`, which waits, can have the pages `keys`, of which the first `loadable` are in host memory.
 
         What of them can never be in host memory at once is not waited for.
+
+        Args:
+            page_tokens: what a page that is not waited for costs to compute; tokens per page unless given.
         """
         keys = keys[: min(loadable + self._limit, self._pages.host.capacity)]
         known = self._asks.get(request)
         if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
             return
         remote = sum(not self._pages.is_kept(key) for key in keys[loadable:])
-        self._asks[request] = _Ask(keys, loadable, remote, loadable)
+        self._asks[request] = _Ask(keys, loadable, remote, loadable, page_tokens or self._page_tokens)
         self._open.add(request)
 
     def leave(self, request: str) -> None:
@@ -195,6 +202,6 @@ class LookAhead:
             waited=now - since,
             total_bytes=(ask.pages - ask.remote) * self._fetch.page_bytes,
             ahead_bytes=ahead.disk,
-            missing_tokens=self._missing(request, ask) * self._page_tokens,
+            missing_tokens=self._missing(request, ask) * ask.page_tokens,
             remote_bytes=ask.remote * self._fetch.page_bytes + ahead.remote if ask.remote else 0,
         )

@@ -89,14 +89,22 @@ class Migration:
             }
         return counts
 
-    def arrive(self, request: str, keys: Sequence[PageKey], loadable: int, restorable: int) -> None:
+    def arrive(
+        self,
+        request: str,
+        keys: Sequence[PageKey],
+        loadable: int,
+        restorable: int,
+        page_tokens: int | None = None,
+    ) -> None:
         """`request` waits with the chain `keys`.
 
         Args:
             loadable, restorable: leading pages of it in host memory, and in any tier.
+            page_tokens: what a page that is not waited for costs to compute; tokens per page unless given.
         """
         if restorable > loadable:
-            self.ahead.ask(request, keys[:restorable], loadable)
+            self.ahead.ask(request, keys[:restorable], loadable, page_tokens)
         if self._lookups is not None:
             self._lookups.ask(request, keys, restorable)
 

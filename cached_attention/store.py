@@ -200,21 +200,38 @@ class CachedAttentionStore:
 
     # The waiting queue
 
-    def arrive(self, request: str, chain: Chain) -> int:
+    def holds(self, key: PageKey) -> bool:
+        """Whether the page is in some tier of this server."""
+        row = self._index.find(key)
+        return row != NOWHERE and (bool(self._in_host.ready[row]) or row in self._pages.on_disk)
+
+    def is_loadable(self, key: PageKey) -> bool:
+        """Whether the page is in host memory."""
+        row = self._index.find(key)
+        return row != NOWHERE and bool(self._in_host.ready[row])
+
+    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None) -> int:
         """`request`, with the prompt `chain`, waits, for now behind all others; returns its restorable pages.
 
         What it will ask for is kept, and brought to host memory in the order of the queue. Constant time
         when it was said before and nothing changed.
+
+        Args:
+            page_tokens: what a page saves to compute; tokens per page unless given.
         """
-        loadable = self.loadable_pages(chain)
-        pages = self.restorable_pages(chain)
+        pages = self._usable(chain, self.restorable_pages(chain))
+        loadable = min(self.loadable_pages(chain), pages)
         if self._learns and request not in self._pages.waiting and not Hints.is_name(request):
             self._pages.note_prompt(request, chain.keys, self._clock())
         self._pages.waiting.append(request)
         if pages:
             self._pages.want(request, self._pages.last_row(chain.keys[:pages]))
         if self._migration is not None:
-            self._migration.arrive(request, chain.keys, loadable, pages)
+            self._migration.arrive(request, chain.keys, loadable, pages, page_tokens)
+        return pages
+
+    def _usable(self, chain: Chain, pages: int) -> int:
+        """How many of the leading `pages` of `chain` a request can go on from."""
         return pages
 
     def await_saves(self, request: str, keys: Sequence[PageKey]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     events: KvEvents | None = None
     """With `--kv-events-config`, on the rank that publishes."""
 
+    def __new__(cls, *_args: Any, components: set[ComponentType], **_options: Any) -> CachedAttentionLinker:
+        # SGLang names one class for every model; which it takes depends on the model.
+        if cls is CachedAttentionLinker and ComponentType.MAMBA in components:
+            from .hybrid import HybridLinker
+
+            return super().__new__(HybridLinker)
+        return super().__new__(cls)
+
     def __init__(
         self,
         server_args: ServerArgs,
@@ -95,24 +103,33 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self._identity.describe(model, hf_config)
         if self._truncates:
             self._find_rotations(model)
-        config = self._config
-        self.store = CachedAttentionStore(
-            self._pool,
-            self._share(config.host_size),
-            self._open_disk(),
-            self._reach_remote(),
-            rotations=self.rotations,
-            min_uses=config.disk_min_uses,
-            ttl=config.ttl or None,
-            look_ahead=config.look_ahead,
-            wait=config.wait,
-            eviction=config.eviction,
-        )
+        self.store = self._make_store()
         if self._params.enable_kv_cache_events:
             self.events = KvEvents(self.store.residency, self._params)
         # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
         gc.freeze()
         self._announce()
+
+    def _make_store(self) -> CachedAttentionStore:
+        return CachedAttentionStore(
+            self._pool,
+            self._share(self._config.host_size),
+            self._open_disk(),
+            self._reach_remote(),
+            rotations=self.rotations,
+            **self._policies(),
+        )
+
+    def _policies(self) -> dict[str, Any]:
+        """What a store is told of who comes, who goes and who waits."""
+        config = self._config
+        return {
+            "min_uses": config.disk_min_uses,
+            "ttl": config.ttl or None,
+            "look_ahead": config.look_ahead,
+            "wait": config.wait,
+            "eviction": config.eviction,
+        }
 
     def _share(self, size: int) -> int:
         """What this rank has of `size` bytes of its machine."""
@@ -128,12 +145,16 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self._immovable = error
 
     def _open_disk(self) -> DiskTier | None:
+        return self._open_directory(self._identity, self._share(self._config.disk_size))
+
+    def _open_directory(self, identity: ModelIdentity, size: int, name: str = ".") -> DiskTier | None:
+        """The tier of up to `size` bytes in the directory `name` of this rank's."""
         if self._config.disk_path is None:
             return None
         return DiskTier(
-            Path(self._config.disk_path) / self._identity.rank_directory,
-            self._identity.fingerprint(),
-            self._share(self._config.disk_size),
+            Path(self._config.disk_path) / identity.rank_directory / name,
+            identity.fingerprint(),
+            size,
             ttl=self._config.ttl or None,
             encryption=self._read_key(),
         )
@@ -153,15 +174,25 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return RemoteTier(address, segment, self._identity.fingerprint(), encryption=self._read_key())
 
     def _reopen_disk(self) -> DiskTier | None:
+        return self._try_to_open(self._open_disk)
+
+    def _try_to_open(self, open_disk: Callable[[], DiskTier | None]) -> DiskTier | None:
         """A server that runs goes on without a disk tier rather than stop."""
         try:
-            return self._open_disk()
+            return open_disk()
         except (OSError, ValueError, sqlite3.Error) as error:
             logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
             return None
 
     def _announce(self) -> None:
-        layout, counters = self.store.layout, self.store.counters()
+        self._announce_tiers(self.store)
+        if (key := self._read_key()) is not None:
+            # By its name, as `cached-attention inspect` has it.
+            logger.info("CachedAttention: what leaves host memory is encrypted, key %s.", key.id)
+
+    @staticmethod
+    def _announce_tiers(store: CachedAttentionStore) -> None:
+        layout, counters = store.layout, store.counters()
         for tier in ("host", "disk"):
             if pages := counters.get(f"{tier}_pages"):
                 logger.info(
@@ -173,9 +204,6 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                     format_size(layout.page_bytes),
                     counters[f"{tier}_pages_used"],
                 )
-        if (key := self._read_key()) is not None:
-            # By its name, as `cached-attention inspect` has it.
-            logger.info("CachedAttention: what leaves host memory is encrypted, key %s.", key.id)
 
     def truncation_rule(self, window: int, limit: int) -> TruncationRule:
         """How a prompt that outgrew `window` tokens is cut, see `TruncationRule`.
@@ -218,9 +246,11 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if not self.store.has_queued_loads:
             return -1
         batch = self.layer_done_counter.next_batch()
-        load = self.store.start_load(batch, self._record_slots_unused())
-        self._hand_out(batch, load.layers)
+        self._hand_out(batch, self._start_load(batch))
         return batch
+
+    def _start_load(self, batch: int) -> Sequence[Layer]:
+        return self.store.start_load(batch, self._record_slots_unused()).layers
 
     def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
         """The forward of `batch` may wait for `layers`."""
@@ -270,13 +300,17 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
         The remote store keeps all: other servers use it.
         """
-        if self._config.disk_path is not None and (self.store.disk is None or self._identity.has_changed()):
+        if self._has_other_pages(self.store, self._identity):
             self.store.replace_disk(self._reopen_disk)
         else:
             self.store.reset()
         if self.store.remote is not None:
             self.store.remote.serve(self._identity.fingerprint())
         self.layer_done_counter.reset()
+
+    def _has_other_pages(self, store: CachedAttentionStore, identity: ModelIdentity) -> bool:
+        """Whether there is a disk, and what `store` has on it is of other weights than those that serve now."""
+        return self._config.disk_path is not None and (store.disk is None or identity.has_changed())
 
     def weights_updated(self) -> None:
         """Leave disk and remote store alone until the next `reset`: the KV may be of old and new weights."""

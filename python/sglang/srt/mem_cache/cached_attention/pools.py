@@ -7,7 +7,14 @@ from typing import Any, NoReturn
 
 import torch
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import (
+    DSATokenToKVPool,
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
+    MambaPool,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
+)
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from cached_attention.layout import DevicePool
@@ -28,21 +35,46 @@ def draft_pools(params: CacheInitParams) -> Sequence[Any]:
 
 
 def device_pool(params: CacheInitParams, components: set[ComponentType]) -> DevicePool:
-    """The pool of a model with plain MHA, GQA, MLA or DeepSeek's sparse attention, and of its draft models.
+    """The KV of the layers with MHA, GQA, MLA or DeepSeek's sparse attention, and of draft models.
 
     Raises:
         UnsupportedModelError: another kind of pool; the message names it.
     """
-    if components == {ComponentType.FULL, ComponentType.SWA}:
+    if ComponentType.SWA in components:
         _refuse("some of its layers keep a sliding window only", f"Add {KEEP_WINDOWS}, and they keep all")
-    if components != {ComponentType.FULL}:
-        others = sorted(component.name for component in components - {ComponentType.FULL})
-        _refuse(f"it has {' and '.join(others)} state besides full attention")
-    layers = _layers(params.token_to_kv_pool_allocator.get_kvcache())
+    if others := components - {ComponentType.FULL, ComponentType.MAMBA}:
+        names = sorted(component.name for component in others)
+        _refuse(f"it has {' and '.join(names)} state besides full attention")
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    layers = _layers(pool.full_kv_pool if type(pool) is HybridLinearKVPool else pool)
     drafts = [layer for pool in draft_pools(params) for layer in _layers(pool)]
     _let_ride(layers, drafts)
+    return _pool(layers, params.page_size)
+
+
+def state_pool(params: CacheInitParams) -> DevicePool:
+    """The states of the layers with linear attention or Mamba. A page is one slot of SGLang's: the state of all of them.
+
+    Raises:
+        UnsupportedModelError: SGLang keeps more than one tensor of convolutions and one of recurrent states per layer.
+    """
+    slots = params.req_to_token_pool
+    if type(slots) is not HybridReqToTokenPool or type(slots.mamba_pool) is not MambaPool:
+        _refuse(f"its states lie in a {type(slots.mamba_pool).__name__}")
+    if slots.mamba_ckpt_pool is not None:
+        _refuse("its states are quantised", "Leave --enable-int8-mamba-checkpoint out")
+    if slots.mamba_pool._slot_siblings:
+        _refuse("its layers keep more than the states of linear attention")
+    if not params.enable_mamba_extra_buffer:
+        _refuse("its states are not kept at the end of pages", "Give --mamba-radix-cache-strategy extra_buffer")
+    kept = slots.mamba_pool.mamba_cache
+    parts = [part for part in (*kept.conv, kept.temporal) if part.numel()]
+    return _pool([[part[layer] for part in parts] for layer in range(len(parts[0]))], page_size=1)
+
+
+def _pool(layers: Layers, page_size: int) -> DevicePool:
     try:
-        return DevicePool(layers, params.page_size)
+        return DevicePool(layers, page_size)
     except ValueError as error:
         _refuse(str(error))
 
@@ -98,5 +130,6 @@ def _slots(pages: torch.Tensor, page_size: int) -> Iterable[torch.Tensor]:
 def _refuse(reason: str, remedy: str = "Start the server without the flag") -> NoReturn:
     raise UnsupportedModelError(
         "--enable-cached-attention supports models with plain MHA, GQA or MLA attention, or DeepSeek's sparse "
-        f"one; this one is not supported because {reason}. {remedy}."
+        f"one, and layers of linear attention or Mamba beside it; this one is not supported because {reason}. "
+        f"{remedy}."
     )

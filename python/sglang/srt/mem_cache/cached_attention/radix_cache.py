@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from .hybrid import HybridLinker, HybridTreeLink
 from .linker import CachedAttentionLinker
 from .tree_link import TreeLink
 
@@ -40,7 +41,8 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     linker: TreeLink
 
     def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
-        self.linker = TreeLink(self, cache_linker)
+        link = HybridTreeLink if isinstance(cache_linker, HybridLinker) else TreeLink
+        self.linker = link(self, cache_linker)
         self._counted: WeakSet[Req] = WeakSet()
         self._remote_pages: WeakKeyDictionary[CacheRequestHandle, Sequence[int]] = WeakKeyDictionary()
         """Of requests that were admitted: the places in their chains of pages from the remote store."""

@@ -118,7 +118,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         restorable = self.cache_linker.reserve(req.rid, chain)
         if on_device >= in_prompt:
             return result
-        pages = self.ranks.agree(min(restorable, in_prompt))
+        pages = self._agree(req, chain, min(restorable, in_prompt), on_device)
         if pages <= on_device:
             return result
         tail = self._chains[req].hashes[on_device:pages]
@@ -126,6 +126,10 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         return result._replace(
             last_host_node=result.best_match_node, host_hit_length=(pages - on_device) * page_size
         )
+
+    def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
+        """How many pages every rank can restore, where this one has `pages`; more than `on_device`, or no matter."""
+        return self.ranks.agree(pages)
 
     def _chain(self, key: RadixKey, req: Req) -> Chain:
         known = self._chains.setdefault(req, RequestChain([], Chain()))
@@ -197,7 +201,8 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         for node_id in node_ids:
             transfers = self.cache.tree_core.build_external_linker_offload_transfers(node_id)
             if transfers:
-                self._offload_node(node_id, [self._with_prefix(node_id, transfer) for transfer in transfers])
+                kv, *others = transfers
+                self._offload_node(node_id, [self._with_prefix(node_id, kv), *others])
 
     def _with_prefix(self, node_id: NodeId, transfer: PoolTransfer) -> PathTransfer:
         """The node's pages, or its whole path where the store has lost what comes before them."""

@@ -46,6 +46,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return NAME
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        return True
+
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm in ALGORITHMS
 

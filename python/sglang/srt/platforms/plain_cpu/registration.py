@@ -27,6 +27,9 @@ def register_backend() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     register_attention_backend(NAME)(_create_backend)
+    # Upstream's linear attention is Triton's.
+    setup = f"{SRT}.model_executor.model_runner_components.attention_backend_setup"
+    HookRegistry.register(f"{setup}.attn_backend_wrapper", linear_attention_too, HookType.AROUND)
 
 
 def _create_backend(model_runner: Any) -> Any:
@@ -35,6 +38,18 @@ def _create_backend(model_runner: Any) -> Any:
     if model_runner.use_mla_backend:
         use_latent_attention()
     return PlainCpuAttnBackend(model_runner)
+
+
+def linear_attention_too(original: Callable[..., Any], model_runner: Any, attention: Any) -> Any:
+    """`attention`, and what the other layers of a hybrid model need."""
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+
+    config = hybrid_gdn_config(model_runner.model_config)
+    if config is None:
+        return original(model_runner, attention)
+    from sglang.srt.platforms.plain_cpu.linear_attention import hybrid_backend
+
+    return hybrid_backend(model_runner, attention, config.full_attention_layer_ids)
 
 
 def use_latent_attention() -> None:

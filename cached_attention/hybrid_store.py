@@ -1,0 +1,150 @@
+"""A store for models that are not all attention: the KV of some layers, and beside it the states of the others."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from cached_attention.chain import Chain, PageRun
+from cached_attention.index import PageKey
+from cached_attention.store import CachedAttentionStore
+from cached_attention.transfer.streams import Event
+
+
+class HybridStore(CachedAttentionStore):
+    """Keeps KV page by page, and `states` where they were saved.
+
+    A layer with linear attention or Mamba keeps one state per sequence, whatever its length. It cannot be cut: a
+    conversation goes on from the end of a page whose state was saved, and needs the KV of all pages up to
+    there. States lie in a store of their own, in which a page is one state and has the key of the KV page
+    that it follows, and no page before it. What the queue will ask for is brought up in both; each evicts by itself.
+
+    Args:
+        states: made for the pool of states, without a remote tier. This store drives and closes it.
+        options: as of `CachedAttentionStore`, which has the other arguments too; no remote tier.
+    """
+
+    def __init__(self, *args: Any, states: CachedAttentionStore, **options: Any) -> None:
+        self.states = states
+        self._wanted: dict[str, PageKey] = {}
+        """The states that waiting requests were said to go on from."""
+        self._has_state: deque[bool] = deque()
+        """Of the saves that have not been popped."""
+        super().__init__(*args, **options)
+
+    # Looking up
+
+    def ends(self, chain: Chain, pages: int) -> Iterator[int]:
+        """Of the prefixes of `chain` with up to `pages` pages those whose state can be loaded, longest first."""
+        is_loadable = self.states.is_loadable
+        return (end for end in range(pages, 0, -1) if is_loadable(chain.keys[end - 1]))
+
+    def _usable(self, chain: Chain, pages: int) -> int:
+        holds = self.states.holds
+        return next((end for end in range(pages, 0, -1) if holds(chain.keys[end - 1])), 0)
+
+    # The waiting queue
+
+    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None) -> int:
+        pages = super().arrive(request, chain, page_tokens)
+        state = chain.keys[pages - 1] if pages else b""
+        if self._wanted.get(request, b"") != state:
+            self.states.leave(request)
+        if pages:
+            self._wanted[request] = state
+            self.states.arrive(request, Chain([state]), pages * self.layout.page_size)
+        return pages
+
+    def is_ready(self, request: str, may_give_up: bool = True) -> bool:
+        return super().is_ready(request, may_give_up) and self.states.is_ready(request, may_give_up)
+
+    def reorder(self, requests: Sequence[str]) -> None:
+        super().reorder(requests)
+        self.states.reorder(self._pages.waiting.requests)
+
+    def leave(self, request: str) -> None:
+        super().leave(request)
+        self._wanted.pop(request, None)
+        self.states.leave(request)
+
+    def drop(self, chain: Chain) -> int:
+        dropped = super().drop(chain)
+        for key in chain.keys:
+            if not self.holds(key):
+                self.states.drop(Chain([key]))
+        return dropped
+
+    def prefill_took(self, tokens: int, seconds: float) -> None:
+        super().prefill_took(tokens, seconds)
+        self.states.prefill_took(tokens, seconds)
+
+    def reserve_state(self, request: str, key: PageKey) -> None:
+        """Keep the state at the end of the page `key`, one of `ends`, until `end_pass`."""
+        self.states.reserve(request, Chain([key]))
+
+    def end_pass(self) -> None:
+        super().end_pass()
+        self.states.end_pass()
+
+    # Loading
+
+    def cancel_load(self, request: str) -> bool:
+        self.states.cancel_load(request)
+        return super().cancel_load(request)
+
+    def finish_load(self, batch: int, stream: Any = None) -> bool:
+        landed = self.states.finish_load(batch, stream)
+        return super().finish_load(batch, stream) and landed
+
+    # Saving
+
+    def save(self, run: PageRun, after: Sequence[Event] = (), state: PageRun | None = None) -> None:
+        """Save `run`, and with it `state`, that at its end. Both must stay as they are until it is reported."""
+        super().save(run, after)
+        self._has_state.append(state is not None)
+        if state is not None:
+            self.states.save(state, after)
+
+    def poll(self) -> int:
+        with_kv, with_states, finished = super().poll(), self.states.poll(), 0
+        for has_state in islice(self._has_state, with_kv):
+            if has_state and not with_states:
+                break
+            with_states -= has_state
+            finished += 1
+        return finished
+
+    def pop_save(self) -> bool:
+        whole = super().pop_save()
+        return (self.states.pop_save() and whole) if self._has_state.popleft() else whole
+
+    # Life and death
+
+    def flush(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        left = super().flush(timeout)
+        return left + self.states.flush(max(0.0, until - time.monotonic()))
+
+    def reset(self) -> None:
+        super().reset()
+        self.states.reset()
+
+    def detach_disk(self) -> None:
+        super().detach_disk()
+        self.states.detach_disk()
+
+    def _start_empty(self, epoch: int) -> None:
+        super()._start_empty(epoch)
+        self._wanted.clear()
+        self._has_state.clear()
+
+    def close(self) -> None:
+        super().close()
+        self.states.close()
+
+    def check_invariants(self) -> None:
+        super().check_invariants()
+        self.states.check_invariants()

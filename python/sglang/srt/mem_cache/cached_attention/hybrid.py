@@ -1,0 +1,147 @@
+"""Models some of whose layers keep one state per sequence: linear attention, Mamba."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.server_args import ServerArgs
+
+from cached_attention.chain import Chain, PageRun
+from cached_attention.hybrid_store import HybridStore
+from cached_attention.store import CachedAttentionStore
+from cached_attention.tiers.disk import DiskTier
+
+from .identity import ModelIdentity
+from .layer_events import Layer, LayerEvents
+from .linker import CachedAttentionLinker, page_keys
+from .never_waits import never_waits
+from .pools import state_pool
+from .rotary import UnsupportedRotationError
+from .tree_link import TreeLink
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+STATES = "states"
+"""Directory of the states on disk, in that of the rank."""
+ENDS = 64
+"""Prefixes that ranks look for a common one among."""
+
+
+class HybridLinker(CachedAttentionLinker):
+    """Owns the stores of this rank's KV and states. Host memory and disk are divided as SGLang divides the device."""
+
+    store: HybridStore
+
+    def __init__(self, server_args: ServerArgs, params: CacheInitParams, **options: Any) -> None:
+        super().__init__(server_args, params, **options)
+        self._states = state_pool(params)
+        self._state_identity = ModelIdentity(server_args, params, self._states)
+        self.pools = {**self.pools, PoolName.MAMBA: self._states}
+        slots, kv = params.req_to_token_pool, self._kv_cache
+        self._sources = _sources(kv.full_attention_layer_id_mapping, slots.mamba_map, kv.start_layer)
+        self.layer_done_counter = LayerEvents(len(self._sources), self._load_waited if self.on_cpu else None)
+        # The pool of KV is told by SGLang.
+        slots.register_layer_transfer_counter(self.layer_done_counter)
+
+    def open(self, model: torch.nn.Module, hf_config: Any) -> None:
+        self._state_identity.describe(model, hf_config)
+        super().open(model, hf_config)
+
+    def _make_store(self) -> HybridStore:
+        host_size = super()._share(self._config.host_size)
+        states = CachedAttentionStore(
+            self._states, host_size - self._share(self._config.host_size), self._open_states(), **self._policies()
+        )
+        kv_size, disk = self._share(self._config.host_size), self._open_disk()
+        return HybridStore(self._pool, kv_size, disk, states=states, **self._policies())
+
+    def _share(self, size: int) -> int:
+        """What the KV of this rank has of `size` bytes of its machine; its states have the rest."""
+        kv, states = (pool.num_pages * pool.layout.page_bytes for pool in (self._pool, self._states))
+        return super()._share(size) * kv // (kv + states)
+
+    def _open_states(self) -> DiskTier | None:
+        size = super()._share(self._config.disk_size) - self._share(self._config.disk_size)
+        return self._open_directory(self._state_identity, size, STATES)
+
+    def _find_rotations(self, model: torch.nn.Module) -> None:
+        self._immovable = UnsupportedRotationError(
+            "CachedAttention does not truncate conversations of this model because some of its layers keep one state "
+            "of all tokens. Over-long prompts are treated as SGLang does without it."
+        )
+
+    def _announce(self) -> None:
+        super()._announce()
+        self._announce_tiers(self.store.states)
+
+    @never_waits
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        kv, state = transfers
+        if not super().load(rid, [kv]):
+            return False
+        known = self._record_indices_ready()
+        if self.store.states.queue_load(rid, page_keys(state.keys or []), state.device_indices, known):
+            return True
+        self.store.cancel_load(rid)
+        return False
+
+    def _start_load(self, batch: int) -> Sequence[Layer]:
+        # Which forward used a slot of states last is not watched: all of them are waited for.
+        states = self.store.states.start_load(batch, self.record_offload_ready()).layers
+        sources = {PoolName.KV: super()._start_load(batch), PoolName.MAMBA: states}
+        return [sources[pool][layer] for pool, layer in self._sources]
+
+    @never_waits
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        kv, *states = transfers
+        runs = [PageRun(None, 0, page_keys(state.keys), state.device_indices) for state in states]
+        self.store.save(self.page_run(kv), self.record_offload_ready(), *runs)
+        return True
+
+    def reset(self) -> None:
+        states = self.store.states
+        if self._has_other_pages(states, self._state_identity):
+            states.replace_disk(lambda: self._try_to_open(self._open_states))
+        super().reset()
+
+    def describe(self) -> dict[str, Any]:
+        states = self.store.states
+        return super().describe() | {STATES: {"state_bytes": states.layout.page_bytes, **states.counters()}}
+
+
+def _sources(
+    kv_layers: dict[int, int], state_layers: dict[int, int], start: int
+) -> list[tuple[PoolName, int]]:
+    """Per layer of this rank's model the pool that it reads, and which layer of it."""
+    sources = {layer: (PoolName.KV, number) for layer, number in kv_layers.items()}
+    sources |= {layer: (PoolName.MAMBA, number) for layer, number in state_layers.items()}
+    return [sources[layer] for layer in range(start, start + len(sources))]
+
+
+class HybridTreeLink(TreeLink):
+    """What can be restored ends where a state was saved."""
+
+    cache_linker: HybridLinker
+
+    def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        result = super().match(key, req, result)
+        return result._replace(mamba_host_hit_length=1) if self.has_hit(req.rid) else result
+
+    def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
+        ends = self.cache_linker.store.ends(chain, pages)
+        if self.cache.tp_world_size == 1:
+            end = next(ends, 0)
+        else:
+            here = list(islice(ends, ENDS))
+            end = self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=on_device)
+        if end > on_device:
+            self.cache_linker.store.reserve_state(req.rid, chain.keys[end - 1])
+        return end
