@@ -26,8 +26,8 @@ from benchmark.tokenizer import make_tokenizer, word_ids
 Size = Literal["tiny", "100m"]
 Dtype = Literal["float32", "bfloat16"]
 Architecture = Literal["llama", "deepseek-mla", "gemma3", "qwen3.5", "llama-eagle"]
-"""`gemma3`: every other layer has a sliding window; `qwen3.5`: is a gated delta net. `llama-eagle`: a draft model for
-a `llama` of this size."""
+"""`gemma3`: every other layer has a sliding window. `qwen3.5`: every other layer is a gated delta net.
+`llama-eagle`: a draft model for a `llama` of this size."""
 
 SPEC_FILE = "benchmark-model.json"
 HEAD_DIM = 64
@@ -209,7 +209,7 @@ def _initialise(model: PreTrainedModel, emitted: list[int], seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    # Gemma adds 1 to what its norms scale by, and multiplies embeddings by the root of their width. Qwen3.5 does the former.
+    # Gemma and Qwen3.5 add 1 to what norms scale by; Gemma multiplies embeddings by the root of their width.
     gemma, qwen = (model.config.model_type.startswith(name) for name in ("gemma", "qwen3_5"))
     norm, embedding = float(not (gemma or qwen)), model.config.hidden_size**-0.5 if gemma else 1.0
     with torch.no_grad():

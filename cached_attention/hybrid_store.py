@@ -1,17 +1,23 @@
-"""A store for models that are not all attention: the KV of some layers, and beside it the states of the others."""
+"""A store for models that are not all attention: KV of some layers, and beside it states of the others."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.index import PageKey
 from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer.streams import Event
+
+
+class _Saved(NamedTuple):
+    """What one save has."""
+
+    pages: bool
+    state: bool
 
 
 class HybridStore(CachedAttentionStore):
@@ -20,7 +26,8 @@ class HybridStore(CachedAttentionStore):
     A layer with linear attention or Mamba keeps one state per sequence, whatever its length. It cannot be cut: a
     conversation goes on from the end of a page whose state was saved, and needs the KV of all pages up to
     there. States lie in a store of their own, in which a page is one state and has the key of the KV page
-    that it follows, and no page before it. What the queue will ask for is brought up in both; each evicts by itself.
+    that it follows, and no page before it. What the queue will ask for is brought up in both; each evicts by
+    itself.
 
     Args:
         states: made for the pool of states, without a remote tier. This store drives and closes it.
@@ -31,8 +38,8 @@ class HybridStore(CachedAttentionStore):
         self.states = states
         self._wanted: dict[str, PageKey] = {}
         """The states that waiting requests were said to go on from."""
-        self._has_state: deque[bool] = deque()
-        """Of the saves that have not been popped."""
+        self._saved: deque[_Saved] = deque()
+        """The saves that have not been popped."""
         super().__init__(*args, **options)
 
     # Looking up
@@ -101,25 +108,28 @@ class HybridStore(CachedAttentionStore):
 
     # Saving
 
-    def save(self, run: PageRun, after: Sequence[Event] = (), state: PageRun | None = None) -> None:
-        """Save `run`, and with it `state`, that at its end. Both must stay as they are until it is reported."""
-        super().save(run, after)
-        self._has_state.append(state is not None)
+    def save(self, run: PageRun | None, after: Sequence[Event] = (), state: PageRun | None = None) -> None:
+        """Save pages, the state at the end of one, or both. They must stay as they are until it is reported."""
+        self._saved.append(_Saved(run is not None, state is not None))
+        if run is not None:
+            super().save(run, after)
         if state is not None:
             self.states.save(state, after)
 
     def poll(self) -> int:
-        with_kv, with_states, finished = super().poll(), self.states.poll(), 0
-        for has_state in islice(self._has_state, with_kv):
-            if has_state and not with_states:
+        pages, states, finished = super().poll(), self.states.poll(), 0
+        for saved in self._saved:
+            pages -= saved.pages
+            states -= saved.state
+            if pages < 0 or states < 0:
                 break
-            with_states -= has_state
             finished += 1
         return finished
 
     def pop_save(self) -> bool:
-        whole = super().pop_save()
-        return (self.states.pop_save() and whole) if self._has_state.popleft() else whole
+        saved = self._saved.popleft()
+        pages_are_whole = not saved.pages or super().pop_save()
+        return (not saved.state or self.states.pop_save()) and pages_are_whole
 
     # Life and death
 
@@ -139,7 +149,7 @@ class HybridStore(CachedAttentionStore):
     def _start_empty(self, epoch: int) -> None:
         super()._start_empty(epoch)
         self._wanted.clear()
-        self._has_state.clear()
+        self._saved.clear()
 
     def close(self) -> None:
         super().close()

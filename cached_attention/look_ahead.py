@@ -98,9 +98,7 @@ class LookAhead:
         """Requests whose pages are on their way or held."""
         return len(self._asks) - len(self._open)
 
-    def ask(
-        self, request: str, keys: Sequence[PageKey], loadable: int, page_tokens: int | None = None
-    ) -> None:
+    def ask(self, request: str, keys: Sequence[PageKey], loadable: int, page_tokens: int | None = None) -> None:
         """`request`, which waits, can have the pages `keys`, of which the first `loadable` are in host memory.
 
         What of them can never be in host memory at once is not waited for.

@@ -10,12 +10,17 @@ from typing import NamedTuple
 from cached_attention.tiers.disk_directory import FINGERPRINT_NAME, LOCK_NAME, STORE_NAME, stores
 from cached_attention.tiers.disk_space import disk_usage
 
-RANK_NAME = re.compile(r"dp\d+-pp\d+-tp\d+")
+RANK_NAME = re.compile(r"dp\d+-pp\d+-tp\d+(-states)?")
 
 
 def rank_name(replica: int, pp_rank: int, tp_rank: int) -> str:
-    """Of the directory of one rank among several on a machine."""
+    """Of the directory of one rank among several on a machine, or of one whose model has states beside KV."""
     return f"dp{replica}-pp{pp_rank}-tp{tp_rank}"
+
+
+def states_name(rank: str) -> str:
+    """Of the directory of the states of `rank`: beside that of its KV, each with a limit of its own."""
+    return f"{rank}-states"
 
 
 class NoStoresError(FileNotFoundError):
@@ -54,7 +59,8 @@ class FoundStores(NamedTuple):
 def find_stores(directory: Path) -> FoundStores:
     """Every store of the server that was given `directory`, which may also be one rank's directory or one store.
 
-    A server with one rank has its stores in `directory`, one with several in a directory per rank.
+    A server with one rank has its stores in `directory`, one with several in a directory per rank; with a hybrid
+    model each rank has two.
 
     Raises:
         NoStoresError: no server was ever given `directory`; other places are not searched.

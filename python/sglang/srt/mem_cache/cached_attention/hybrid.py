@@ -7,41 +7,46 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, InsertResult, MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.hybrid_store import HybridStore
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.disk_ranks import states_name
 
+from .flags import REMOTE
 from .identity import ModelIdentity
 from .layer_events import Layer, LayerEvents
 from .linker import CachedAttentionLinker, page_keys
 from .never_waits import never_waits
-from .pools import state_pool
+from .pools import refuse, state_pool
 from .rotary import UnsupportedRotationError
 from .tree_link import TreeLink
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
-STATES = "states"
-"""Directory of the states on disk, in that of the rank."""
 ENDS = 64
 """Prefixes that ranks look for a common one among."""
 
 
 class HybridLinker(CachedAttentionLinker):
-    """Owns the stores of this rank's KV and states. Host memory and disk are divided as SGLang divides the device."""
+    """Owns the stores of this rank's KV and states, which share host memory and disk as they share the device."""
 
     store: HybridStore
 
     def __init__(self, server_args: ServerArgs, params: CacheInitParams, **options: Any) -> None:
         super().__init__(server_args, params, **options)
+        if self._config.remote is not None:
+            refuse("states are not shared by servers", f"Leave {REMOTE.option} out")
         self._states = state_pool(params)
         self._state_identity = ModelIdentity(server_args, params, self._states)
         self.pools = {**self.pools, PoolName.MAMBA: self._states}
@@ -56,26 +61,32 @@ class HybridLinker(CachedAttentionLinker):
         super().open(model, hf_config)
 
     def _make_store(self) -> HybridStore:
-        host_size = super()._share(self._config.host_size)
+        policies, size = self._policies(), self._share(self._config.host_size)
         states = CachedAttentionStore(
-            self._states, host_size - self._share(self._config.host_size), self._open_states(), **self._policies()
+            self._states, self._share_of_states(self._config.host_size), self._open_states(), **policies
         )
-        kv_size, disk = self._share(self._config.host_size), self._open_disk()
-        return HybridStore(self._pool, kv_size, disk, states=states, **self._policies())
+        return HybridStore(self._pool, size, self._open_disk(), states=states, **policies)
 
     def _share(self, size: int) -> int:
         """What the KV of this rank has of `size` bytes of its machine; its states have the rest."""
         kv, states = (pool.num_pages * pool.layout.page_bytes for pool in (self._pool, self._states))
         return super()._share(size) * kv // (kv + states)
 
+    def _share_of_states(self, size: int) -> int:
+        return super()._share(size) - self._share(size)
+
+    def _open_disk(self) -> DiskTier | None:
+        size = self._share(self._config.disk_size)
+        return self._open_directory(self._identity.rank_name, self._identity, size)
+
     def _open_states(self) -> DiskTier | None:
-        size = super()._share(self._config.disk_size) - self._share(self._config.disk_size)
-        return self._open_directory(self._state_identity, size, STATES)
+        size = self._share_of_states(self._config.disk_size)
+        return self._open_directory(states_name(self._identity.rank_name), self._state_identity, size)
 
     def _find_rotations(self, model: torch.nn.Module) -> None:
         self._immovable = UnsupportedRotationError(
-            "CachedAttention does not truncate conversations of this model because some of its layers keep one state "
-            "of all tokens. Over-long prompts are treated as SGLang does without it."
+            "CachedAttention does not truncate conversations of this model because some of its layers keep one "
+            "state of all tokens. Over-long prompts are treated as SGLang does without it."
         )
 
     def _announce(self) -> None:
@@ -101,9 +112,13 @@ class HybridLinker(CachedAttentionLinker):
 
     @never_waits
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        kv, *states = transfers
-        runs = [PageRun(None, 0, page_keys(state.keys), state.device_indices) for state in states]
-        self.store.save(self.page_run(kv), self.record_offload_ready(), *runs)
+        by_pool = {transfer.name: transfer for transfer in transfers}
+        kv, state = by_pool.get(PoolName.KV), by_pool.get(PoolName.MAMBA)
+        self.store.save(
+            self.page_run(kv) if kv else None,
+            self.record_offload_ready(),
+            PageRun(None, 0, page_keys(state.keys), state.device_indices) if state else None,
+        )
         return True
 
     def reset(self) -> None:
@@ -114,12 +129,10 @@ class HybridLinker(CachedAttentionLinker):
 
     def describe(self) -> dict[str, Any]:
         states = self.store.states
-        return super().describe() | {STATES: {"state_bytes": states.layout.page_bytes, **states.counters()}}
+        return super().describe() | {"states": {"state_bytes": states.layout.page_bytes, **states.counters()}}
 
 
-def _sources(
-    kv_layers: dict[int, int], state_layers: dict[int, int], start: int
-) -> list[tuple[PoolName, int]]:
+def _sources(kv_layers: dict[int, int], state_layers: dict[int, int], start: int) -> list[tuple[PoolName, int]]:
     """Per layer of this rank's model the pool that it reads, and which layer of it."""
     sources = {layer: (PoolName.KV, number) for layer, number in kv_layers.items()}
     sources |= {layer: (PoolName.MAMBA, number) for layer, number in state_layers.items()}
@@ -130,6 +143,11 @@ class HybridTreeLink(TreeLink):
     """What can be restored ends where a state was saved."""
 
     cache_linker: HybridLinker
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._with_state: set[NodeId] = set()
+        """Nodes that were saved with their states while a prompt was inserted."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         result = super().match(key, req, result)
@@ -145,3 +163,25 @@ class HybridTreeLink(TreeLink):
         if end > on_device:
             self.cache_linker.store.reserve_state(req.rid, chain.keys[end - 1])
         return end
+
+    def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
+        super()._offload_node(node_id, transfers)
+        if len(transfers) > 1:
+            self._with_state.add(node_id)
+
+    def inserted(self, params: InsertParams, result: InsertResult) -> None:
+        """Save a state that came to a node after its KV: where prompts that share a beginning part."""
+        node = result.last_device_node
+        if params.mamba_value is not None and not result.mamba_exist and node not in self._with_state:
+            self._offload_state(node)
+        self._with_state.clear()
+
+    def _offload_state(self, node: NodeId) -> None:
+        state = self.cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
+        last = self.cache.get_last_hash_value(node)
+        if state is None or last is None:
+            return
+        lock = self.cache.inc_lock_ref(node).to_dec_params()
+        self.cache_linker.offload([PoolTransfer(PoolName.MAMBA, None, state, [last])])
+        # With no node to be marked: the tree marks those whose KV is kept.
+        self.pending_offloads.append(_PendingOffload(node, lock, []))

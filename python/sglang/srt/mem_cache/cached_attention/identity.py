@@ -64,10 +64,11 @@ class ModelIdentity:
     @property
     def rank_directory(self) -> str:
         """Each rank owns a directory; the only one has the whole."""
-        ranks = self._ranks
-        if self.ranks_per_machine == 1:
-            return "."
-        return rank_name(self._replica, ranks["pp_rank"], ranks["tp_rank"])
+        return "." if self.ranks_per_machine == 1 else self.rank_name
+
+    @property
+    def rank_name(self) -> str:
+        return rank_name(self._replica, self._ranks["pp_rank"], self._ranks["tp_rank"])
 
     def _draft(self) -> dict[str, str]:
         """What decides the KV of the draft model; nothing without one."""

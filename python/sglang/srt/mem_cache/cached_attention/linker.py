@@ -145,14 +145,16 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self._immovable = error
 
     def _open_disk(self) -> DiskTier | None:
-        return self._open_directory(self._identity, self._share(self._config.disk_size))
+        return self._open_directory(
+            self._identity.rank_directory, self._identity, self._share(self._config.disk_size)
+        )
 
-    def _open_directory(self, identity: ModelIdentity, size: int, name: str = ".") -> DiskTier | None:
-        """The tier of up to `size` bytes in the directory `name` of this rank's."""
+    def _open_directory(self, name: str, identity: ModelIdentity, size: int) -> DiskTier | None:
+        """The tier of up to `size` bytes in the directory `name`."""
         if self._config.disk_path is None:
             return None
         return DiskTier(
-            Path(self._config.disk_path) / identity.rank_directory / name,
+            Path(self._config.disk_path) / name,
             identity.fingerprint(),
             size,
             ttl=self._config.ttl or None,

@@ -17,13 +17,16 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.srt.mem_cache.mla_host_dedup import MLAHostDedupBroadcaster
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from cached_attention.chain import Chain
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.remote import RemoteTier
 
+from .flags import MLA_DEDUP
 from .layer_events import Layer
 from .linker import CachedAttentionLinker
+from .pools import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,12 @@ class RelayedLayer(NamedTuple):
 class MlaDedupLinker(CachedAttentionLinker):
     """The linker of `--cached-attention-mla-dedup`; where no ranks hold equal pages it is as without."""
 
-    def __init__(self, server_args: Any, params: CacheInitParams, **options: Any) -> None:
-        super().__init__(server_args, params, **options)
+    def __init__(
+        self, server_args: Any, params: CacheInitParams, *, components: set[ComponentType], **options: Any
+    ) -> None:
+        if ComponentType.MAMBA in components:
+            refuse("its states are not broadcast", f"Leave {MLA_DEDUP.option} out")
+        super().__init__(server_args, params, components=components, **options)
         self._broadcaster = _broadcaster(params, self.on_cpu)
         self._keeps = self._broadcaster is None or self._broadcaster.is_src
         self._queued: dict[str, torch.Tensor] = {}

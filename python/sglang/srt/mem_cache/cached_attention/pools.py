@@ -41,10 +41,10 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
         UnsupportedModelError: another kind of pool; the message names it.
     """
     if ComponentType.SWA in components:
-        _refuse("some of its layers keep a sliding window only", f"Add {KEEP_WINDOWS}, and they keep all")
+        refuse("some of its layers keep a sliding window only", f"Add {KEEP_WINDOWS}, and they keep all")
     if others := components - {ComponentType.FULL, ComponentType.MAMBA}:
         names = sorted(component.name for component in others)
-        _refuse(f"it has {' and '.join(names)} state besides full attention")
+        refuse(f"it has {' and '.join(names)} state besides full attention")
     pool = params.token_to_kv_pool_allocator.get_kvcache()
     layers = _layers(pool.full_kv_pool if type(pool) is HybridLinearKVPool else pool)
     drafts = [layer for pool in draft_pools(params) for layer in _layers(pool)]
@@ -53,20 +53,20 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
 
 
 def state_pool(params: CacheInitParams) -> DevicePool:
-    """The states of the layers with linear attention or Mamba. A page is one slot of SGLang's: the state of all of them.
+    """The states of the layers with linear attention or Mamba. A page is one slot: the state of all of them.
 
     Raises:
-        UnsupportedModelError: SGLang keeps more than one tensor of convolutions and one of recurrent states per layer.
+        UnsupportedModelError: SGLang keeps them in another way, or more than them; the message says so.
     """
     slots = params.req_to_token_pool
     if type(slots) is not HybridReqToTokenPool or type(slots.mamba_pool) is not MambaPool:
-        _refuse(f"its states lie in a {type(slots.mamba_pool).__name__}")
+        refuse(f"its states lie in a {type(slots.mamba_pool).__name__}")
     if slots.mamba_ckpt_pool is not None:
-        _refuse("its states are quantised", "Leave --enable-int8-mamba-checkpoint out")
+        refuse("its states are quantised", "Leave --enable-int8-mamba-checkpoint out")
     if slots.mamba_pool._slot_siblings:
-        _refuse("its layers keep more than the states of linear attention")
+        refuse("its layers keep more than the states of linear attention")
     if not params.enable_mamba_extra_buffer:
-        _refuse("its states are not kept at the end of pages", "Give --mamba-radix-cache-strategy extra_buffer")
+        refuse("its states are not kept at the end of pages", "Give --mamba-radix-cache-strategy extra_buffer")
     kept = slots.mamba_pool.mamba_cache
     parts = [part for part in (*kept.conv, kept.temporal) if part.numel()]
     return _pool([[part[layer] for part in parts] for layer in range(len(parts[0]))], page_size=1)
@@ -76,13 +76,13 @@ def _pool(layers: Layers, page_size: int) -> DevicePool:
     try:
         return DevicePool(layers, page_size)
     except ValueError as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
 def _let_ride(layers: Layers, drafts: Layers) -> None:
     """Add those of draft models to the last of `layers`: nobody reads them before the target model has run."""
     if len(drafts) > len(layers):
-        _refuse(f"its draft model has {len(drafts)} layers, and it has {len(layers)} itself")
+        refuse(f"its draft model has {len(drafts)} layers, and it has {len(layers)} itself")
     for layer, draft in zip(reversed(layers), reversed(drafts), strict=False):
         layer += draft
 
@@ -95,7 +95,7 @@ def _layers(pool: Any) -> Layers:
         DSATokenToKVPool: _sparse_layers,
     }
     if type(pool) not in layers_of:
-        _refuse(f"its KV lies in a {type(pool).__name__}")
+        refuse(f"its KV lies in a {type(pool).__name__}")
     return layers_of[type(pool)](pool)
 
 
@@ -106,16 +106,16 @@ def _latent_layers(pool: MLATokenToKVPool) -> Layers:
 def _mha_layers(pool: MHATokenToKVPool) -> Layers:
     scales = (pool.k_scale_buffer, getattr(pool, "native_k_scale_buffer", None))
     if any(scale is not None for scale in scales):
-        _refuse("its KV is quantised with scales beside it")
+        refuse("its KV is quantised with scales beside it")
     if pool.kv_cache_layout != "nhd":
-        _refuse(f"its KV has the layout {pool.kv_cache_layout!r} instead of 'nhd'")
+        refuse(f"its KV has the layout {pool.kv_cache_layout!r} instead of 'nhd'")
     return [[k, v] for k, v in zip(pool.k_buffer, pool.v_buffer, strict=True)]
 
 
 def _sparse_layers(pool: DSATokenToKVPool) -> Layers:
     """Latents, and what the indexer knows of each token; layers that take over another's choice have none."""
     if pool.index_kpool != 1 or pool.index_page_size != pool.page_size:
-        _refuse("its indexer keeps several tokens in one, or a page in parts")
+        refuse("its indexer keeps several tokens in one, or a page in parts")
     return [
         [latents, *_slots(index, pool.page_size)]
         for latents, index in zip(pool.kv_buffer, pool.index_k_with_scale_buffer, strict=True)
@@ -127,7 +127,8 @@ def _slots(pages: torch.Tensor, page_size: int) -> Iterable[torch.Tensor]:
     return [pages.view(len(pages) * page_size, -1)] if len(pages) else []
 
 
-def _refuse(reason: str, remedy: str = "Start the server without the flag") -> NoReturn:
+def refuse(reason: str, remedy: str = "Start the server without the flag") -> NoReturn:
+    """The message of a model that cannot be served with the flag, or with another one beside it."""
     raise UnsupportedModelError(
         "--enable-cached-attention supports models with plain MHA, GQA or MLA attention, or DeepSeek's sparse "
         f"one, and layers of linear attention or Mamba beside it; this one is not supported because {reason}. "

@@ -117,7 +117,9 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         self.linker.cache_linker.fence.close()
         # The saves that it starts are of pages of this prompt.
         with self.linker.inserting(params.key):
-            return super().insert(params)
+            result = super().insert(params)
+        self.linker.inserted(params, result)
+        return result
 
     def take_events(self) -> list[Any]:
         """What SGLang publishes after this pass: the tree's events of the device, then those of our tiers."""

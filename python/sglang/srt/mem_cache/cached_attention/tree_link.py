@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, InsertResult, MatchResult
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
@@ -88,6 +88,9 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         finally:
             self._inserted = None
 
+    def inserted(self, params: InsertParams, result: InsertResult) -> None:
+        """A prompt was inserted."""
+
     def _is_ready_here(self, rid: str, may_give_up: bool) -> bool:
         return self.cache_linker.store.is_ready(rid, may_give_up)  # The store is not open yet when this is made.
 
@@ -128,7 +131,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         )
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
-        """How many pages every rank can restore, where this one has `pages`; more than `on_device`, or no matter."""
+        """How many pages every rank can restore; this one has `pages`. Up to `on_device` it does not matter."""
         return self.ranks.agree(pages)
 
     def _chain(self, key: RadixKey, req: Req) -> Chain:

@@ -1,4 +1,4 @@
-"""Gated delta nets on a CPU (Qwen3-Next, Qwen3.5): what upstream leaves to Triton, with the recurrences of Transformers."""
+"""Gated delta nets on a CPU (Qwen3-Next, Qwen3.5), with the recurrences of Transformers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def split_grouped_projections(
 
 
 class Stretch(NamedTuple):
-    """Consecutive new tokens of a sequence: from the state in `slot` to one that is written to the slots `written`."""
+    """Consecutive new tokens of a sequence: from the state in `slot` to that which the slots `written` get."""
 
     length: int
     slot: int
@@ -94,7 +94,7 @@ class Stretch(NamedTuple):
 
 
 class GatedDeltaNetBackend(MambaAttnBackendBase):
-    """Reads and writes SGLang's slots of states: convolution `[channels, width - 1]`, recurrence `[v heads, v, k]`."""
+    """Reads and writes SGLang's slots: convolutions `[channels, width - 1]`, recurrences `[v heads, v, k]`."""
 
     needs_cpu_seq_lens = False
 
@@ -116,8 +116,9 @@ class GatedDeltaNetBackend(MambaAttnBackendBase):
         slots = self.forward_metadata.mamba_cache_indices.long()
         inputs, conv = _convolve(layer, mixed_qkv[:, :, None], cache.conv[0][slots])
         cache.conv[0][slots] = conv.to(cache.conv[0].dtype)
-        rows = [part[:, None] for part in (inputs[..., 0], a, b)]
-        out, state = _attend(torch_recurrent_gated_delta_rule, layer, *rows, cache.temporal[slots])
+        qkv = inputs.transpose(1, 2)
+        before = cache.temporal[slots]
+        out, state = _attend(torch_recurrent_gated_delta_rule, layer, qkv, a[:, None], b[:, None], before)
         cache.temporal[slots] = state.to(cache.temporal.dtype)
         if (tracked := forward_batch.mamba_track_mask) is not None and tracked.any():
             kept = self.forward_metadata.mamba_track_indices[tracked]
@@ -142,15 +143,15 @@ class GatedDeltaNetBackend(MambaAttnBackendBase):
             tokens = slice(start, start := start + stretch.length)
             conv, state = cache.conv[0][stretch.slot], cache.temporal[stretch.slot]
             inputs, conv = _convolve(layer, mixed_qkv[tokens].T[None], conv[None])
-            rows = [part[None] for part in (inputs[0].T, a[tokens], b[tokens])]
-            out, state = _attend(torch_chunk_gated_delta_rule, layer, *rows, state[None])
+            qkv, gates = inputs.transpose(1, 2), (a[tokens][None], b[tokens][None])
+            out, state = _attend(torch_chunk_gated_delta_rule, layer, qkv, *gates, state[None])
             for slot in stretch.written:
                 cache.conv[0][slot], cache.temporal[slot] = conv[0], state[0]
             outputs.append(out)
         return torch.cat(outputs, dim=1)
 
     def _stretches(self, forward_batch: ForwardBatch) -> Iterator[Stretch]:
-        """The sequences of the batch, in two parts where the state between them is to be kept for later requests."""
+        """The sequences of the batch, in two parts where the state between them is to be kept."""
         metadata, kept_at = self.forward_metadata, forward_batch.mamba_track_aligned_lens()
         kept = [0] * forward_batch.batch_size
         if kept_at is not None:

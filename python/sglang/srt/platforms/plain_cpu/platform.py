@@ -79,6 +79,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
                 server_args.max_total_tokens = MAX_TOTAL_TOKENS
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.dtype == "float32":
+            # Upstream would round the states of convolutions to bfloat16.
+            os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
         graphs = with_phase(server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
         server_args.cuda_graph_config = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
         draft_chains(server_args)
