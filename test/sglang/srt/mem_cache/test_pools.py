@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError, device_pool
+from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, Mamba2StateShape
+from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError, device_pool, state_pool
 from sglang.srt.mem_cache.memory_pool import (
     DSATokenToKVPool,
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
     MHATokenToKVPool,
     MHATokenToKVPoolFP4,
     MLATokenToKVPool,
@@ -105,8 +108,85 @@ def test_an_indexer_that_pools_tokens_is_refused() -> None:
 def test_other_state_beside_attention_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"sliding window only. Add --disable-hybrid-swa-memory"):
         device_pool(params(mha()), {ComponentType.FULL, ComponentType.SWA})
-    with pytest.raises(UnsupportedModelError, match=r"because it has MAMBA state.*without the flag"):
-        device_pool(params(mha()), {ComponentType.FULL, ComponentType.MAMBA})
+    with pytest.raises(UnsupportedModelError, match=r"because it has C128 state.*without the flag"):
+        device_pool(params(mha()), {ComponentType.FULL, ComponentType.C128})
+
+
+HYBRID = {ComponentType.FULL, ComponentType.MAMBA}
+STATES = 5
+
+
+def slots_of_states(layers: list[int], conv: torch.dtype = torch.bfloat16) -> HybridReqToTokenPool:
+    shape = Mamba2StateShape.create(
+        tp_world_size=1,
+        intermediate_size=64,
+        n_groups=2,
+        num_heads=4,
+        head_dim=16,
+        state_size=8,
+        conv_kernel=4,
+    )
+    return HybridReqToTokenPool(
+        size=4,
+        mamba_size=STATES,
+        mamba_spec_state_size=4,
+        max_context_len=64,
+        device="cpu",
+        enable_memory_saver=False,
+        cache_params=Mamba2CacheParams(
+            shape=shape, layers=layers, dtype=Mamba2StateDType(conv=conv, temporal=torch.float32)
+        ),
+        mamba_layer_ids=layers,
+        enable_mamba_extra_buffer=True,
+    )
+
+
+def hybrid(**extra: Any) -> Any:
+    """Layers 1 and 4 of six have attention."""
+    slots = slots_of_states([0, 2, 3, 5])
+    pool = HybridLinearKVPool(
+        size=8 * PAGE,
+        page_size=PAGE,
+        dtype=torch.bfloat16,
+        head_num=2,
+        head_dim=32,
+        full_attention_layer_ids=[1, 4],
+        device="cpu",
+        mamba_pool=slots.mamba_pool,
+    )
+    return params(pool, req_to_token_pool=slots, **{"enable_mamba_extra_buffer": True, **extra})
+
+
+def test_a_hybrid_model_has_pages_of_its_attention_and_states_of_the_other_layers() -> None:
+    of_model = hybrid()
+    device, states = device_pool(of_model, HYBRID), state_pool(of_model)
+    assert device.layout.component_bytes == ((PAGE * 2 * 32 * 2,) * 2,) * 2
+    conv, temporal = (64 + 2 * 2 * 8) * 3 * 2, 4 * 16 * 8 * 4
+    assert states.layout.component_bytes == ((conv, temporal),) * 4
+    assert (states.layout.page_size, states.num_pages) == (1, STATES + 1)
+    of_model.req_to_token_pool.mamba2_layer_cache(3).temporal[2] = 7
+    assert states.layers[2][1][2].view(torch.float32).eq(7).all()
+    assert not states.layers[2][1][[1, 3]].any()
+    assert not states.layers[1][1].any()
+
+
+def test_states_that_are_kept_in_another_way_are_refused() -> None:
+    of_model = hybrid(enable_mamba_extra_buffer=False)
+    with pytest.raises(
+        UnsupportedModelError, match=r"end of pages. Give --mamba-radix-cache-strategy extra_buffer"
+    ):
+        state_pool(of_model)
+    of_model = hybrid()
+    of_model.req_to_token_pool.mamba_pool.register_slot_state(object())
+    with pytest.raises(UnsupportedModelError, match="more than the states of linear attention"):
+        state_pool(of_model)
+    of_model = hybrid()
+    of_model.req_to_token_pool.mamba_ckpt_pool = object()
+    with pytest.raises(UnsupportedModelError, match="quantised. Leave --enable-int8-mamba-checkpoint out"):
+        state_pool(of_model)
+    of_model.req_to_token_pool = SimpleNamespace(mamba_pool=object())
+    with pytest.raises(UnsupportedModelError, match="its states lie in a object"):
+        state_pool(of_model)
 
 
 def test_layers_of_draft_models_ride_on_the_last() -> None:

@@ -40,7 +40,10 @@ class Tree:
         self.cache: Any = CachedAttentionRadixCache(params)
         linker = SimpleNamespace(fence=self.fence, forward_launched=lambda: self.fence.launched([CpuEvent()]))
         self.cache.linker = SimpleNamespace(
-            cache_linker=linker, finish_loads=list, inserting=lambda key: nullcontext()
+            cache_linker=linker,
+            finish_loads=list,
+            inserting=lambda key: nullcontext(),
+            inserted=lambda params, result: None,
         )
         self.prompt = RadixKey(array("q", range(8 * PAGE)))
         self.insert(self.prompt)
