@@ -182,7 +182,7 @@ def test_states_that_are_kept_in_another_way_are_refused() -> None:
         state_pool(of_model)
     of_model = hybrid()
     of_model.req_to_token_pool.mamba_ckpt_pool = object()
-    with pytest.raises(UnsupportedModelError, match="quantised. Leave --enable-int8-mamba-checkpoint out"):
+    with pytest.raises(UnsupportedModelError, match=r"quantised\. Leave --enable-int8-mamba-checkpoint out"):
         state_pool(of_model)
     of_model.req_to_token_pool = SimpleNamespace(mamba_pool=object())
     with pytest.raises(UnsupportedModelError, match="its states lie in a object"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffl
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
+from cached_attention.config import format_size
 from cached_attention.hybrid_store import HybridStore
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
@@ -33,6 +35,8 @@ from .tree_link import TreeLink
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
+
+logger = logging.getLogger(__name__)
 
 ENDS = 64
 """Prefixes that ranks look for a common one among."""
@@ -91,7 +95,15 @@ class HybridLinker(CachedAttentionLinker):
 
     def _announce(self) -> None:
         super()._announce()
-        self._announce_tiers(self.store.states)
+        states = self.store.states
+        for tier, count in states.counters().items():
+            if tier in ("host_pages", "disk_pages"):
+                logger.info(
+                    "CachedAttention: %s tier of %d states of %s per rank beside it.",
+                    tier.removesuffix("_pages"),
+                    count,
+                    format_size(states.layout.page_bytes),
+                )
 
     @never_waits
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:

@@ -187,14 +187,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             return None
 
     def _announce(self) -> None:
-        self._announce_tiers(self.store)
-        if (key := self._read_key()) is not None:
-            # By its name, as `cached-attention inspect` has it.
-            logger.info("CachedAttention: what leaves host memory is encrypted, key %s.", key.id)
-
-    @staticmethod
-    def _announce_tiers(store: CachedAttentionStore) -> None:
-        layout, counters = store.layout, store.counters()
+        layout, counters = self.store.layout, self.store.counters()
         for tier in ("host", "disk"):
             if pages := counters.get(f"{tier}_pages"):
                 logger.info(
@@ -206,6 +199,9 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                     format_size(layout.page_bytes),
                     counters[f"{tier}_pages_used"],
                 )
+        if (key := self._read_key()) is not None:
+            # By its name, as `cached-attention inspect` has it.
+            logger.info("CachedAttention: what leaves host memory is encrypted, key %s.", key.id)
 
     def truncation_rule(self, window: int, limit: int) -> TruncationRule:
         """How a prompt that outgrew `window` tokens is cut, see `TruncationRule`.
