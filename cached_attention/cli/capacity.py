@@ -10,6 +10,16 @@ import numpy as np
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}
 DEFAULT_DTYPE = "bfloat16"
+OTHER_STATES = (
+    "mamba_num_heads",
+    "mamba_n_heads",
+    "mamba_d_state",
+    "hybrid_override_pattern",
+    "linear_attn_config",
+)
+"""Say that some layers keep states of a kind that the planner does not know."""
+CONVOLUTION_BYTES, RECURRENCE_BYTES = 2, 4
+"""Of an element of a state, as SGLang keeps them."""
 RATIOS = (0.0, 0.1, 0.25)
 HIT_RATES = (0.0, 0.51, 0.98)
 """Measured at those RCC/CCpUT (Gao et al., ATC 2024), none without storage; linear between."""
@@ -29,7 +39,7 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = DEFAULT_DTYPE) ->
     if dtype not in BYTES_PER_ELEMENT:
         raise ValueError(f"KV dtype {dtype!r}: give one of {', '.join(BYTES_PER_ELEMENT)}.")
     try:
-        layers = config["num_hidden_layers"]
+        layers = config["num_hidden_layers"] - _delta_nets(config)
         if config.get("kv_lora_rank"):
             elements = config["kv_lora_rank"] + config["qk_rope_head_dim"]
         else:
@@ -39,6 +49,37 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = DEFAULT_DTYPE) ->
     except KeyError as error:
         raise ValueError(f"the config has no {error}: give --bytes-per-token instead.") from error
     return layers * (elements * BYTES_PER_ELEMENT[dtype] + _index_bytes(config.get("index_head_dim") or 0))
+
+
+def state_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of the state that a conversation has beside its KV; 0 where all layers have attention.
+
+    Raises:
+        ValueError: the config does not say enough.
+    """
+    config = config.get("text_config", config)
+    if not (layers := _delta_nets(config)):
+        return 0
+    try:
+        k_heads, v_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        k_dim, v_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+        width = config["linear_conv_kernel_dim"]
+    except KeyError as error:
+        raise ValueError(f"the config has no {error}: give --bytes-per-token instead.") from error
+    convolution = (2 * k_heads * k_dim + v_heads * v_dim) * (width - 1)
+    return layers * (convolution * CONVOLUTION_BYTES + v_heads * v_dim * k_dim * RECURRENCE_BYTES)
+
+
+def _delta_nets(config: Mapping[str, Any]) -> int:
+    """Layers with a gated delta net instead of attention."""
+    if known := [name for name in OTHER_STATES if config.get(name)]:
+        raise ValueError(
+            f"the planner does not know the states of a model with {known[0]}: give --bytes-per-token."
+        )
+    if types := config.get("layer_types"):
+        return types.count("linear_attention")
+    layers, interval = config.get("num_hidden_layers", 0), config.get("full_attention_interval")
+    return layers - layers // interval if interval else 0
 
 
 def _index_bytes(dim: int) -> int:
@@ -64,15 +105,24 @@ class Deployment:
     host_size: int
     disk_size: int
     gpu_price: float = GPU_PRICE
+    session_bytes: int = 0
+    """Of a conversation beside its KV: the state of layers without attention."""
 
     def sessions_in(self, size: int) -> float:
         """Mean conversations that `size` bytes hold."""
-        return size / (self.session_tokens * self.bytes_per_token)
+        return size / self._bytes(self.session_tokens)
+
+    def tokens_in(self, size: int) -> int:
+        """Tokens of such conversations that `size` bytes hold."""
+        return size * self.session_tokens // self._bytes(self.session_tokens)
+
+    def _bytes(self, tokens: int) -> int:
+        return tokens * self.bytes_per_token + self.session_bytes
 
     @property
     def required(self) -> float:
         """CCpUT with the time to live as unit time: distinct sessions in it, each as long as can be; bytes."""
-        return self.sessions_per_hour * self.ttl / 3600 * self.longest_tokens * self.bytes_per_token
+        return self.sessions_per_hour * self.ttl / 3600 * self._bytes(self.longest_tokens)
 
     @property
     def ratio(self) -> float:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cached_attention.cli.arguments import duration, size, words
-from cached_attention.cli.capacity import DEFAULT_DTYPE, GPU_PRICE, Deployment, kv_bytes_per_token
+from cached_attention.cli.capacity import DEFAULT_DTYPE, GPU_PRICE, Deployment, kv_bytes_per_token, state_bytes
 from cached_attention.config import format_size
 
 DEFAULT_CONTEXT = 4096
@@ -42,6 +42,7 @@ def plan(
     values = _read(config) if config else {}
     try:
         per_token = bytes_per_token or kv_bytes_per_token(values, kv_dtype)
+        per_session = 0 if bytes_per_token else state_bytes(values)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     context = values.get("text_config", values).get("max_position_embeddings", DEFAULT_CONTEXT)
@@ -56,6 +57,7 @@ def plan(
         size(host_size),
         size(disk_size),
         gpu_price,
+        per_session,
     )
     console = Console()
     console.print(_tiers(deployment))
@@ -81,7 +83,7 @@ def _tiers(deployment: Deployment) -> Table:
         table.add_row(
             name,
             format_size(held),
-            f"{held // deployment.bytes_per_token:,}",
+            f"{deployment.tokens_in(held):,}",
             f"{sessions:,.0f}",
             words(sessions / deployment.sessions_per_hour * 3600),
         )
@@ -91,6 +93,10 @@ def _tiers(deployment: Deployment) -> Table:
 def _outlook(deployment: Deployment, speedup: float | None) -> Table:
     table = Table(show_header=False)
     table.add_row("KV per token", f"{deployment.bytes_per_token:,} bytes")
+    if deployment.session_bytes:
+        table.add_row(
+            "state of a conversation, of layers without attention", format_size(deployment.session_bytes)
+        )
     table.add_row(
         "KV of a mean conversation", format_size(deployment.bytes_per_token * deployment.session_tokens)
     )

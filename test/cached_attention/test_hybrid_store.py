@@ -200,6 +200,7 @@ def test_a_save_without_room_for_its_state_is_not_whole(hybrid: Hybrid) -> None:
     assert not hybrid.save("cc")
     assert hybrid.store.restorable_pages(Chain(keys_of("cc"))) == 2
     hybrid.store.end_pass()
+    hybrid.settle()
     assert hybrid.save("cc")
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cached_attention.checksum import page_checksum
 from cached_attention.cli import app
 from cached_attention.cli.arguments import duration, words
-from cached_attention.cli.capacity import Deployment, kv_bytes_per_token
+from cached_attention.cli.capacity import Deployment, kv_bytes_per_token, state_bytes
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
@@ -194,12 +194,12 @@ def test_prune_needs_to_be_told_what(directory):
     assert run("prune", directory, "--to-size", "big")[0] == 2
 
 
-RANKS = ("dp0-pp0-tp0", "dp0-pp0-tp1", "dp0-pp0-tp10")
+RANKS = ("dp0-pp0-tp0", "dp0-pp0-tp0-states", "dp0-pp0-tp10")
 
 
 @pytest.fixture
 def ranks(tmp_path):
-    """What a server with several ranks leaves: a directory each, with the same pages in them."""
+    """What a server with several ranks leaves: a directory each, or two where there are states."""
     for rank in RANKS:
         tier = open_tier(tmp_path / rank)
         fill(tier, range(10), age=7200)
@@ -308,6 +308,36 @@ def test_kv_of_a_token(config, expected):
 
 def test_sparse_attention_keeps_an_index_as_well() -> None:
     assert kv_bytes_per_token(DEEPSEEK | {"index_head_dim": 128}) == 70_272 + 61 * 132
+
+
+QWEN_NEXT = {
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+def test_layers_without_attention_have_a_state_per_conversation() -> None:
+    assert kv_bytes_per_token(QWEN_NEXT) == 12 * 2 * 2 * 256 * 2
+    state = 36 * (8192 * 3 * 2 + 32 * 128 * 128 * 4)
+    assert state_bytes(QWEN_NEXT) == state_bytes({"text_config": QWEN_NEXT}) == state
+    types = ["linear_attention", "full_attention"] * 24
+    assert kv_bytes_per_token(QWEN_NEXT | {"layer_types": types}) == 24 * 2 * 2 * 256 * 2
+    assert state_bytes(LLAMA_70B) == 0
+    sized = deployment(bytes_per_token=24_576, session_bytes=state, session_tokens=1000)
+    assert sized.sessions_in(10 * (24_576_000 + state)) == 10
+    assert sized.required == 3600 * (4096 * 24_576 + state)
+    with pytest.raises(ValueError, match="no 'linear_num_key_heads'"):
+        state_bytes({"num_hidden_layers": 4, "full_attention_interval": 2})
+    with pytest.raises(ValueError, match="states of a model with mamba_num_heads"):
+        kv_bytes_per_token(QWEN_NEXT | {"mamba_num_heads": 8})
 
 
 def deployment(**changes):

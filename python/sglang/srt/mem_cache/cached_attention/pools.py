@@ -66,7 +66,11 @@ def state_pool(params: CacheInitParams) -> DevicePool:
     if slots.mamba_pool._slot_siblings:
         refuse("its layers keep more than the states of linear attention")
     if not params.enable_mamba_extra_buffer:
-        refuse("its states are not kept at the end of pages", "Give --mamba-radix-cache-strategy extra_buffer")
+        refuse(
+            "SGLang keeps its states at the end of a request only",
+            "Give --mamba-radix-cache-strategy extra_buffer, or start the server without the flag where SGLang has "
+            "none for this model",
+        )
     kept = slots.mamba_pool.mamba_cache
     parts = [part for part in (*kept.conv, kept.temporal) if part.numel()]
     return _pool([[part[layer] for part in parts] for layer in range(len(parts[0]))], page_size=1)
