@@ -29,9 +29,11 @@ SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "15"))
 
 @pytest.fixture(scope="module")
 def expected(answers: Any) -> dict[str, Any]:
-    """Per tensor parallelism: the answers of a server that keeps everything on the device."""
+    """Per tensor parallelism, and of a hybrid model: the answers of a server that keeps everything on the device."""
     two = answers("--tp-size", "2", conversations=CONVERSATIONS, turns=TURNS)
-    return {"1": answers(conversations=30, turns=TURNS), "2": two}
+    plenty = ("--max-mamba-cache-size", "400")
+    hybrid = answers(*plenty, conversations=CONVERSATIONS, turns=TURNS, architecture="qwen3.5")
+    return {"1": answers(conversations=30, turns=TURNS), "2": two, "hybrid": hybrid}
 
 
 class Traffic:
@@ -119,6 +121,18 @@ def at_rest(store_states: Any, settled: Any) -> Any:
         assert [state["damage"] for state in store_states(server)] == [""]
 
     return check
+
+
+def test_a_hybrid_model_answers_as_without_tiers(
+    models: Any, start: Any, town: Any, expected: Any, disk: tuple[str, ...], at_rest: Any
+) -> None:
+    busy = ("--max-running-requests", "3", "--max-mamba-cache-size", "14", "--chunked-prefill-size", "256")
+    with start(models("qwen3.5"), *TIGHT, *busy, *disk, host_size="6MB") as server:
+        traffic = Traffic(server, town, expected["hybrid"], hints=True)
+        traffic.run(rounds=1)
+        at_rest(server)
+    assert traffic.turns == CONVERSATIONS * TURNS
+    assert traffic.host + traffic.storage > 4_000
 
 
 @pytest.mark.parametrize(
