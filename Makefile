@@ -23,7 +23,7 @@ install: $(INSTALLED)  ## SGLang and this package, editable, into VENV
 $(INSTALLED): pyproject.toml
 	@echo "Installing SGLang and this package into $(VENV): about 11 GB, minutes on a fast network."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -e '.[test]'
 	@touch $@
 
 out/model: | $(INSTALLED)

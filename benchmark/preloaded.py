@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from multiprocessing.context import ForkServerProcess
 from unittest.mock import patch
 
@@ -23,8 +25,13 @@ MODULES = [
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.models.registry",
 ]
-EARLY = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""What the launch of a CPU server puts into the environment for libraries that its workers have yet to load."""
+METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@cache
+def early_environment() -> dict[str, str]:
+    """What the launch of a server puts into the environment for libraries that its workers have yet to load."""
+    return {"OMP_WAIT_POLICY": "PASSIVE", METRICS_DIRECTORY: tempfile.mkdtemp(prefix="sglang-metrics-")}
 
 
 class PreloadedServer(Server):
@@ -34,9 +41,10 @@ class PreloadedServer(Server):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(MODULES)
         program = self.command.index(PROGRAM)
-        arguments = (self.command[program:], dict(environment), str(self.log))
-        process = context.Process(target=_serve, args=arguments)
-        with patch.dict(os.environ, EARLY):
+        early = early_environment()
+        own = {METRICS_DIRECTORY: tempfile.mkdtemp(dir=early[METRICS_DIRECTORY]), **environment}
+        process = context.Process(target=_serve, args=(self.command[program:], own, str(self.log)))
+        with patch.dict(os.environ, early):
             process.start()
         return ForkedProcess(process)
 

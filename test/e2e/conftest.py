@@ -21,6 +21,8 @@ from benchmark.preloaded import PreloadedServer
 from benchmark.server import Server
 
 WORDS = range(5, 1000)
+KEPT = {"--cached-attention-disk-path", "--cached-attention-remote"}
+"""A server with one of these ends in order."""
 HISTORY = 400
 """Tokens of the shortest conversation of a town."""
 
@@ -126,8 +128,7 @@ def settled(store_states: Any) -> Callable[..., dict[str, Any]]:
 def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callable[..., Any]:
     """Starts a server, with CachedAttention where `host_size` is given; checks its store at the end.
 
-    `doomed`: the server will not live until then. `command`: by the command that users type, not by a fork; so
-    are those with metrics, for which the environment of the import counts.
+    `doomed`: the server will not live until then. `command`: by the command that users type, not by a fork.
     """
     logs = tmp_path_factory.mktemp("logs")
 
@@ -143,13 +144,15 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
     ) -> Iterator[Server]:
         ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
         flags = [*ours, "--page-size", "64", "--enable-cache-report", *args]
-        kind = Server if command or "--enable-metrics" in args else PreloadedServer
+        kind = Server if command else PreloadedServer
         log = logs / f"{len(list(logs.iterdir()))}.log"
         checked = {"CACHED_ATTENTION_CHECK_INVARIANTS": "1", **(env or {})}
         with kind(model, flags, env=checked, log=log, **server) as running:
             yield running
             if host_size and not doomed:
                 assert [state["damage"] for state in store_states(running)] == [""]
+            if not KEPT.intersection(args):
+                running.kill()  # It has nothing to write: SGLang takes seconds to end by itself.
 
     return start
 

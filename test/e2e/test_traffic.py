@@ -29,7 +29,7 @@ SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "15"))
 
 @pytest.fixture(scope="module")
 def expected(answers: Any) -> dict[str, Any]:
-    """Per tensor parallelism, and of a hybrid model: the answers of a server that keeps everything on the device."""
+    """Per tensor parallelism, and of a hybrid model: answers of a server that keeps everything on the device."""
     two = answers("--tp-size", "2", conversations=CONVERSATIONS, turns=TURNS)
     plenty = ("--max-mamba-cache-size", "400")
     hybrid = answers(*plenty, conversations=CONVERSATIONS, turns=TURNS, architecture="qwen3.5")

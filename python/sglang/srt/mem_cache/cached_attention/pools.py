@@ -68,8 +68,8 @@ def state_pool(params: CacheInitParams) -> DevicePool:
     if not params.enable_mamba_extra_buffer:
         refuse(
             "SGLang keeps its states at the end of a request only",
-            "Give --mamba-radix-cache-strategy extra_buffer, or start the server without the flag where SGLang has "
-            "none for this model",
+            "Give --mamba-radix-cache-strategy extra_buffer, or start the server without the flag where SGLang "
+            "has none for this model",
         )
     kept = slots.mamba_pool.mamba_cache
     parts = [part for part in (*kept.conv, kept.temporal) if part.numel()]
