@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cached_attention.chain import Chain, PageRun
@@ -14,7 +14,7 @@ from cached_attention.transfer.streams import Event
 
 
 class _Saved(NamedTuple):
-    """What one save has."""
+    """What one save has. Each store reports its saves in their order."""
 
     pages: bool
     state: bool
@@ -38,6 +38,8 @@ class HybridStore(CachedAttentionStore):
         self.states = states
         self._wanted: dict[str, PageKey] = {}
         """The states that waiting requests were said to go on from."""
+        self._end: int | None = None
+        """Of the prompt that arrives."""
         self._saved: deque[_Saved] = deque()
         """The saves that have not been popped."""
         super().__init__(*args, **options)
@@ -46,23 +48,41 @@ class HybridStore(CachedAttentionStore):
 
     def ends(self, chain: Chain, pages: int) -> Iterator[int]:
         """Of the prefixes of `chain` with up to `pages` pages those whose state can be loaded, longest first."""
-        is_loadable = self.states.is_loadable
-        return (end for end in range(pages, 0, -1) if is_loadable(chain.keys[end - 1]))
+        return _ends(chain, pages, self.states.is_loadable)
+
+    def held_ends(self, chain: Chain) -> Iterator[int]:
+        """Of the prefixes of `chain` with KV in some tier those whose state is in one too, longest first."""
+        return _ends(chain, self.restorable_pages(chain), self.states.holds)
 
     def _usable(self, chain: Chain, pages: int) -> int:
-        holds = self.states.holds
-        return next((end for end in range(pages, 0, -1) if holds(chain.keys[end - 1])), 0)
+        end = next(_ends(chain, pages, self.states.holds), 0) if self._end is None else self._end
+        return min(end, pages)
+
+    def _page_tokens(self, chain: Chain, loadable: int, pages: int) -> int:
+        # Without one page of KV the request goes on from the last state before it.
+        lost = (pages - next(self.ends(chain, loadable), 0)) * self.layout.page_size
+        return max(self.layout.page_size, lost // max(1, pages - loadable))
 
     # The waiting queue
 
-    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None) -> int:
+    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None, end: int | None = None) -> int:
+        """See `CachedAttentionStore.arrive`; not in constant time, it looks for the last state of `chain`.
+
+        Args:
+            end: one of `held_ends` that is to be brought up; the longest unless given.
+        """
+        self._end = end
         pages = super().arrive(request, chain, page_tokens)
+        self._end = None
         state = chain.keys[pages - 1] if pages else b""
         if self._wanted.get(request, b"") != state:
             self.states.leave(request)
         if pages:
             self._wanted[request] = state
-            self.states.arrive(request, Chain([state]), pages * self.layout.page_size)
+            self.states.mark_used(state)
+            kept = next(self.ends(chain, min(self.loadable_pages(chain), pages)), 0)
+            saved = max(1, pages - kept) * self.layout.page_size
+            self.states.arrive(request, Chain([state]), saved)
         return pages
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
@@ -126,6 +146,10 @@ class HybridStore(CachedAttentionStore):
             finished += 1
         return finished
 
+    @property
+    def saving(self) -> int:
+        return super().saving + self.states.saving
+
     def pop_save(self) -> bool:
         saved = self._saved.popleft()
         pages_are_whole = not saved.pages or super().pop_save()
@@ -134,9 +158,10 @@ class HybridStore(CachedAttentionStore):
     # Life and death
 
     def flush(self, timeout: float) -> int:
+        # States first: KV that none follows is of no use.
         until = time.monotonic() + timeout
-        left = super().flush(timeout)
-        return left + self.states.flush(max(0.0, until - time.monotonic()))
+        left = self.states.flush(timeout)
+        return left + super().flush(max(0.0, until - time.monotonic()))
 
     def reset(self) -> None:
         super().reset()
@@ -158,3 +183,7 @@ class HybridStore(CachedAttentionStore):
     def check_invariants(self) -> None:
         super().check_invariants()
         self.states.check_invariants()
+
+
+def _ends(chain: Chain, pages: int, has_state: Callable[[PageKey], bool]) -> Iterator[int]:
+    return (end for end in range(pages, 0, -1) if has_state(chain.keys[end - 1]))

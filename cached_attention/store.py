@@ -200,6 +200,11 @@ class CachedAttentionStore:
 
     # The waiting queue
 
+    def mark_used(self, key: PageKey) -> None:
+        """The page is in use, if it is in a tier: its copies shall not age."""
+        if (row := self._index.find(key)) != NOWHERE:
+            self._mark_used(row)
+
     def holds(self, key: PageKey) -> bool:
         """Whether the page is in some tier of this server."""
         row = self._index.find(key)
@@ -211,7 +216,7 @@ class CachedAttentionStore:
         return row != NOWHERE and bool(self._in_host.ready[row])
 
     def arrive(self, request: str, chain: Chain, page_tokens: int | None = None) -> int:
-        """`request`, with the prompt `chain`, waits, for now behind all others; returns its restorable pages.
+        """`request`, with the prompt `chain`, waits, for now behind all others; returns what it may get.
 
         What it will ask for is kept, and brought to host memory in the order of the queue. Constant time
         when it was said before and nothing changed.
@@ -221,6 +226,7 @@ class CachedAttentionStore:
         """
         pages = self._usable(chain, self.restorable_pages(chain))
         loadable = min(self.loadable_pages(chain), pages)
+        page_tokens = page_tokens or self._page_tokens(chain, loadable, pages)
         if self._learns and request not in self._pages.waiting and not Hints.is_name(request):
             self._pages.note_prompt(request, chain.keys, self._clock())
         self._pages.waiting.append(request)
@@ -233,6 +239,10 @@ class CachedAttentionStore:
     def _usable(self, chain: Chain, pages: int) -> int:
         """How many of the leading `pages` of `chain` a request can go on from."""
         return pages
+
+    def _page_tokens(self, chain: Chain, loadable: int, pages: int) -> int:
+        """What each of the `pages` of `chain` that is not `loadable` saves to compute."""
+        return self.layout.page_size
 
     def await_saves(self, request: str, keys: Sequence[PageKey]) -> None:
         """Hold `request`, which waits, until those of the pages `keys` that are being saved can be loaded.

@@ -19,6 +19,7 @@ from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.hybrid_store import HybridStore
 from cached_attention.layout import DevicePool
+from cached_attention.policy.waiting import CEILING
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier, FileIO
 
@@ -214,6 +215,41 @@ def test_only_what_a_state_follows_is_brought_up(hybrid: Hybrid) -> None:
     assert list(hybrid.store.ends(chain, 3)) == [3]
 
 
+def test_a_shorter_prefix_is_brought_up_where_ranks_agreed_on_it(hybrid: Hybrid) -> None:
+    hybrid.save("aaa")
+    hybrid.save("aaaaaa")
+    hybrid.restart()
+    chain = Chain(keys_of("aaaaaa"))
+    assert list(hybrid.store.held_ends(chain)) == [6, 3]
+    assert hybrid.store.arrive("request", chain, end=3) == 3
+    deadline = time.monotonic() + 20
+    while not hybrid.store.is_ready("request"):
+        assert time.monotonic() < deadline
+        hybrid.store.poll()
+    assert list(hybrid.store.ends(chain, 6)) == [3]
+    assert hybrid.store.loadable_pages(chain) == 3
+    assert hybrid.store.arrive("another", chain) == 6
+
+
+def test_a_page_that_does_not_come_costs_all_after_the_last_state(hybrid: Hybrid) -> None:
+    hybrid.save("aaaaaaaa")
+    chain = Chain(keys_of("aaaaaaaa"))
+    assert hybrid.store._page_tokens(chain, 7, 8) == 8 * PAGE
+    hybrid.save("aa")
+    assert hybrid.store._page_tokens(chain, 7, 8) == 6 * PAGE
+    assert hybrid.store._page_tokens(chain, 2, 8) == PAGE
+    assert hybrid.store._page_tokens(chain, 1, 8) == PAGE * 8 // 7
+
+
+def test_a_state_in_use_does_not_age(hybrid: Hybrid) -> None:
+    hybrid.save("aaa")
+    states = hybrid.store.states
+    row = states._index.find(keys_of("aaa")[-1])
+    states._index.last_use[row] = 1.0
+    hybrid.store.arrive("request", Chain(keys_of("aaa")))
+    assert states._index.last_use[row] > 1.0
+
+
 def test_a_request_waits_for_its_state_as_long_as_its_tokens_are_worth(hybrid: Hybrid) -> None:
     hybrid.save("aaaa")
     hybrid.restart()
@@ -221,10 +257,15 @@ def test_a_request_waits_for_its_state_as_long_as_its_tokens_are_worth(hybrid: H
     hybrid.io.gate.clear()
     state = Chain(keys_of("aaaa")[-1:])
     states._decision.computing.__init__(latency=0.0, rate=1e6)
-    for name, tokens, waits in (("few", 1, False), ("many", 1_000_000_000, True)):
-        states.arrive(name, Chain(state.keys), tokens)
-        states.poll()
-        assert states.is_ready(name) is not waits
+    states.arrive("many", Chain(state.keys), 1_000_000_000)
+    states.arrive("few", Chain(state.keys), 1)
+    states.poll()
+    assert not states.is_ready("many")
+    deadline = time.monotonic() + CEILING / 2
+    while not states.is_ready("few"):
+        assert time.monotonic() < deadline
+    states._migration.ahead._waits.clear()
+    assert not states.is_ready("many")
     hybrid.store.arrive("request", Chain(keys_of("aaaa")))
     assert not hybrid.store.is_ready("request")
 

@@ -6,12 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.mem_cache.cached_attention.hybrid import HybridLinker, HybridTreeLink, _sources
+import torch
+from sglang.srt.mem_cache.cached_attention.hybrid import HybridLinker, HybridTreeLink, _form, _kv_before
+from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
 from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
 from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError
+from sglang.srt.mem_cache.cached_attention.tree_link import TreeLink
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
+from cached_attention.layout import DevicePool
 
 FULL = {ComponentType.FULL}
 HYBRID = {ComponentType.FULL, ComponentType.MAMBA}
@@ -40,16 +45,52 @@ def test_states_are_not_shared_by_servers(monkeypatch: pytest.MonkeyPatch) -> No
         HybridLinker(nothing, nothing, components=HYBRID)
 
 
-def test_each_layer_waits_for_its_own_pool() -> None:
-    kv, states = PoolName.KV, PoolName.MAMBA
-    assert _sources({1: 0, 4: 1}, {0: 0, 2: 1, 3: 2, 5: 3}, 0) == [
-        (states, 0),
-        (kv, 0),
-        (states, 1),
-        (states, 2),
-        (kv, 1),
-        (states, 3),
-    ]
+def test_a_layer_waits_for_the_keys_and_values_up_to_it() -> None:
+    assert _kv_before({1: 0, 4: 1}, 0) == [None, 0, 0, 0, 1]
+    assert _kv_before({5: 0, 6: 1}, 5) == [0, 1]
+
+
+def test_states_of_another_type_are_other_states() -> None:
+    def pool(dtype: torch.dtype, *shape: int) -> DevicePool:
+        return DevicePool([[torch.zeros(3, *shape, dtype=dtype)]], 1)
+
+    forms = {
+        _form(pool(torch.float16, 4, 2)),
+        _form(pool(torch.bfloat16, 4, 2)),
+        _form(pool(torch.float16, 2, 4)),
+    }
+    assert len(forms) == 3
+
+
+class Layer:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self._name = name
+        self._log = log
+
+    def wait(self, stream: Any = None) -> None:
+        self._log.append(self._name)
+
+
+def test_the_forward_has_its_states_before_it_begins() -> None:
+    log: list[str] = []
+    linker = HybridLinker.__new__(HybridLinker, components=HYBRID)
+    linker._kv_before = [None, 0, 0, 1]
+    linker.layer_done_counter = LayerEvents(4)
+    states = SimpleNamespace(layers=[Layer("state 0", log), Layer("state 1", log)])
+    linker.store = SimpleNamespace(states=SimpleNamespace(start_load=lambda batch, after: states))
+    linker.on_cpu = True
+    batch = linker.layer_done_counter.next_batch()
+    linker._hand_out(batch, [Layer("kv 0", log), Layer("kv 1", log)])
+    linker.layer_done_counter.set_consumer(-1)
+    assert log == []
+    linker.layer_done_counter.set_consumer(batch)
+    assert log == ["state 1"]
+    for layer in range(4):
+        linker.layer_done_counter.wait_until(layer)
+    assert log == ["state 1", "kv 0", "kv 0", "kv 1"]
+    linker.layer_done_counter.discard(batch)
+    linker.layer_done_counter.set_consumer(batch)
+    assert len(log) == 4
 
 
 class Tree:
@@ -61,10 +102,21 @@ class Tree:
         self.link: Any = HybridTreeLink.__new__(HybridTreeLink)
         self.link._with_state = set()
         self.link.pending_offloads = []
+        self.free, self.kv_is_kept = 20, True
+        tree = SimpleNamespace(
+            get_component_device_value=lambda node, kind: f"slot of {node}",
+            build_external_linker_offload_transfers=lambda node: None if self.kv_is_kept else ["KV"],
+        )
+        slots = SimpleNamespace(
+            mamba_allocator=SimpleNamespace(available_size=lambda: self.free), mamba_pool=SimpleNamespace(size=50)
+        )
         self.link.cache = SimpleNamespace(
-            tree_core=SimpleNamespace(get_component_device_value=lambda node, kind: f"slot of {node}"),
+            tree_core=tree,
             get_last_hash_value=lambda node: f"hash of {node}",
             inc_lock_ref=self.lock,
+            dec_lock_ref=lambda node, lock: self.locked.remove(node),
+            mamba_evictable_size=lambda: 0,
+            req_to_token_pool=slots,
         )
         self.link.cache_linker = SimpleNamespace(offload=self.offloaded.append)
 
@@ -85,6 +137,45 @@ def test_a_state_that_comes_after_the_pages_of_its_node_is_saved_by_itself() -> 
     assert (state.name, state.device_indices, state.keys) == (PoolName.MAMBA, "slot of 7", ["hash of 7"])
     assert tree.link.pending_offloads == [(7, "lock", [])]
     assert tree.locked == [7]
+
+
+def test_a_state_is_not_kept_from_running_requests_to_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = Tree()
+    tree.free = 5
+    tree.insert()
+    assert (tree.offloaded, tree.locked) == ([], [])
+    kept: list[list[Any]] = []
+    monkeypatch.setattr(TreeLink, "_offload_node", lambda link, node, transfers: kept.append(transfers))
+    tree.link._offload_node(7, ["KV", "state"])
+    tree.free = 6
+    tree.link._offload_node(7, ["KV", "state"])
+    assert kept == [["KV"], ["KV", "state"]]
+
+
+def test_nothing_is_loaded_where_there_is_no_slot_for_the_state() -> None:
+    tree = Tree()
+    tree.free = 0
+    tree.link.hit_markers = {"request": "hit"}
+    assert tree.link.load_back(SimpleNamespace(rid="request", last_node=3)) == (0, 3)
+    assert tree.link.hit_markers == {}
+
+
+def test_a_state_waits_for_pages_that_could_not_be_saved() -> None:
+    tree = Tree()
+    tree.kv_is_kept = False
+    tree.insert()
+    assert tree.offloaded == []
+
+
+def test_a_prompt_leaves_a_state_where_known_pages_end_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.hybrid.mamba_checkpoint_grid", lambda page: 128)
+    tree = Tree()
+    tree.link.cache.page_size = 64
+    branches = []
+    for known, on_device in ((0, None), (0, 256), (5, None), (5, 512), (1, None)):
+        tree.link._known = known
+        branches.append(tree.link._branch(on_device))
+    assert branches == [None, 256, 256, 512, None]
 
 
 def test_a_state_that_was_saved_with_its_pages_or_is_not_new_is_not_saved_again() -> None:

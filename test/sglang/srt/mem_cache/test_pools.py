@@ -26,7 +26,7 @@ FULL = {ComponentType.FULL}
 
 def params(pool: Any, page_size: int = PAGE, **extra: Any) -> Any:
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
-    drafts = {"mtp_draft_device_pools": (), "sidecar_draft_device_pools": ()}
+    drafts = dict.fromkeys(("mtp_draft_device_pools", "mtp_draft_mamba_pools", "sidecar_draft_device_pools"), ())
     return SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=page_size, **{**drafts, **extra})
 
 
@@ -170,6 +170,24 @@ def test_a_hybrid_model_has_pages_of_its_attention_and_states_of_the_other_layer
     assert not states.layers[1][1].any()
 
 
+def test_a_draft_of_a_hybrid_model_may_have_attention_and_no_states() -> None:
+    draft = HybridLinearKVPool(
+        size=8 * PAGE,
+        page_size=PAGE,
+        dtype=torch.bfloat16,
+        head_num=2,
+        head_dim=32,
+        full_attention_layer_ids=[0],
+        device="cpu",
+        mamba_pool=None,
+    )
+    own = PAGE * 2 * 32 * 2
+    device = device_pool(hybrid(mtp_draft_device_pools=(draft,)), HYBRID)
+    assert device.layout.component_bytes == ((own,) * 2, (own,) * 4)
+    with pytest.raises(UnsupportedModelError, match=r"draft model has states.*Leave --speculative-algorithm out"):
+        device_pool(hybrid(mtp_draft_mamba_pools=(object(),)), HYBRID)
+
+
 def test_states_that_are_kept_in_another_way_are_refused() -> None:
     of_model = hybrid(enable_mamba_extra_buffer=False)
     with pytest.raises(UnsupportedModelError, match=r"request only\. Give --mamba-radix-cache-strategy"):
@@ -183,7 +201,7 @@ def test_states_that_are_kept_in_another_way_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"quantised\. Leave --enable-int8-mamba-checkpoint out"):
         state_pool(of_model)
     of_model.req_to_token_pool = SimpleNamespace(mamba_pool=object())
-    with pytest.raises(UnsupportedModelError, match="its states lie in a object"):
+    with pytest.raises(UnsupportedModelError, match="its states lie in a object of a SimpleNamespace"):
         state_pool(of_model)
 
 

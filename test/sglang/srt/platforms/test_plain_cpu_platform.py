@@ -108,7 +108,7 @@ def server_args(**given: object) -> SimpleNamespace:
             "speculative_eagle_topk",
         )
     )
-    one = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_dp_attention": False}
+    one = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_dp_attention": False, "dtype": "auto"}
     return SimpleNamespace(**{**unset, **one, "cuda_graph_config": CudaGraphConfig(), **given})
 
 
@@ -131,6 +131,15 @@ def test_defaults_of_a_bare_command_line(resolved: str | None) -> None:
     assert 0 < args.mem_fraction_static < 1
     assert args.max_total_tokens > 0
     assert args.cuda_graph_config.decode.backend == args.cuda_graph_config.prefill.backend == Backend.DISABLED
+
+
+def test_a_model_in_full_precision_has_convolutions_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SGLANG_MAMBA_CONV_DTYPE", raising=False)
+    PlainCpuPlatform().apply_server_args_defaults(server_args(dtype="bfloat16"))
+    assert "SGLANG_MAMBA_CONV_DTYPE" not in os.environ
+    PlainCpuPlatform().apply_server_args_defaults(server_args(dtype="float32"))
+    assert os.environ["SGLANG_MAMBA_CONV_DTYPE"] == "float32"
+    monkeypatch.delenv("SGLANG_MAMBA_CONV_DTYPE")
 
 
 def test_what_the_user_says_stands() -> None:

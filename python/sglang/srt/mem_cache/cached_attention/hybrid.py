@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
+from sglang.srt.runtime_context import mamba_checkpoint_grid
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import format_size
 from cached_attention.hybrid_store import HybridStore
+from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_ranks import states_name
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 ENDS = 64
 """Prefixes that ranks look for a common one among."""
+SPARED = 10
+"""Of so many slots of states one stays free, or could be, however many are being saved."""
 
 
 class HybridLinker(CachedAttentionLinker):
@@ -52,13 +57,11 @@ class HybridLinker(CachedAttentionLinker):
         if self._config.remote is not None:
             refuse("states are not shared by servers", f"Leave {REMOTE.option} out")
         self._states = state_pool(params)
-        self._state_identity = ModelIdentity(server_args, params, self._states)
+        self._state_identity = ModelIdentity(server_args, params, self._states, states=_form(self._states))
         self.pools = {**self.pools, PoolName.MAMBA: self._states}
-        slots, kv = params.req_to_token_pool, self._kv_cache
-        self._sources = _sources(kv.full_attention_layer_id_mapping, slots.mamba_map, kv.start_layer)
-        self.layer_done_counter = LayerEvents(len(self._sources), self._load_waited if self.on_cpu else None)
-        # The pool of KV is told by SGLang.
-        slots.register_layer_transfer_counter(self.layer_done_counter)
+        kv = self._kv_cache
+        self._kv_before = _kv_before(kv.full_attention_layer_id_mapping, kv.start_layer)
+        self.layer_done_counter = LayerEvents(len(self._kv_before), self._load_waited if self.on_cpu else None)
 
     def open(self, model: torch.nn.Module, hf_config: Any) -> None:
         self._state_identity.describe(model, hf_config)
@@ -116,11 +119,14 @@ class HybridLinker(CachedAttentionLinker):
         self.store.cancel_load(rid)
         return False
 
-    def _start_load(self, batch: int) -> Sequence[Layer]:
-        # Which forward used a slot of states last is not watched: all of them are waited for.
+    def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
+        """The forward waits for all states before it begins: a graph may read them without asking.
+
+        Which forward used a slot of states last is not watched: the load waits for all of them.
+        """
         states = self.store.states.start_load(batch, self.record_offload_ready()).layers
-        sources = {PoolName.KV: super()._start_load(batch), PoolName.MAMBA: states}
-        return [sources[pool][layer] for pool, layer in self._sources]
+        kv = [NOTHING if number is None else layers[number] for number in self._kv_before]
+        self.layer_done_counter.add(batch, kv, states[-1:])
 
     @never_waits
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
@@ -135,20 +141,44 @@ class HybridLinker(CachedAttentionLinker):
 
     def reset(self) -> None:
         states = self.store.states
-        if self._has_other_pages(states, self._state_identity):
-            states.replace_disk(lambda: self._try_to_open(self._open_states))
+        replaces = self._has_other_pages(states, self._state_identity)
         super().reset()
+        if replaces:
+            states.replace_disk(lambda: self._try_to_open(self._open_states))
+        else:
+            states.reset()  # Also where only the disk of the KV was replaced.
+
+    def weights_updated(self) -> None:
+        super().weights_updated()
+        self.store.states.detach_disk()
 
     def describe(self) -> dict[str, Any]:
         states = self.store.states
         return super().describe() | {"states": {"state_bytes": states.layout.page_bytes, **states.counters()}}
 
 
-def _sources(kv_layers: dict[int, int], state_layers: dict[int, int], start: int) -> list[tuple[PoolName, int]]:
-    """Per layer of this rank's model the pool that it reads, and which layer of it."""
-    sources = {layer: (PoolName.KV, number) for layer, number in kv_layers.items()}
-    sources |= {layer: (PoolName.MAMBA, number) for layer, number in state_layers.items()}
-    return [sources[layer] for layer in range(start, start + len(sources))]
+def _form(states: DevicePool) -> str:
+    """Shape and type of what a slot has of each layer: the fingerprint knows only how many bytes that is."""
+    parts = [[f"{part.dtype} {tuple(part.shape[1:])}" for part in layer] for layer in states.buffers]
+    return json.dumps(parts)
+
+
+def _kv_before(kv_layers: dict[int, int], start: int) -> list[int | None]:
+    """Per layer of this rank's model, up to the last with attention: the number of the last KV up to there."""
+    before: list[int | None] = []
+    for layer in range(start, max(kv_layers) + 1):
+        before.append(kv_layers.get(layer, before[-1] if before else None))
+    return before
+
+
+class _Nothing:
+    """Of layers that come before all KV."""
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+
+NOTHING = _Nothing()
 
 
 class HybridTreeLink(TreeLink):
@@ -160,23 +190,68 @@ class HybridTreeLink(TreeLink):
         super().__init__(*args)
         self._with_state: set[NodeId] = set()
         """Nodes that were saved with their states while a prompt was inserted."""
+        self._known = 0
+        """Pages of the prompt that is matched whose KV goes on where no state is left."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        self._known = 0
         result = super().match(key, req, result)
-        return result._replace(mamba_host_hit_length=1) if self.has_hit(req.rid) else result
+        if self.has_hit(req.rid):
+            result = result._replace(mamba_host_hit_length=1)
+        return result._replace(mamba_branching_seqlen=self._branch(result.mamba_branching_seqlen))
+
+    def _branch(self, on_device: int | None) -> int | None:
+        """Tokens after which this prompt is to leave a state: where known KV of it ends without one."""
+        grid = mamba_checkpoint_grid(self.cache.page_size)
+        return max(on_device or 0, self._known * self.cache.page_size // grid * grid) or None
+
+    def _arrive(self, req: Req, chain: Chain) -> None:
+        store, end = self.cache_linker.store, None
+        if self.cache.tp_world_size > 1:
+            end = self._common(store.held_ends(chain), chain, 0)
+        store.arrive(req.rid, chain, end=end)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
-        ends = self.cache_linker.store.ends(chain, pages)
-        if self.cache.tp_world_size == 1:
-            end = next(ends, 0)
-        else:
-            here = list(islice(ends, ENDS))
-            end = self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=on_device)
+        known, store = self.ranks.agree(pages), self.cache_linker.store
+        end = self._common(store.ends(chain, pages), chain, on_device)
         if end > on_device:
-            self.cache_linker.store.reserve_state(req.rid, chain.keys[end - 1])
+            store.reserve_state(req.rid, chain.keys[end - 1])
+        self._known = known if known > max(end, on_device) else 0
         return end
 
+    def _common(self, ends: Iterator[int], chain: Chain, beyond: int) -> int:
+        """The longest of `ends` that every rank has; 0 where that is not `beyond`."""
+        if self.cache.tp_world_size == 1:
+            return next(ends, 0)
+        here = list(islice(ends, ENDS))
+        return self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=beyond)
+
+    def load_back(self, req: Req) -> tuple[int, NodeId]:
+        if self._free_states() < 1:
+            # SGLang would not survive that there is no slot for the state.
+            self.hit_markers.pop(req.rid, None)
+            return 0, req.last_node
+        return super().load_back(req)
+
+    def _free_states(self) -> int:
+        """Slots of states that are free, or could be."""
+        slots = self.cache.req_to_token_pool.mamba_allocator
+        return slots.available_size() + self.cache.mamba_evictable_size()
+
+    def _spares(self, node: NodeId) -> bool:
+        """Whether the state of `node` may be kept on the device until it is saved.
+
+        Running requests need slots as they go on, and SGLang does not survive that there is none. All ranks see
+        this alike, as they do the tree.
+        """
+        lock = self.cache.inc_lock_ref(node).to_dec_params()
+        free = self._free_states()
+        self.cache.dec_lock_ref(node, lock)
+        return free > self.cache.req_to_token_pool.mamba_pool.size // SPARED
+
     def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
+        if len(transfers) > 1 and not self._spares(node_id):
+            transfers = transfers[:1]
         super()._offload_node(node_id, transfers)
         if len(transfers) > 1:
             self._with_state.add(node_id)
@@ -189,7 +264,10 @@ class HybridTreeLink(TreeLink):
         self._with_state.clear()
 
     def _offload_state(self, node: NodeId) -> None:
-        state = self.cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
+        tree = self.cache.tree_core
+        if tree.build_external_linker_offload_transfers(node) is not None or not self._spares(node):
+            return  # Its KV could not be saved, and will be tried again with the state.
+        state = tree.get_component_device_value(node, ComponentType.MAMBA)
         last = self.cache.get_last_hash_value(node)
         if state is None or last is None:
             return

@@ -40,9 +40,10 @@ def weights_digest(model: torch.nn.Module) -> str:
 class ModelIdentity:
     """The fingerprint of one rank's pages, before and after updates of its weights."""
 
-    def __init__(self, server_args: ServerArgs, params: CacheInitParams, pool: DevicePool) -> None:
+    def __init__(self, server_args: ServerArgs, params: CacheInitParams, pool: DevicePool, **other: str) -> None:
         self._args = server_args
         self._pool = pool
+        self._other = other
         self._has_draft = bool(draft_pools(params))
         ranks = get_parallel()
         self._replica = ranks.dp_rank or 0
@@ -106,5 +107,6 @@ class ModelIdentity:
                 "dtype": str(args.dtype),
                 "overrides": str(args.json_model_override_args),
                 **self._draft(),
+                **self._other,
             },
         )

@@ -35,20 +35,21 @@ class LayerEvents:
         self.consumer_index = -1
         self._last = -1
         self._layers: dict[int, Sequence[Layer]] = {}
+        self._first: dict[int, Sequence[Layer]] = {}
         self._seconds: dict[int, float] = {}
 
     def next_batch(self) -> int:
         self._last += 1
         return self._last
 
-    def add(self, batch: int, layers: Sequence[Layer]) -> None:
-        """`layers`: those of the pool."""
-        self._layers[batch] = layers
+    def add(self, batch: int, layers: Sequence[Layer], first: Sequence[Layer] = ()) -> None:
+        """`layers`: those of the pool; `first`: what is read before it is asked for."""
+        self._layers[batch], self._first[batch] = layers, first
         self._seconds[batch] = 0.0
 
     def discard(self, batch: int) -> None:
         """The forward of `batch` was launched."""
-        del self._layers[batch]
+        del self._layers[batch], self._first[batch]
         seconds = self._seconds.pop(batch)
         if self._waited is not None:
             self._waited(seconds)
@@ -56,10 +57,15 @@ class LayerEvents:
     def set_consumer(self, index: int) -> None:
         """The forward that is launched next is that of batch `index`; -1: of one without loads."""
         self.consumer_index = index
+        for layer in self._first.get(index, ()):
+            self._wait(layer)
 
     def wait_until(self, threshold: int) -> None:
         """The current stream is about to read layer `threshold`."""
         if (layers := self._layers.get(self.consumer_index)) is not None:
-            started = time.monotonic()
-            layers[threshold].wait()
-            self._seconds[self.consumer_index] += time.monotonic() - started
+            self._wait(layers[threshold])
+
+    def _wait(self, layer: Layer) -> None:
+        started = time.monotonic()
+        layer.wait()
+        self._seconds[self.consumer_index] += time.monotonic() - started

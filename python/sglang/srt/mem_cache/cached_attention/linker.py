@@ -244,11 +244,9 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if not self.store.has_queued_loads:
             return -1
         batch = self.layer_done_counter.next_batch()
-        self._hand_out(batch, self._start_load(batch))
+        load = self.store.start_load(batch, self._record_slots_unused())
+        self._hand_out(batch, load.layers)
         return batch
-
-    def _start_load(self, batch: int) -> Sequence[Layer]:
-        return self.store.start_load(batch, self._record_slots_unused()).layers
 
     def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
         """The forward of `batch` may wait for `layers`."""

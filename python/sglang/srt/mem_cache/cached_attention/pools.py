@@ -45,8 +45,9 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
     if others := components - {ComponentType.FULL, ComponentType.MAMBA}:
         names = sorted(component.name for component in others)
         refuse(f"it has {' and '.join(names)} state besides full attention")
-    pool = params.token_to_kv_pool_allocator.get_kvcache()
-    layers = _layers(pool.full_kv_pool if type(pool) is HybridLinearKVPool else pool)
+    if params.mtp_draft_mamba_pools:
+        refuse("its draft model has states as well", "Leave --speculative-algorithm out")
+    layers = _layers(params.token_to_kv_pool_allocator.get_kvcache())
     drafts = [layer for pool in draft_pools(params) for layer in _layers(pool)]
     _let_ride(layers, drafts)
     return _pool(layers, params.page_size)
@@ -60,7 +61,7 @@ def state_pool(params: CacheInitParams) -> DevicePool:
     """
     slots = params.req_to_token_pool
     if type(slots) is not HybridReqToTokenPool or type(slots.mamba_pool) is not MambaPool:
-        refuse(f"its states lie in a {type(slots.mamba_pool).__name__}")
+        refuse(f"its states lie in a {type(slots.mamba_pool).__name__} of a {type(slots).__name__}")
     if slots.mamba_ckpt_pool is not None:
         refuse("its states are quantised", "Leave --enable-int8-mamba-checkpoint out")
     if slots.mamba_pool._slot_siblings:
@@ -68,8 +69,8 @@ def state_pool(params: CacheInitParams) -> DevicePool:
     if not params.enable_mamba_extra_buffer:
         refuse(
             "SGLang keeps its states at the end of a request only",
-            "Give --mamba-radix-cache-strategy extra_buffer, or start the server without the flag where SGLang "
-            "has none for this model",
+            "Give --mamba-radix-cache-strategy extra_buffer and --linear-attn-backend triton, or start the "
+            "server without the flag where SGLang has none for this model",
         )
     kept = slots.mamba_pool.mamba_cache
     parts = [part for part in (*kept.conv, kept.temporal) if part.numel()]
@@ -92,6 +93,8 @@ def _let_ride(layers: Layers, drafts: Layers) -> None:
 
 
 def _layers(pool: Any) -> Layers:
+    if type(pool) is HybridLinearKVPool:
+        pool = pool.full_kv_pool
     # Exactly these: a subclass may keep more, or lay it out in another way.
     layers_of = {
         MHATokenToKVPool: _mha_layers,
