@@ -48,14 +48,19 @@ class HybridStore(CachedAttentionStore):
 
     def ends(self, chain: Chain, pages: int) -> Iterator[int]:
         """Of the prefixes of `chain` with up to `pages` pages those whose state can be loaded, longest first."""
-        return _ends(chain, pages, self.states.is_loadable)
+        return self._ends(chain, pages, self.states.is_loadable)
 
     def held_ends(self, chain: Chain) -> Iterator[int]:
         """Of the prefixes of `chain` with KV in some tier those whose state is in one too, longest first."""
-        return _ends(chain, self.restorable_pages(chain), self.states.holds)
+        return self._ends(chain, self.restorable_pages(chain), self.states.holds)
+
+    def _ends(self, chain: Chain, pages: int, has_state: Callable[[PageKey], bool]) -> Iterator[int]:
+        # Called for waiting requests in each pass, and most pages of a long prompt have no state.
+        keys, known = chain.keys, self.states.known_pages
+        return (end for end in range(pages, 0, -1) if keys[end - 1] in known and has_state(keys[end - 1]))
 
     def _usable(self, chain: Chain, pages: int) -> int:
-        end = next(_ends(chain, pages, self.states.holds), 0) if self._end is None else self._end
+        end = next(self._ends(chain, pages, self.states.holds), 0) if self._end is None else self._end
         return min(end, pages)
 
     def _page_tokens(self, chain: Chain, loadable: int, pages: int) -> int:
@@ -100,7 +105,7 @@ class HybridStore(CachedAttentionStore):
     def drop(self, chain: Chain) -> int:
         dropped = super().drop(chain)
         for key in chain.keys:
-            if not self.holds(key):
+            if key in self.states.known_pages and not self.holds(key):
                 self.states.drop(Chain([key]))
         return dropped
 
@@ -183,7 +188,3 @@ class HybridStore(CachedAttentionStore):
     def check_invariants(self) -> None:
         super().check_invariants()
         self.states.check_invariants()
-
-
-def _ends(chain: Chain, pages: int, has_state: Callable[[PageKey], bool]) -> Iterator[int]:
-    return (end for end in range(pages, 0, -1) if has_state(chain.keys[end - 1]))

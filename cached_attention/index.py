@@ -7,7 +7,7 @@ of 10^6 disk pages stays below 300 MB.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import repeat
 
 import numpy as np
@@ -95,6 +95,11 @@ class PageIndex:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def known(self) -> Container[PageKey]:
+        """The keys of all rows, as a dictionary: most that are asked for are not among them."""
+        return self._rows
 
     def rows(self) -> Iterator[int]:
         return iter(self._rows.values())

@@ -8,7 +8,7 @@ by `poll`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -199,6 +199,11 @@ class CachedAttentionStore:
         self._aliases.left_device(keys)
 
     # The waiting queue
+
+    @property
+    def known_pages(self) -> Container[PageKey]:
+        """Pages that may be in a tier; all others are not."""
+        return self._index.known
 
     def mark_used(self, key: PageKey) -> None:
         """The page is in use, if it is in a tier: its copies shall not age."""
