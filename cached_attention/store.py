@@ -215,6 +215,11 @@ class CachedAttentionStore:
         row = self._index.find(key)
         return row != NOWHERE and (bool(self._in_host.ready[row]) or row in self._pages.on_disk)
 
+    def is_followed(self, key: PageKey) -> bool:
+        """Whether a page that comes after this one is in some tier of this server."""
+        row = self._index.find(key)
+        return row != NOWHERE and any(tier.children[row] for tier in (self._in_host, self._pages.on_disk))
+
     def is_loadable(self, key: PageKey) -> bool:
         """Whether the page is in host memory."""
         row = self._index.find(key)

@@ -241,6 +241,16 @@ def test_a_page_that_does_not_come_costs_all_after_the_last_state(hybrid: Hybrid
     assert hybrid.store._page_tokens(chain, 1, 8) == PAGE * 8 // 7
 
 
+def test_it_is_known_where_prompts_go_on(hybrid: Hybrid) -> None:
+    hybrid.save("aaa")
+    hybrid.save("aaabbb")
+    keys = keys_of("aaabbb")
+    assert [hybrid.store.is_followed(key) for key in keys] == [True] * 5 + [False]
+    hybrid.restart()
+    assert [hybrid.store.is_followed(key) for key in keys] == [True] * 5 + [False]
+    assert not hybrid.store.is_followed(keys_of("x")[0])
+
+
 def test_a_state_in_use_does_not_age(hybrid: Hybrid) -> None:
     hybrid.save("aaa")
     states = hybrid.store.states

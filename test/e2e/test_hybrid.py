@@ -56,22 +56,29 @@ def test_states_come_back_from_host_memory_disk_and_after_a_restart(
 def test_prompts_that_share_a_beginning_find_the_state_at_its_end(
     models: Any, start: Any, town: Any, settled: Any
 ) -> None:
-    beginning, model = town(1, seed=5).conversations[0].words(SHARED), models(**MODEL)
-    first, second, third = (town(1, seed=seed).conversations[0] for seed in (6, 7, 8))
-    for talk in (first, second, third):
-        talk.tokens = [*beginning, *talk.tokens]
+    model = models(**MODEL)
+    talks = [town(1, seed=seed).conversations[0] for seed in range(20, 26)]
+    for fleet in (talks[:3], talks[3:]):
+        beginning = fleet[0].words(SHARED)
+        for talk in fleet:
+            talk.tokens = [*beginning, *talk.tokens]
     with start(model, *TIGHT, host_size="60MB") as server:
-        first.turn(server, 40, 16)
-        # Where the two part there is no state yet: this one leaves one.
-        second.turn(server, 40, 16)
-        assert second.cached == [{"device": 0, "host": 0, "storage": 0}]
-        settled(server)
-        town(4, seed=9).hold(server, 1)
-        third.turn(server, 40, 16)
-        assert third.cached[0]["host"] == SHARED
+        for fleet, leaves_device in ((talks[:3], False), (talks[3:], True)):
+            first, second, third = fleet
+            first.turn(server, 40, 16)
+            if leaves_device:
+                settled(server)
+                town(4, seed=9).hold(server, 1)
+            # Where the two part there is no state yet: this one leaves one.
+            second.turn(server, 40, 16)
+            assert second.cached == [{"device": 0, "host": 0, "storage": 0}]
+            settled(server)
+            town(4, seed=10 + leaves_device).hold(server, 1)
+            third.turn(server, 40, 16)
+            assert third.cached[0]["host"] == SHARED
     with start(model, *PLENTY) as server:
-        expected = server.generate(third.tokens[:-16], 16)["output_ids"]
-    assert third.answers == [expected]
+        for talk in (talks[2], talks[5]):
+            assert talk.answers == [server.generate(talk.tokens[:-16], 16)["output_ids"]]
 
 
 def test_ranks_agree_on_where_to_go_on_from(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
 from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
 from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError
+from sglang.srt.mem_cache.cached_attention.ranks import Ranks
 from sglang.srt.mem_cache.cached_attention.tree_link import TreeLink
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
+from cached_attention.chain import Chain
 from cached_attention.layout import DevicePool
 
 FULL = {ComponentType.FULL}
@@ -167,15 +170,56 @@ def test_a_state_waits_for_pages_that_could_not_be_saved() -> None:
     assert tree.offloaded == []
 
 
-def test_a_prompt_leaves_a_state_where_known_pages_end_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_leaves_a_state_where_it_parts_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.hybrid.mamba_checkpoint_grid", lambda page: 128)
     tree = Tree()
     tree.link.cache.page_size = 64
     branches = []
-    for known, on_device in ((0, None), (0, 256), (5, None), (5, 512), (1, None)):
-        tree.link._known = known
+    for parting, on_device in ((0, None), (0, 256), (5, None), (5, 512), (1, None)):
+        tree.link._parting = parting
         branches.append(tree.link._branch(on_device))
     assert branches == [None, 256, 256, 512, None]
+
+
+class Kept:
+    """A store with a prompt of ten pages, states after `ends`, and other prompts that go on after `partings`."""
+
+    def __init__(self, *ends: int, partings: Sequence[int] = ()) -> None:
+        self._ends = ends
+        self._partings = partings
+        self.reserved: list[tuple[str, bytes]] = []
+
+    def ends(self, chain: Chain, pages: int) -> Iterator[int]:
+        return (end for end in self._ends if end <= pages)
+
+    def reserve_state(self, request: str, key: bytes) -> None:
+        self.reserved.append((request, key))
+
+    def is_followed(self, key: bytes) -> bool:
+        return key[0] in self._partings
+
+
+@pytest.mark.parametrize(
+    ("kept", "on_device", "end", "parting"),
+    [
+        (Kept(10, 4), 0, 10, 0),
+        (Kept(7, 4), 0, 7, 0),
+        (Kept(7, 4, partings=[9]), 0, 7, 10),
+        (Kept(4), 10, 4, 0),
+        (Kept(partings=[9]), 3, 0, 10),
+    ],
+    ids=["at the end", "before the end", "where others go on", "on the device", "none"],
+)
+def test_a_prompt_goes_on_from_the_last_state(kept: Kept, on_device: int, end: int, parting: int) -> None:
+    tree = Tree()
+    tree.link.cache.tp_world_size = 1
+    tree.link.cache_linker = SimpleNamespace(store=kept)
+    tree.link.ranks = Ranks(lambda rid, may_give_up: True)
+    tree.link._parting = 0
+    chain = Chain([bytes([page]) for page in range(10)])
+    assert tree.link._agree(SimpleNamespace(rid="request"), chain, 10, on_device) == end
+    assert tree.link._parting == parting
+    assert kept.reserved == ([("request", bytes([end - 1]))] if end > on_device else [])
 
 
 def test_a_state_that_was_saved_with_its_pages_or_is_not_new_is_not_saved_again() -> None:

@@ -190,20 +190,20 @@ class HybridTreeLink(TreeLink):
         super().__init__(*args)
         self._with_state: set[NodeId] = set()
         """Nodes that were saved with their states while a prompt was inserted."""
-        self._known = 0
-        """Pages of the prompt that is matched whose KV goes on where no state is left."""
+        self._parting = 0
+        """Pages of the prompt that is matched after which others go on in another way, and no state is left."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
-        self._known = 0
+        self._parting = 0
         result = super().match(key, req, result)
         if self.has_hit(req.rid):
             result = result._replace(mamba_host_hit_length=1)
         return result._replace(mamba_branching_seqlen=self._branch(result.mamba_branching_seqlen))
 
     def _branch(self, on_device: int | None) -> int | None:
-        """Tokens after which this prompt is to leave a state: where known KV of it ends without one."""
+        """Tokens after which this prompt is to leave a state, not at its end: where it parts from others."""
         grid = mamba_checkpoint_grid(self.cache.page_size)
-        return max(on_device or 0, self._known * self.cache.page_size // grid * grid) or None
+        return max(on_device or 0, self._parting * self.cache.page_size // grid * grid) or None
 
     def _arrive(self, req: Req, chain: Chain) -> None:
         store, end = self.cache_linker.store, None
@@ -216,7 +216,8 @@ class HybridTreeLink(TreeLink):
         end = self._common(store.ends(chain, pages), chain, on_device)
         if end > on_device:
             store.reserve_state(req.rid, chain.keys[end - 1])
-        self._known = known if known > max(end, on_device) else 0
+        if known > max(end, on_device):
+            self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
         return end
 
     def _common(self, ends: Iterator[int], chain: Chain, beyond: int) -> int:
