@@ -24,6 +24,8 @@ $(INSTALLED): pyproject.toml
 	@echo "Installing SGLang and this package into $(VENV): about 11 GB, minutes on a fast network."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -e '.[test]'
+	@echo "Compiling what was installed, on all cores: pip would on one."
+	-@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	@touch $@
 
 out/model: | $(INSTALLED)

@@ -163,10 +163,11 @@ class HybridStore(CachedAttentionStore):
     # Life and death
 
     def flush(self, timeout: float) -> int:
-        # States first: KV that none follows is of no use.
+        # Each is of no use without the other: half of the time for states, the rest for both.
         until = time.monotonic() + timeout
-        left = self.states.flush(timeout)
-        return left + super().flush(max(0.0, until - time.monotonic()))
+        self.states.flush(timeout / 2)
+        left = super().flush(max(0.0, until - time.monotonic()))
+        return left + self.states.flush(max(0.0, until - time.monotonic()))
 
     def reset(self) -> None:
         super().reset()

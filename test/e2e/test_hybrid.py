@@ -9,7 +9,7 @@ from benchmark.server import Server
 
 MODEL = {"architecture": "qwen3.5"}
 PLENTY = ("--max-mamba-cache-size", "200")
-TIGHT = ("--max-total-tokens", "1600", "--max-mamba-cache-size", "12", "--max-running-requests", "3")
+TIGHT = ("--max-total-tokens", "1600", "--max-mamba-cache-size", "16", "--max-running-requests", "3")
 """States of the running requests, and few besides."""
 SHARED = 512
 """Tokens that prompts of a fleet have in common."""

@@ -126,7 +126,7 @@ def at_rest(store_states: Any, settled: Any) -> Any:
 def test_a_hybrid_model_answers_as_without_tiers(
     models: Any, start: Any, town: Any, expected: Any, disk: tuple[str, ...], at_rest: Any
 ) -> None:
-    busy = ("--max-running-requests", "3", "--max-mamba-cache-size", "14", "--chunked-prefill-size", "256")
+    busy = ("--max-running-requests", "3", "--max-mamba-cache-size", "18", "--chunked-prefill-size", "256")
     with start(models("qwen3.5"), *TIGHT, *busy, *disk, host_size="6MB") as server:
         traffic = Traffic(server, town, expected["hybrid"], hints=True)
         traffic.run(rounds=1)

@@ -111,13 +111,14 @@ class Tree:
             build_external_linker_offload_transfers=lambda node: None if self.kv_is_kept else ["KV"],
         )
         slots = SimpleNamespace(
-            mamba_allocator=SimpleNamespace(available_size=lambda: self.free), mamba_pool=SimpleNamespace(size=50)
+            mamba_allocator=SimpleNamespace(available_size=lambda: self.free),
+            available_size=lambda: 2,
+            mamba_initial_tracking_slots=2,
         )
         self.link.cache = SimpleNamespace(
             tree_core=tree,
             get_last_hash_value=lambda node: f"hash of {node}",
             inc_lock_ref=self.lock,
-            dec_lock_ref=lambda node, lock: self.locked.remove(node),
             mamba_evictable_size=lambda: 0,
             req_to_token_pool=slots,
         )
@@ -142,25 +143,22 @@ def test_a_state_that_comes_after_the_pages_of_its_node_is_saved_by_itself() -> 
     assert tree.locked == [7]
 
 
-def test_a_state_is_not_kept_from_running_requests_to_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_from_requests_to_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests may yet run, of three slots each, one may go on, and one save runs."""
     tree = Tree()
-    tree.free = 5
-    tree.insert()
-    assert (tree.offloaded, tree.locked) == ([], [])
     kept: list[list[Any]] = []
     monkeypatch.setattr(TreeLink, "_offload_node", lambda link, node, transfers: kept.append(transfers))
+    tree.link.pending_offloads = ["a save"]
+    tree.free = 8
+    tree.insert()
     tree.link._offload_node(7, ["KV", "state"])
-    tree.free = 6
+    assert (tree.offloaded, tree.locked, kept, tree.link._with_state) == ([], [], [], set())
+    tree.free = 9
+    tree.link._offload_node(7, ["KV"])
+    assert tree.link._with_state == set()
     tree.link._offload_node(7, ["KV", "state"])
     assert kept == [["KV"], ["KV", "state"]]
-
-
-def test_nothing_is_loaded_where_there_is_no_slot_for_the_state() -> None:
-    tree = Tree()
-    tree.free = 0
-    tree.link.hit_markers = {"request": "hit"}
-    assert tree.link.load_back(SimpleNamespace(rid="request", last_node=3)) == (0, 3)
-    assert tree.link.hit_markers == {}
+    assert tree.link._with_state == {7}
 
 
 def test_a_state_waits_for_pages_that_could_not_be_saved() -> None:
@@ -182,12 +180,23 @@ def test_a_prompt_leaves_a_state_where_it_parts_from_others(monkeypatch: pytest.
 
 
 class Kept:
-    """A store with a prompt of ten pages, states after `ends`, and other prompts that go on after `partings`."""
+    """A store with `known` pages of a prompt, states after `ends`, and prompts that go on after `partings`."""
 
-    def __init__(self, *ends: int, partings: Sequence[int] = ()) -> None:
+    def __init__(self, *ends: int, partings: Sequence[int] = (), known: int = 10) -> None:
         self._ends = ends
         self._partings = partings
+        self._known = known
         self.reserved: list[tuple[str, bytes]] = []
+        self.arrived: list[int | None] = []
+
+    def restorable_pages(self, chain: Chain) -> int:
+        return self._known
+
+    def held_ends(self, chain: Chain) -> Iterator[int]:
+        return iter(self._ends)
+
+    def arrive(self, request: str, chain: Chain, end: int | None) -> None:
+        self.arrived.append(end)
 
     def ends(self, chain: Chain, pages: int) -> Iterator[int]:
         return (end for end in self._ends if end <= pages)
@@ -207,8 +216,9 @@ class Kept:
         (Kept(7, 4, partings=[9]), 0, 7, 10),
         (Kept(4), 10, 4, 0),
         (Kept(partings=[9]), 3, 0, 10),
+        (Kept(4, partings=[4, 9]), 0, 4, 10),
     ],
-    ids=["at the end", "before the end", "where others go on", "on the device", "none"],
+    ids=["at the end", "before the end", "where others go on", "on the device", "none", "not all in host memory"],
 )
 def test_a_prompt_goes_on_from_the_last_state(kept: Kept, on_device: int, end: int, parting: int) -> None:
     tree = Tree()
@@ -217,9 +227,77 @@ def test_a_prompt_goes_on_from_the_last_state(kept: Kept, on_device: int, end: i
     tree.link.ranks = Ranks(lambda rid, may_give_up: True)
     tree.link._parting = 0
     chain = Chain([bytes([page]) for page in range(10)])
-    assert tree.link._agree(SimpleNamespace(rid="request"), chain, 10, on_device) == end
+    # In host memory; where there is more, its own next page is no other prompt's.
+    pages = 5 if kept._partings == [4, 9] else 10
+    assert tree.link._agree(SimpleNamespace(rid="request"), chain, pages, on_device) == end
     assert tree.link._parting == parting
     assert kept.reserved == ([("request", bytes([end - 1]))] if end > on_device else [])
+
+
+def test_ranks_bring_up_a_state_that_all_of_them_have() -> None:
+    """Each has a longer one that the other lacks."""
+    tree, others = Tree(), {4, 9}
+
+    def common(here: list[int], num_pages: int, device_hit_pages: int) -> int:
+        assert num_pages == 10
+        return max((end for end in here if end in others and end > device_hit_pages), default=0)
+
+    tree.link._sync_restorable_prefix = common
+    kept = Kept(10, 4)
+    tree.link.cache.tp_world_size = 2
+    tree.link.cache_linker = SimpleNamespace(store=kept)
+    chain = Chain([bytes([page]) for page in range(10)])
+    tree.link._arrive(SimpleNamespace(rid="request"), chain)
+    assert kept.arrived == [4]
+    tree.link.cache.tp_world_size = 1
+    tree.link._arrive(SimpleNamespace(rid="request"), chain)
+    assert kept.arrived == [4, None]
+
+
+class Disks:
+    """A store, or that of its states, that says what becomes of its disk."""
+
+    def __init__(self, name: str, log: list[str], has_disk: bool, states: Any = None) -> None:
+        self._name = name
+        self._log = log
+        self.disk = object() if has_disk else None
+        self.states = states
+        self.remote = None
+
+    def reset(self) -> None:
+        self._log.append(f"reset {self._name}")
+        if self.states is not None:
+            self.states.reset()
+
+    def replace_disk(self, open_disk: Any) -> None:
+        self._log.append(f"replace {self._name}")
+
+    def detach_disk(self) -> None:
+        if self.disk is not None:
+            self._log.append(f"detach {self._name}")
+        if self.states is not None:
+            self.states.detach_disk()
+
+
+@pytest.mark.parametrize("has_kv", [True, False])
+@pytest.mark.parametrize("has_states", [True, False])
+@pytest.mark.parametrize("has_changed", [True, False])
+def test_whichever_disk_is_missing_both_stores_forget_and_leave_theirs(
+    has_kv: bool, has_states: bool, has_changed: bool
+) -> None:
+    log: list[str] = []
+    states = Disks("states", log, has_states)
+    linker: Any = HybridLinker.__new__(HybridLinker, components=HYBRID)
+    linker.store = Disks("kv", log, has_kv, states)
+    linker._config = SimpleNamespace(disk_path="/somewhere")
+    linker._identity = linker._state_identity = SimpleNamespace(has_changed=lambda: has_changed)
+    linker.layer_done_counter = LayerEvents(1)
+    linker.reset()
+    assert ("replace kv" in log, "reset kv" in log) == (has_changed or not has_kv, has_kv and not has_changed)
+    assert log[-1] == ("replace states" if has_changed or not has_states else "reset states")
+    log.clear()
+    linker.weights_updated()
+    assert ("detach kv" in log, "detach states" in log) == (has_kv, has_states)
 
 
 def test_a_state_that_was_saved_with_its_pages_or_is_not_new_is_not_saved_again() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from inspect import signature, unwrap
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.managers.tp_worker import BaseTpWorker, TpModelWorker
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.never_waits import CHECK_WAITS, never_waits
+from sglang.srt.mem_cache.cached_attention.plugin import _wait_for_loads
 
 
 class Asked:
@@ -82,3 +86,16 @@ def test_a_call_that_waits_for_a_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuntimeError, match="synchronizing"):
         never_waits(lambda: torch.ones(1, device="cuda").item())()
     assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_an_embedding_waits_for_its_layers_too() -> None:
+    """SGLang says which loads a forward waits for where it generates only."""
+    counter = LayerEvents(1)
+    worker, batch = SimpleNamespace(set_hicache_consumer=counter.set_consumer), counter.next_batch()
+    event = Asked()
+    counter.add(batch, [event])
+    _wait_for_loads(worker, SimpleNamespace(hicache_consumer_index=batch))
+    counter.wait_until(0)
+    assert event.times == 1
+    assert callable(TpModelWorker.set_hicache_consumer)
+    assert list(signature(unwrap(BaseTpWorker.forward_batch_embedding)).parameters) == ["self", "batch"]

@@ -152,6 +152,7 @@ EXCLUSIVE = {
     "enable_flexkv": "both keep KV outside the device",
     "enable_unified_cache_external_linker": "CachedAttention is a linker itself",
     "enable_unified_memory": "its pool does not lie in whole pages",
+    "enable_pdmux": "its prefills do not wait for what is loaded",
     "radix_cache_backend": "CachedAttention brings its own radix cache",
 }
 """Arguments of SGLang that contradict ours, and why."""

@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 ENDS = 64
 """Prefixes that ranks look for a common one among."""
-SPARED = 10
-"""Of so many slots of states one stays free, or could be, however many are being saved."""
 
 
 class HybridLinker(CachedAttentionLinker):
@@ -212,13 +210,19 @@ class HybridTreeLink(TreeLink):
         store.arrive(req.rid, chain, end=end)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
-        known, store = self.ranks.agree(pages), self.cache_linker.store
+        store = self.cache_linker.store
         end = self._common(store.ends(chain, pages), chain, on_device)
         if end > on_device:
             store.reserve_state(req.rid, chain.keys[end - 1])
-        if known > max(end, on_device):
-            self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
+        self._note_parting(chain, max(end, on_device))
         return end
+
+    def _note_parting(self, chain: Chain, end: int) -> None:
+        """See whether the pages that are known of a prompt, in any tier, are followed by those of others."""
+        store = self.cache_linker.store
+        known = self.ranks.agree(store.restorable_pages(chain))
+        if known > end:
+            self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
 
     def _common(self, ends: Iterator[int], chain: Chain, beyond: int) -> int:
         """The longest of `ends` that every rank has; 0 where that is not `beyond`."""
@@ -227,32 +231,22 @@ class HybridTreeLink(TreeLink):
         here = list(islice(ends, ENDS))
         return self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=beyond)
 
-    def load_back(self, req: Req) -> tuple[int, NodeId]:
-        if self._free_states() < 1:
-            # SGLang would not survive that there is no slot for the state.
-            self.hit_markers.pop(req.rid, None)
-            return 0, req.last_node
-        return super().load_back(req)
+    def _spares(self) -> bool:
+        """Whether a node may be kept on the device, with its state, until it is saved.
 
-    def _free_states(self) -> int:
-        """Slots of states that are free, or could be."""
-        slots = self.cache.req_to_token_pool.mamba_allocator
-        return slots.available_size() + self.cache.mamba_evictable_size()
-
-    def _spares(self, node: NodeId) -> bool:
-        """Whether the state of `node` may be kept on the device until it is saved.
-
-        Running requests need slots as they go on, and SGLang does not survive that there is none. All ranks see
-        this alike, as they do the tree.
+        SGLang does not survive that there is no slot for a state. So as many must be free, or evictable, as the
+        requests that may yet run take, one for a request that goes on, and one for each save that runs: a node of
+        a running request is held by its save alone once the request has gone on. All ranks see this alike, as
+        they do the tree.
         """
-        lock = self.cache.inc_lock_ref(node).to_dec_params()
-        free = self._free_states()
-        self.cache.dec_lock_ref(node, lock)
-        return free > self.cache.req_to_token_pool.mamba_pool.size // SPARED
+        slots = self.cache.req_to_token_pool
+        free = slots.mamba_allocator.available_size() + self.cache.mamba_evictable_size()
+        yet_to_run = slots.available_size() * (1 + slots.mamba_initial_tracking_slots)
+        return free > yet_to_run + 1 + len(self.pending_offloads)
 
     def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
-        if len(transfers) > 1 and not self._spares(node_id):
-            transfers = transfers[:1]
+        if not self._spares():
+            return  # The tree offers it again.
         super()._offload_node(node_id, transfers)
         if len(transfers) > 1:
             self._with_state.add(node_id)
@@ -266,7 +260,7 @@ class HybridTreeLink(TreeLink):
 
     def _offload_state(self, node: NodeId) -> None:
         tree = self.cache.tree_core
-        if tree.build_external_linker_offload_transfers(node) is not None or not self._spares(node):
+        if tree.build_external_linker_offload_transfers(node) is not None or not self._spares():
             return  # Its KV could not be saved, and will be tried again with the state.
         state = tree.get_component_device_value(node, ComponentType.MAMBA)
         last = self.cache.get_last_hash_value(node)

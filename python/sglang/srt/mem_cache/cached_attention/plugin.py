@@ -58,6 +58,8 @@ def activate() -> None:
         register(f"{scheduler}._create_generation_req", _truncate, HookType.AFTER)
         order = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
         register(order, _order_known, HookType.AFTER)
+        worker = "sglang.srt.managers.tp_worker.BaseTpWorker"
+        register(f"{worker}.forward_batch_embedding", _wait_for_loads, HookType.BEFORE)
         results = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
         register(f"{results}.process_batch_result_prefill", _prefill_ended, HookType.AFTER)
         streamer = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
@@ -211,6 +213,11 @@ def _order_known(_result: None, policy: Any, *_args: Any, **_kwargs: Any) -> Non
 
     if isinstance(policy.tree_cache, CachedAttentionRadixCache):
         policy.tree_cache.queue_ordered()
+
+
+def _wait_for_loads(worker: Any, batch: Any) -> None:
+    """SGLang says which loads a forward waits for, but not where a model embeds or rewards."""
+    worker.set_hicache_consumer(batch.hicache_consumer_index)
 
 
 def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> None:
