@@ -91,11 +91,15 @@ def test_a_call_that_waits_for_a_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_embedding_waits_for_its_layers_too() -> None:
     """SGLang says which loads a forward waits for where it generates only."""
     counter = LayerEvents(1)
-    worker, batch = SimpleNamespace(set_hicache_consumer=counter.set_consumer), counter.next_batch()
+    worker = SimpleNamespace(set_hicache_consumer=counter.set_consumer, hicache_layer_transfer_counter=counter)
+    batch = counter.next_batch()
     event = Asked()
     counter.add(batch, [event])
     _wait_for_loads(worker, SimpleNamespace(hicache_consumer_index=batch))
     counter.wait_until(0)
     assert event.times == 1
+    worker.hicache_layer_transfer_counter = None
+    _wait_for_loads(worker, SimpleNamespace(hicache_consumer_index=7))
+    assert counter.consumer_index == batch
     assert callable(TpModelWorker.set_hicache_consumer)
     assert list(signature(unwrap(BaseTpWorker.forward_batch_embedding)).parameters) == ["self", "batch"]

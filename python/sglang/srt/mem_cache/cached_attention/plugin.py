@@ -217,7 +217,10 @@ def _order_known(_result: None, policy: Any, *_args: Any, **_kwargs: Any) -> Non
 
 def _wait_for_loads(worker: Any, batch: Any) -> None:
     """SGLang says which loads a forward waits for, but not where a model embeds or rewards."""
-    worker.set_hicache_consumer(batch.hicache_consumer_index)
+    from .layer_events import LayerEvents
+
+    if isinstance(worker.hicache_layer_transfer_counter, LayerEvents):
+        worker.set_hicache_consumer(batch.hicache_consumer_index)
 
 
 def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> None:
