@@ -198,8 +198,6 @@ class CachedAttentionStore:
         """None of the pages `keys` is on the device: they will be loaded, or computed at their positions."""
         self._aliases.left_device(keys)
 
-    # The waiting queue
-
     @property
     def known_pages(self) -> Container[PageKey]:
         """Pages that may be in a tier; all others are not."""
@@ -224,6 +222,8 @@ class CachedAttentionStore:
         """Whether the page is in host memory."""
         row = self._index.find(key)
         return row != NOWHERE and bool(self._in_host.ready[row])
+
+    # The waiting queue
 
     def arrive(self, request: str, chain: Chain, page_tokens: int | None = None) -> int:
         """`request`, with the prompt `chain`, waits, for now behind all others; returns what it may get.

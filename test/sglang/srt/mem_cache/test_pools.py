@@ -141,19 +141,23 @@ def slots_of_states(layers: list[int], conv: torch.dtype = torch.bfloat16) -> Hy
     )
 
 
-def hybrid(**extra: Any) -> Any:
-    """Layers 1 and 4 of six have attention."""
-    slots = slots_of_states([0, 2, 3, 5])
-    pool = HybridLinearKVPool(
+def attention_at(layers: list[int], states: Any = None) -> HybridLinearKVPool:
+    return HybridLinearKVPool(
         size=8 * PAGE,
         page_size=PAGE,
         dtype=torch.bfloat16,
         head_num=2,
         head_dim=32,
-        full_attention_layer_ids=[1, 4],
+        full_attention_layer_ids=layers,
         device="cpu",
-        mamba_pool=slots.mamba_pool,
+        mamba_pool=states,
     )
+
+
+def hybrid(**extra: Any) -> Any:
+    """Layers 1 and 4 of six have attention."""
+    slots = slots_of_states([0, 2, 3, 5])
+    pool = attention_at([1, 4], slots.mamba_pool)
     return params(pool, req_to_token_pool=slots, **{"enable_mamba_extra_buffer": True, **extra})
 
 
@@ -171,16 +175,7 @@ def test_a_hybrid_model_has_pages_of_its_attention_and_states_of_the_other_layer
 
 
 def test_a_draft_of_a_hybrid_model_may_have_attention_and_no_states() -> None:
-    draft = HybridLinearKVPool(
-        size=8 * PAGE,
-        page_size=PAGE,
-        dtype=torch.bfloat16,
-        head_num=2,
-        head_dim=32,
-        full_attention_layer_ids=[0],
-        device="cpu",
-        mamba_pool=None,
-    )
+    draft = attention_at([0])
     own = PAGE * 2 * 32 * 2
     device = device_pool(hybrid(mtp_draft_device_pools=(draft,)), HYBRID)
     assert device.layout.component_bytes == ((own,) * 2, (own,) * 4)
