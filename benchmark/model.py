@@ -25,9 +25,9 @@ from benchmark.tokenizer import make_tokenizer, word_ids
 
 Size = Literal["tiny", "100m"]
 Dtype = Literal["float32", "bfloat16"]
-Architecture = Literal["llama", "deepseek-mla", "gemma3", "qwen3.5", "llama-eagle"]
-"""`gemma3`: every other layer has a sliding window. `qwen3.5`: every other layer is a gated delta net.
-`llama-eagle`: a draft model for a `llama` of this size."""
+Architecture = Literal["llama", "deepseek-mla", "gemma3", "mellum", "qwen3.5", "llama-eagle"]
+"""`gemma3`, `mellum`: every other layer has a sliding window, which with the latter SGLang forgets what has left.
+`qwen3.5`: every other layer is a gated delta net. `llama-eagle`: a draft model for a `llama` of this size."""
 
 SPEC_FILE = "benchmark-model.json"
 HEAD_DIM = 64
@@ -156,7 +156,11 @@ def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
     if spec.architecture.startswith("llama"):
         return AutoConfig.for_model("llama", **grouped, **shared)
     if spec.architecture == "gemma3":
-        return AutoConfig.for_model("gemma3_text", **grouped, **_sliding_windows(shape), **shared)
+        # Queries and keys are normalised: the scale makes them sharp, not the weights.
+        sharp = {"query_pre_attn_scalar": round(HEAD_DIM / ATTENTION_SHARPNESS**2)}
+        return AutoConfig.for_model("gemma3_text", **grouped, **_sliding_windows(shape), **sharp, **shared)
+    if spec.architecture == "mellum":
+        return AutoConfig.for_model("mellum", **grouped, **_sliding_windows(shape), **_no_experts(shape), **shared)
     if spec.architecture == "qwen3.5":
         return AutoConfig.for_model("qwen3_5_text", **grouped, **_delta_nets(shape), **shared)
     return AutoConfig.for_model("deepseek_v2", **_latent_attention(shape), **shared)
@@ -165,9 +169,11 @@ def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
 def _sliding_windows(shape: Shape) -> dict[str, object]:
     kinds = ["sliding_attention", "full_attention"]
     types = [kinds[layer % 2] for layer in range(shape.layers)]
-    # Queries and keys are normalised: the scale makes them sharp, not the weights.
-    scale = round(HEAD_DIM / ATTENTION_SHARPNESS**2)
-    return {"layer_types": types, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": scale}
+    return {"layer_types": types, "sliding_window": SLIDING_WINDOW}
+
+
+def _no_experts(shape: Shape) -> dict[str, object]:
+    return {"mlp_layer_types": ["dense"] * shape.layers, "num_local_experts": 2, "num_experts_per_tok": 1}
 
 
 def _delta_nets(shape: Shape) -> dict[str, object]:
@@ -214,8 +220,8 @@ def _initialise(model: PreTrainedModel, emitted: list[int], seed: int) -> None:
     norm, embedding = float(not (gemma or qwen)), model.config.hidden_size**-0.5 if gemma else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if qwen and name.rpartition(".")[0].endswith(("q_norm", "k_norm")):
-                weight.fill_(ATTENTION_SHARPNESS**0.5 - 1)
+            if not gemma and name.rpartition(".")[0].endswith(("q_norm", "k_norm")):
+                weight.fill_(ATTENTION_SHARPNESS**0.5 - 1 + norm)
             elif name.endswith("linear_attn.norm.weight"):
                 weight.fill_(1.0)
             elif name.endswith("dt_bias"):

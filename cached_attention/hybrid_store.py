@@ -1,4 +1,4 @@
-"""A store for models that are not all attention: KV of some layers, and beside it states of the others."""
+"""A store for models that are not all full attention: KV of some layers, and what the others need beside it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from cached_attention.chain import Chain, PageRun
 from cached_attention.index import PageKey
 from cached_attention.store import CachedAttentionStore
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad
 from cached_attention.transfer.streams import Event
 
 
@@ -17,175 +20,257 @@ class _Saved(NamedTuple):
     """What one save has. Each store reports its saves in their order."""
 
     pages: bool
-    state: bool
+    trailing: bool
+
+
+class _Tail(NamedTuple):
+    """What a request that waits needs of the trailing store."""
+
+    keys: Sequence[PageKey]
+    chains: dict[str, Chain]
+    """Each waits there under a name of its own: it is kept with its last page."""
 
 
 class HybridStore(CachedAttentionStore):
-    """Keeps KV page by page, and `states` where they were saved.
+    """Keeps KV page by page, and in `trailing` what some layers need of the last pages of a prefix only.
 
     A layer with linear attention or Mamba keeps one state per sequence, whatever its length. It cannot be cut: a
-    conversation goes on from the end of a page whose state was saved, and needs the KV of all pages up to
-    there. States lie in a store of their own, in which a page is one state and has the key of the KV page
-    that it follows, and no page before it. What the queue will ask for is brought up in both; each evicts by
-    itself.
+    conversation goes on from the end of a page whose state was saved. A layer with a sliding window reads the
+    tokens before the new ones, as far as its window goes. Both need the KV of the other layers of all pages up to
+    there.
+
+    States and windows lie in a store of their own, under the keys of the pages that they follow, or belong to. What
+    the queue will ask for is brought up in both; each evicts by itself.
 
     Args:
-        states: made for the pool of states, without a remote tier. This store drives and closes it.
+        trailing: made for the pool of states, or of layers with windows; with `chain_pages`, without a remote tier.
+            This store drives and closes it.
+        span: the last pages that are needed of it: 1 for states, as many as a window fills.
         options: as of `CachedAttentionStore`, which has the other arguments too; no remote tier.
     """
 
-    def __init__(self, *args: Any, states: CachedAttentionStore, **options: Any) -> None:
-        self.states = states
-        self._wanted: dict[str, PageKey] = {}
-        """The states that waiting requests were said to go on from."""
-        self._end: int | None = None
-        """Of the prompt that arrives."""
+    def __init__(self, *args: Any, trailing: CachedAttentionStore, span: int = 1, **options: Any) -> None:
+        self.trailing = trailing
+        self.span = span
+        self._tails: dict[str, _Tail] = {}
+        """Of waiting requests."""
+        self._queued: dict[str, list[str]] = {}
+        """By request: the names of what it loads of the trailing store."""
         self._saved: deque[_Saved] = deque()
         """The saves that have not been popped."""
         super().__init__(*args, **options)
 
     # Looking up
 
-    def ends(self, chain: Chain, pages: int) -> Iterator[int]:
-        """Of the prefixes of `chain` with up to `pages` pages those whose state can be loaded, longest first."""
-        return self._ends(chain, pages, self.states.is_loadable)
+    def ends(self, chain: Chain, pages: int, beyond: int = 0) -> Iterator[int]:
+        """Of the prefixes of `chain` with up to `pages` pages those that can be gone on from, longest first.
 
-    def held_ends(self, chain: Chain) -> Iterator[int]:
-        """Of the prefixes of `chain` with KV in some tier those whose state is in one too, longest first."""
-        return self._ends(chain, self.restorable_pages(chain), self.states.holds)
+        Args:
+            beyond: pages that the device has, with all that is needed of them.
+        """
+        return self._ends(chain, pages, beyond, self.trailing.is_loadable)
 
-    def _ends(self, chain: Chain, pages: int, has_state: Callable[[PageKey], bool]) -> Iterator[int]:
+    def held_ends(self, chain: Chain, beyond: int = 0) -> Iterator[int]:
+        """Of the prefixes of `chain` with KV in some tier those that can be brought up, longest first."""
+        return self._ends(chain, self.restorable_pages(chain), beyond, self.trailing.holds)
+
+    def _ends(self, chain: Chain, pages: int, beyond: int, has: Callable[[PageKey], bool]) -> Iterator[int]:
         # Called for waiting requests in each pass, and most pages of a long prompt have no state.
-        keys, known = chain.keys, self.states.known_pages
-        return (end for end in range(pages, 0, -1) if keys[end - 1] in known and has_state(keys[end - 1]))
+        keys, known, there = chain.keys, self.trailing.known_pages, 0
+        for page in range(pages, beyond, -1):
+            there = there + 1 if keys[page - 1] in known and has(keys[page - 1]) else 0
+            if there >= self.span:
+                yield page + self.span - 1
+        yield from range(beyond + min(there, self.span - 1), beyond, -1)
 
-    def _usable(self, chain: Chain, pages: int) -> int:
-        end = next(self._ends(chain, pages, self.states.holds), 0) if self._end is None else self._end
-        return min(end, pages)
-
-    def _page_tokens(self, chain: Chain, loadable: int, pages: int) -> int:
-        # Without one page of KV the request goes on from the last state before it.
-        lost = (pages - next(self.ends(chain, loadable), 0)) * self.layout.page_size
-        return max(self.layout.page_size, lost // max(1, pages - loadable))
+    def _tail(self, chain: Chain, end: int, beyond: int) -> Sequence[PageKey]:
+        """What is needed of the trailing store at `end`."""
+        return chain.keys[max(0, end - self.span, min(beyond, end)) : end]
 
     # The waiting queue
 
-    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None, end: int | None = None) -> int:
-        """See `CachedAttentionStore.arrive`; not in constant time, it looks for the last state of `chain`.
+    def arrive(
+        self,
+        request: str,
+        chain: Chain,
+        page_tokens: int | None = None,
+        beyond: int = 0,
+        end: int | None = None,
+    ) -> int:
+        """See `CachedAttentionStore.arrive`; not in constant time, it looks for the last end of `chain`.
 
         Args:
+            beyond: as for `ends`.
             end: one of `held_ends` that is to be brought up; the longest unless given.
         """
-        self._end = end
-        pages = super().arrive(request, chain, page_tokens)
-        self._end = None
-        state = chain.keys[pages - 1] if pages else b""
-        if self._wanted.get(request, b"") != state:
-            self.states.leave(request)
-        if pages:
-            self._wanted[request] = state
-            self.states.mark_used(state)
-            kept = next(self.ends(chain, min(self.loadable_pages(chain), pages)), 0)
-            saved = max(1, pages - kept) * self.layout.page_size
-            self.states.arrive(request, Chain([state]), saved)
+        pages = self._find_end(chain, beyond) if end is None else end
+        loadable = min(self.loadable_pages(chain), pages)
+        lost = self._lost_tokens(chain, loadable, pages, beyond)
+        self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable))
+        # The whole of it also where the device has some: that may be gone before the request runs.
+        self._wait_for_tail(request, self._tail(chain, pages, 0), lost)
         return pages
 
+    def _find_end(self, chain: Chain, beyond: int) -> int:
+        # What is on the device is kept here too: it is in use.
+        return next(self.held_ends(chain, beyond), 0) or next(self.held_ends(chain), 0)
+
+    def _lost_tokens(self, chain: Chain, loadable: int, pages: int, beyond: int) -> int:
+        """To be computed if nothing more comes up: without one page a request goes on from the last end before it."""
+        return (pages - max(next(self.ends(chain, loadable, beyond), 0), min(beyond, pages))) * self.layout.page_size
+
+    def _per_page(self, tokens: int, pages: int) -> int:
+        return max(self.layout.page_size, tokens // max(1, pages))
+
+    def _wait_for_tail(self, request: str, keys: Sequence[PageKey], lost: int) -> None:
+        tail = self._tails.get(request)
+        if tail is None or tail.keys != keys:
+            self._leave_tail(request)
+            tail = self._tails[request] = _Tail(keys, dict(self._named(request, keys)))
+        for name, chain in tail.chains.items():
+            self.trailing.mark_used(chain.keys[-1])
+            missing = len(chain.keys) - self.trailing.loadable_pages(chain)
+            self.trailing.arrive(name, chain, self._per_page(lost, missing))
+
+    def _named(self, request: str, keys: Sequence[PageKey]) -> Iterator[tuple[str, Chain]]:
+        for place, chain in enumerate(self.trailing.chains(keys)):
+            yield f"{request} {place}" if place else request, chain
+
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
-        return super().is_ready(request, may_give_up) and self.states.is_ready(request, may_give_up)
+        if not super().is_ready(request, may_give_up):
+            return False
+        tail = self._tails.get(request)
+        return tail is None or all(self.trailing.is_ready(name, may_give_up) for name in tail.chains)
 
     def reorder(self, requests: Sequence[str]) -> None:
         super().reorder(requests)
-        self.states.reorder(self._pages.waiting.requests)
+        tails = map(self._tails.get, self._pages.waiting.requests)
+        self.trailing.reorder([name for tail in tails if tail is not None for name in tail.chains])
 
     def leave(self, request: str) -> None:
         super().leave(request)
-        self._wanted.pop(request, None)
-        self.states.leave(request)
+        self._leave_tail(request)
+
+    def _leave_tail(self, request: str) -> None:
+        if (tail := self._tails.pop(request, None)) is not None:
+            for name in tail.chains:
+                self.trailing.leave(name)
 
     def drop(self, chain: Chain) -> int:
         dropped = super().drop(chain)
-        for key in chain.keys:
-            if key in self.states.known_pages and not self.holds(key):
-                self.states.drop(Chain([key]))
+        for key in reversed(chain.keys):
+            if key in self.trailing.known_pages and not self.holds(key):
+                self.trailing.drop(Chain([key]))
         return dropped
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         super().prefill_took(tokens, seconds)
-        self.states.prefill_took(tokens, seconds)
+        self.trailing.prefill_took(tokens, seconds)
 
-    def reserve_state(self, request: str, key: PageKey) -> None:
-        """Keep the state at the end of the page `key`, one of `ends`, until `end_pass`."""
-        self.states.reserve(request, Chain([key]))
+    def reserve_tail(self, request: str, chain: Chain, end: int, beyond: int = 0) -> None:
+        """Keep what is needed of the trailing store at `end`, one of `ends`, until `end_pass`."""
+        for name, part in self._named(request, self._tail(chain, end, beyond)):
+            self.trailing.reserve(name, part)
 
     def end_pass(self) -> None:
         super().end_pass()
-        self.states.end_pass()
+        self.trailing.end_pass()
 
     # Loading
 
+    def queue_tail(
+        self,
+        request: str,
+        keys: Sequence[PageKey],
+        device_slots: torch.Tensor,
+        known: Sequence[Event] | None = None,
+    ) -> bool:
+        """`queue_load` for what was reserved with `reserve_tail`, into slots of the pool of the trailing store."""
+        size, first = self.trailing.layout.page_size, 0
+        queued: list[str] = []
+        self._queued[request] = queued
+        for name, chain in self._named(request, keys):
+            end = first + len(chain.keys)
+            if not self.trailing.queue_load(name, chain.keys, device_slots[first * size : end * size], known):
+                self._cancel_tail(request)
+                return False
+            queued.append(name)
+            first = end
+        return True
+
+    def _cancel_tail(self, request: str) -> None:
+        for name in {request, *self._queued.pop(request, ())}:
+            self.trailing.cancel_load(name)
+
     def cancel_load(self, request: str) -> bool:
-        self.states.cancel_load(request)
+        self._cancel_tail(request)
         return super().cancel_load(request)
 
+    def start_tail(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
+        """`start_load` for what was queued with `queue_tail`, of the same batch."""
+        self._queued.clear()
+        return self.trailing.start_load(batch, after)
+
     def finish_load(self, batch: int, stream: Any = None) -> bool:
-        landed = self.states.finish_load(batch, stream)
+        landed = self.trailing.finish_load(batch, stream)
         return super().finish_load(batch, stream) and landed
 
     # Saving
 
-    def save(self, run: PageRun | None, after: Sequence[Event] = (), state: PageRun | None = None) -> None:
-        """Save pages, the state at the end of one, or both. They must stay as they are until it is reported."""
-        self._saved.append(_Saved(run is not None, state is not None))
+    def save(self, run: PageRun | None, after: Sequence[Event] = (), trailing: PageRun | None = None) -> None:
+        """Save pages, what the trailing store has of them, or both. They must stay as they are until reported."""
+        self._saved.append(_Saved(run is not None, trailing is not None))
         if run is not None:
             super().save(run, after)
-        if state is not None:
-            self.states.save(state, after)
+        if trailing is not None:
+            self.trailing.save(trailing, after)
 
     def poll(self) -> int:
-        pages, states, finished = super().poll(), self.states.poll(), 0
+        pages, trailing, finished = super().poll(), self.trailing.poll(), 0
         for saved in self._saved:
             pages -= saved.pages
-            states -= saved.state
-            if pages < 0 or states < 0:
+            trailing -= saved.trailing
+            if pages < 0 or trailing < 0:
                 break
             finished += 1
         return finished
 
     @property
     def saving(self) -> int:
-        return super().saving + self.states.saving
+        return super().saving + self.trailing.saving
 
     def pop_save(self) -> bool:
         saved = self._saved.popleft()
         pages_are_whole = not saved.pages or super().pop_save()
-        return (not saved.state or self.states.pop_save()) and pages_are_whole
+        return (not saved.trailing or self.trailing.pop_save()) and pages_are_whole
 
     # Life and death
 
     def flush(self, timeout: float) -> int:
-        # Each is of no use without the other: half of the time for states, the rest for both.
+        # Each is of no use without the other: half of the time for the trailing store, the rest for both.
         until = time.monotonic() + timeout
-        self.states.flush(timeout / 2)
+        self.trailing.flush(timeout / 2)
         left = super().flush(max(0.0, until - time.monotonic()))
-        return left + self.states.flush(max(0.0, until - time.monotonic()))
+        return left + self.trailing.flush(max(0.0, until - time.monotonic()))
 
     def reset(self) -> None:
         super().reset()
-        self.states.reset()
+        self.trailing.reset()
 
     def detach_disk(self) -> None:
         super().detach_disk()
-        self.states.detach_disk()
+        self.trailing.detach_disk()
 
     def _start_empty(self, epoch: int) -> None:
         super()._start_empty(epoch)
-        self._wanted.clear()
+        self._tails.clear()
+        self._queued.clear()
         self._saved.clear()
 
     def close(self) -> None:
         super().close()
-        self.states.close()
+        self.trailing.close()
 
     def check_invariants(self) -> None:
         super().check_invariants()
-        self.states.check_invariants()
+        self.trailing.check_invariants()

@@ -31,6 +31,7 @@ class Saves:
         stats: what is saved, declined and failed is counted there.
         page_size: tokens.
         clock: seconds since the epoch.
+        chain_pages: see `CachedAttentionStore`; a chain then also begins where the page before is in no tier.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Saves:
         stats: StoreStats,
         page_size: int,
         clock: Callable[[], float],
+        chain_pages: int | None = None,
     ) -> None:
         self._pages = pages
         self._transfers = transfers
@@ -48,6 +50,7 @@ class Saves:
         self._stats = stats
         self._page_size = page_size
         self._clock = clock
+        self._chain_pages = chain_pages
         self._running: deque[PageSave] = deque()
         self._finished: deque[bool] = deque()
         self._awaits: dict[str, _Await] = {}
@@ -63,8 +66,14 @@ class Saves:
         return sum(len(save.rows) for save in self._running)
 
     def lacks_parent(self, run: PageRun) -> bool:
-        """Whether the page before `run` is in no tier."""
-        return run.parent is not None and not self._pages.is_kept(run.parent)
+        """Whether the page before `run` is in no tier, and has to be."""
+        return self._chain_pages is None and run.parent is not None and not self._pages.is_kept(run.parent)
+
+    def _begins_chain(self, place: int, parent: PageKey | None) -> bool:
+        """Whether the page at `place` of its prompt, after `parent`, is kept without those before it."""
+        if parent is None or self._chain_pages is None:
+            return parent is None
+        return place % self._chain_pages == 0 or not self._pages.is_kept(parent)
 
     def start(self, run: PageRun, after: Sequence[Event]) -> None:
         """See `CachedAttentionStore.save`."""
@@ -90,8 +99,11 @@ class Saves:
         for page, key in enumerate(run.keys):
             row = self._pages.index.find(key)
             if not (self._pages.is_kept(key) or (row != NOWHERE and self._pages.join(row))):
-                place = (run.first_page + page) * self._page_size
-                new = None if self._aliases.is_rotated(key) else self._pages.admit(key, parent, place)
+                place = run.first_page + page
+                if self._begins_chain(place, parent):
+                    place, parent = 0, None
+                position = place * self._page_size
+                new = None if self._aliases.is_rotated(key) else self._pages.admit(key, parent, position)
                 if new is None:
                     self._stats.declined += len(run.keys) - page
                     return admitted, False

@@ -63,6 +63,8 @@ class CachedAttentionStore:
         look_ahead: waiting requests whose pages are brought up before they run; at least 1.
         wait: how long a request is held for pages that come from the disk.
         eviction: which pages leave a tier first where the queue does not decide.
+        chain_pages: pages after which the next is saved as if it were the first of a prompt, so that it can be kept
+            without those before it; None: never. See `chains`.
         clock: seconds since the epoch.
 
     Raises:
@@ -82,6 +84,7 @@ class CachedAttentionStore:
         look_ahead: int = DEFAULT_LOOK_AHEAD,
         wait: Wait = Wait.MEASURED,
         eviction: Eviction = Eviction.LEARNT,
+        chain_pages: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.layout = device.layout
@@ -92,6 +95,7 @@ class CachedAttentionStore:
         self._min_uses = min_uses
         self._ttl = ttl
         self._look_ahead = look_ahead
+        self._chain_pages = chain_pages
         self._clock = clock
         self._decision = WaitOrRecompute(always=wait is Wait.COMPLETE)
         self._learns = eviction is Eviction.LEARNT
@@ -116,8 +120,15 @@ class CachedAttentionStore:
         self._migrate()
         self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
         self._hints = Hints()
-        page_size = self.layout.page_size
-        self._saves = Saves(self._pages, self._transfers, self._aliases, self.stats, page_size, self._clock)
+        self._saves = Saves(
+            self._pages,
+            self._transfers,
+            self._aliases,
+            self.stats,
+            self.layout.page_size,
+            self._clock,
+            self._chain_pages,
+        )
         self._reserved: dict[str, int] = {}
         self._loads = Loads(self._pages, self._transfers, self.stats)
 
@@ -234,9 +245,11 @@ class CachedAttentionStore:
         Args:
             page_tokens: what a page saves to compute; tokens per page unless given.
         """
-        pages = self._usable(chain, self.restorable_pages(chain))
+        return self._wait_for(request, chain, self.restorable_pages(chain), page_tokens or self.layout.page_size)
+
+    def _wait_for(self, request: str, chain: Chain, pages: int, page_tokens: int) -> int:
+        """`request` waits for the first `pages` of `chain`, which are in some tier."""
         loadable = min(self.loadable_pages(chain), pages)
-        page_tokens = page_tokens or self._page_tokens(chain, loadable, pages)
         if self._learns and request not in self._pages.waiting and not Hints.is_name(request):
             self._pages.note_prompt(request, chain.keys, self._clock())
         self._pages.waiting.append(request)
@@ -245,14 +258,6 @@ class CachedAttentionStore:
         if self._migration is not None:
             self._migration.arrive(request, chain.keys, loadable, pages, page_tokens)
         return pages
-
-    def _usable(self, chain: Chain, pages: int) -> int:
-        """How many of the leading `pages` of `chain` a request can go on from."""
-        return pages
-
-    def _page_tokens(self, chain: Chain, loadable: int, pages: int) -> int:
-        """What each of the `pages` of `chain` that is not `loadable` saves to compute."""
-        return self.layout.page_size
 
     def await_saves(self, request: str, keys: Sequence[PageKey]) -> None:
         """Hold `request`, which waits, until those of the pages `keys` that are being saved can be loaded.
@@ -327,6 +332,19 @@ class CachedAttentionStore:
     def chain_to(self, last: PageKey) -> Chain:
         """The chain of a known page; empty where `last` is unknown."""
         return Chain(self._index.path(self._index.find(last)))
+
+    def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
+        """Consecutive pages of a prompt as chains that are kept with their last pages: one, without `chain_pages`."""
+        find, parent = self._index.find, self._index.parent
+        chains: list[Chain] = []
+        before = NOWHERE
+        for key in keys:
+            row = find(key)
+            if before == NOWHERE or row == NOWHERE or parent[row] != before:
+                chains.append(Chain())
+            chains[-1].keys.append(key)
+            before = row
+        return chains
 
     def tiers_with(self, key: PageKey) -> list[str]:
         """Names of the tiers that the page is in."""

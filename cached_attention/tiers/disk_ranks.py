@@ -5,22 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from cached_attention.tiers.disk_directory import FINGERPRINT_NAME, LOCK_NAME, STORE_NAME, stores
 from cached_attention.tiers.disk_space import disk_usage
 
-RANK_NAME = re.compile(r"dp\d+-pp\d+-tp\d+(-states)?")
+Beside = Literal["states", "windows"]
+"""What a rank keeps beside KV of full attention, in a directory of its own."""
+STATES: Final[Beside] = "states"
+WINDOWS: Final[Beside] = "windows"
+RANK_NAME = re.compile(rf"dp\d+-pp\d+-tp\d+(-({STATES}|{WINDOWS}))?")
 
 
 def rank_name(replica: int, pp_rank: int, tp_rank: int) -> str:
-    """Of the directory of one rank among several on a machine, or of one whose model has states beside KV."""
+    """Of the directory of one rank among several on a machine, or of one whose model has more than KV."""
     return f"dp{replica}-pp{pp_rank}-tp{tp_rank}"
 
 
-def states_name(rank: str) -> str:
-    """Of the directory of the states of `rank`: beside that of its KV, each with a limit of its own."""
-    return f"{rank}-states"
+def beside(rank: str, what: Beside) -> str:
+    """Of the directory of what `rank` keeps beside KV, each with a limit of its own."""
+    return f"{rank}-{what}"
 
 
 class NoStoresError(FileNotFoundError):

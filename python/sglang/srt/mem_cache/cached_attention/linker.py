@@ -67,9 +67,13 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     def __new__(cls, *_args: Any, components: set[ComponentType], **_options: Any) -> CachedAttentionLinker:
         # SGLang names one class for every model; which it takes depends on the model.
         if cls is CachedAttentionLinker and ComponentType.MAMBA in components:
-            from .hybrid import HybridLinker
+            from .states import StatesLinker
 
-            return super().__new__(HybridLinker)
+            return super().__new__(StatesLinker)
+        if cls is CachedAttentionLinker and ComponentType.SWA in components:
+            from .windows import WindowsLinker
+
+            return super().__new__(WindowsLinker)
         return super().__new__(cls)
 
     def __init__(

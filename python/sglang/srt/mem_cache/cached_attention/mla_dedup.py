@@ -74,8 +74,9 @@ class MlaDedupLinker(CachedAttentionLinker):
     def __init__(
         self, server_args: Any, params: CacheInitParams, *, components: set[ComponentType], **options: Any
     ) -> None:
-        if ComponentType.MAMBA in components:
-            refuse("its states are not broadcast", f"Leave {MLA_DEDUP.option} out")
+        if others := components & {ComponentType.MAMBA, ComponentType.SWA}:
+            what = "states" if ComponentType.MAMBA in others else "windows"
+            refuse(f"its {what} are not broadcast", f"Leave {MLA_DEDUP.option} out")
         super().__init__(server_args, params, components=components, **options)
         self._broadcaster = _broadcaster(params, self.on_cpu)
         self._keeps = self._broadcaster is None or self._broadcaster.is_src

@@ -15,11 +15,13 @@ from sglang.srt.mem_cache.memory_pool import (
     MHATokenToKVPool,
     MLATokenToKVPool,
 )
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from cached_attention.layout import DevicePool
 
-KEEP_WINDOWS = "--disable-hybrid-swa-memory"
+KEEP_WINDOWS = "Add --disable-hybrid-swa-memory, and they keep all tokens"
+"""Where layers with sliding windows keep no others."""
 
 Layers = list[list[torch.Tensor]]
 """Per layer the tensors `[slots, ...]` that hold what it keeps of each token."""
@@ -40,14 +42,11 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
     Raises:
         UnsupportedModelError: another kind of pool; the message names it.
     """
-    if ComponentType.SWA in components:
-        refuse("some of its layers keep a sliding window only", f"Add {KEEP_WINDOWS}, and they keep all")
-    if others := components - {ComponentType.FULL, ComponentType.MAMBA}:
-        names = sorted(component.name for component in others)
-        refuse(f"it has {' and '.join(names)} state besides full attention")
+    if components >= {ComponentType.SWA, ComponentType.MAMBA}:
+        refuse("it has sliding windows and states", KEEP_WINDOWS)
     if params.mtp_draft_mamba_pools:
         refuse("its draft model has states as well", "Leave --speculative-algorithm out")
-    layers = _layers(params.token_to_kv_pool_allocator.get_kvcache())
+    layers = _layers(_of_full_attention(params.token_to_kv_pool_allocator.get_kvcache()))
     drafts = [layer for pool in draft_pools(params) for layer in _layers(pool)]
     _let_ride(layers, drafts)
     return _pool(layers, params.page_size)
@@ -75,6 +74,27 @@ def state_pool(params: CacheInitParams) -> DevicePool:
     kept = slots.mamba_pool.mamba_cache
     parts = [part for part in (*kept.conv, kept.temporal) if part.numel()]
     return _pool([[part[layer] for part in parts] for layer in range(len(parts[0]))], page_size=1)
+
+
+def window_pool(params: CacheInitParams) -> DevicePool:
+    """The KV of the layers of which SGLang keeps a sliding window only.
+
+    Raises:
+        UnsupportedModelError: SGLang keeps them in another way; the message says so.
+    """
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    if type(pool) is not SWAKVPool or not params.swa_gates_prefix_match:
+        refuse(f"its sliding windows lie in a {type(pool).__name__} of each request", KEEP_WINDOWS)
+    return _pool(_layers(pool.swa_kv_pool), params.page_size)
+
+
+def _of_full_attention(pool: Any) -> Any:
+    """The part of the pool of a model with sliding windows that has all tokens."""
+    if type(pool) is not SWAKVPool:
+        return pool
+    if not pool.full_layer_nums:
+        refuse("all of its layers keep a sliding window only", KEEP_WINDOWS)
+    return pool.full_kv_pool
 
 
 def _pool(layers: Layers, page_size: int) -> DevicePool:
@@ -138,6 +158,7 @@ def refuse(reason: str, remedy: str = "Start the server without the flag") -> No
     """The message of a model that cannot be served with the flag, or with another one beside it."""
     raise UnsupportedModelError(
         "--enable-cached-attention supports models with plain MHA, GQA or MLA attention, or DeepSeek's sparse "
-        f"one, and layers of linear attention or Mamba beside it; this one is not supported because {reason}. "
+        "one, and beside it sliding windows, linear attention or Mamba; this one is not supported because "
+        f"{reason}. "
         f"{remedy}."
     )

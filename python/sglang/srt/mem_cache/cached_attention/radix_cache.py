@@ -19,9 +19,10 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from .hybrid import HybridLinker, HybridTreeLink
 from .linker import CachedAttentionLinker
+from .states import StatesLinker, StatesTreeLink
 from .tree_link import TreeLink
+from .windows import WindowsLinker, WindowsTreeLink
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .hints import HintReqInput
     from .reporting import Reporting
 
+LINKS: dict[type, type[TreeLink]] = {StatesLinker: StatesTreeLink, WindowsLinker: WindowsTreeLink}
 CHECK_INVARIANTS = "CACHED_ATTENTION_CHECK_INVARIANTS"
 """Environment variable: `/server_info` walks the whole store and reports what is wrong. For tests."""
 HOTTEST = 10
@@ -41,8 +43,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     linker: TreeLink
 
     def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
-        link = HybridTreeLink if isinstance(cache_linker, HybridLinker) else TreeLink
-        self.linker = link(self, cache_linker)
+        self.linker = LINKS.get(type(cache_linker), TreeLink)(self, cache_linker)
         self._counted: WeakSet[Req] = WeakSet()
         self._remote_pages: WeakKeyDictionary[CacheRequestHandle, Sequence[int]] = WeakKeyDictionary()
         """Of requests that were admitted: the places in their chains of pages from the remote store."""

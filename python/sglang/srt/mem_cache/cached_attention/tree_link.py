@@ -116,7 +116,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         if (prompt := self._truncated.pop(req, None)) is not None:
             self.cache_linker.store.alias(chain, prompt.sources(len(chain.keys)))
             self.cache_linker.store.await_saves(req.rid, chain.keys[on_device:])
-        self._arrive(req, chain)
+        self._arrive(req, chain, on_device)
         # Asked for even if the device has it all: the conversation is in use, its copy must not age.
         restorable = self.cache_linker.reserve(req.rid, chain)
         if on_device >= in_prompt:
@@ -130,7 +130,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
             last_host_node=result.best_match_node, host_hit_length=(pages - on_device) * page_size
         )
 
-    def _arrive(self, req: Req, chain: Chain) -> None:
+    def _arrive(self, req: Req, chain: Chain, on_device: int) -> None:
         self.cache_linker.store.arrive(req.rid, chain)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:

@@ -1,0 +1,147 @@
+"""Models some of whose layers keep one state per sequence: linear attention, Mamba."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, InsertResult, MatchResult
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
+from sglang.srt.runtime_context import mamba_checkpoint_grid
+
+from cached_attention.chain import Chain, PageRun
+from cached_attention.layout import DevicePool
+from cached_attention.tiers.disk_ranks import STATES
+
+from .hybrid import HybridLinker, HybridTreeLink
+from .layer_events import Layer
+from .linker import page_keys
+from .pools import state_pool
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
+
+
+class StatesLinker(HybridLinker):
+    """The trailing store has states: each is a page of its own, under the key of the page that it follows."""
+
+    what = STATES
+    pool_name = PoolName.MAMBA
+    immovable = "some of its layers keep one state of all tokens"
+
+    def _trailing_pool(self, params: CacheInitParams) -> DevicePool:
+        return state_pool(params)
+
+    def _order_layers(self) -> int:
+        self._kv_before = _kv_before(self._kv_cache.full_attention_layer_id_mapping, self._kv_cache.start_layer)
+        return len(self._kv_before)
+
+    def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
+        """The forward waits for all states before it begins: a graph may read them without asking.
+
+        Which forward used a slot of states last is not watched: the load waits for all of them.
+        """
+        states = self.store.start_tail(batch, self.record_offload_ready()).layers
+        kv = [NOTHING if number is None else layers[number] for number in self._kv_before]
+        self.layer_done_counter.add(batch, kv, states[-1:])
+
+    def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
+        return PageRun(None, 0, page_keys(trailing.keys or []), trailing.device_indices)
+
+
+def _kv_before(kv_layers: dict[int, int], start: int) -> list[int | None]:
+    """Per layer of this rank's model, up to the last with attention: the number of the last KV up to there."""
+    before: list[int | None] = []
+    for layer in range(start, max(kv_layers) + 1):
+        before.append(kv_layers.get(layer, before[-1] if before else None))
+    return before
+
+
+class _Nothing:
+    """Of layers that come before all KV."""
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+
+NOTHING = _Nothing()
+
+
+class StatesTreeLink(HybridTreeLink):
+    """What can be restored ends where a state was saved."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._with_state: set[NodeId] = set()
+        """Nodes that were saved with their states while a prompt was inserted."""
+        self._parting = 0
+        """Pages of the prompt that is matched after which others go on in another way, and no state is left."""
+
+    def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        self._parting = 0
+        result = super().match(key, req, result)
+        if self.has_hit(req.rid):
+            result = result._replace(mamba_host_hit_length=1)
+        return result._replace(mamba_branching_seqlen=self._branch(result.mamba_branching_seqlen))
+
+    def _branch(self, on_device: int | None) -> int | None:
+        """Tokens after which this prompt is to leave a state, not at its end: where it parts from others."""
+        grid = mamba_checkpoint_grid(self.cache.page_size)
+        return max(on_device or 0, self._parting * self.cache.page_size // grid * grid) or None
+
+    def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
+        end = super()._agree(req, chain, pages, on_device)
+        self._note_parting(chain, max(end, on_device))
+        return end
+
+    def _note_parting(self, chain: Chain, end: int) -> None:
+        """See whether the pages that are known of a prompt, in any tier, are followed by those of others."""
+        store = self.cache_linker.store
+        known = self.ranks.agree(store.restorable_pages(chain))
+        if known > end:
+            self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
+
+    def _spares(self) -> bool:
+        """Whether a node may be kept on the device, with its state, until it is saved.
+
+        SGLang does not survive that there is no slot for a state. So as many must be free, or evictable, as the
+        requests that may yet run take, one for a request that goes on, and one for each save that runs: a node of
+        a running request is held by its save alone once the request has gone on. All ranks see this alike, as
+        they do the tree.
+        """
+        slots = self.cache.req_to_token_pool
+        free = slots.mamba_allocator.available_size() + self.cache.mamba_evictable_size()
+        yet_to_run = slots.available_size() * (1 + slots.mamba_initial_tracking_slots)
+        return free > yet_to_run + 1 + len(self.pending_offloads)
+
+    def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
+        if not self._spares():
+            return  # The tree offers it again.
+        super()._offload_node(node_id, transfers)
+        if len(transfers) > 1:
+            self._with_state.add(node_id)
+
+    def inserted(self, params: InsertParams, result: InsertResult) -> None:
+        """Save a state that came to a node after its KV: where prompts that share a beginning part."""
+        node = result.last_device_node
+        if params.mamba_value is not None and not result.mamba_exist and node not in self._with_state:
+            self._offload_state(node)
+        self._with_state.clear()
+
+    def _offload_state(self, node: NodeId) -> None:
+        tree = self.cache.tree_core
+        if tree.build_external_linker_offload_transfers(node) is not None or not self._spares():
+            return  # Its KV could not be saved, and will be tried again with the state.
+        state = tree.get_component_device_value(node, ComponentType.MAMBA)
+        last = self.cache.get_last_hash_value(node)
+        if state is None or last is None:
+            return
+        lock = self.cache.inc_lock_ref(node).to_dec_params()
+        self.cache_linker.offload([PoolTransfer(PoolName.MAMBA, None, state, [last])])
+        # With no node to be marked: the tree marks those whose KV is kept.
+        self.pending_offloads.append(_PendingOffload(node, lock, []))
