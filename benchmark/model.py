@@ -160,7 +160,9 @@ def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
         sharp = {"query_pre_attn_scalar": round(HEAD_DIM / ATTENTION_SHARPNESS**2)}
         return AutoConfig.for_model("gemma3_text", **grouped, **_sliding_windows(shape), **sharp, **shared)
     if spec.architecture == "mellum":
-        return AutoConfig.for_model("mellum", **grouped, **_sliding_windows(shape), **_no_experts(shape), **shared)
+        return AutoConfig.for_model(
+            "mellum", **grouped, **_sliding_windows(shape), **_no_experts(shape), **shared
+        )
     if spec.architecture == "qwen3.5":
         return AutoConfig.for_model("qwen3_5_text", **grouped, **_delta_nets(shape), **shared)
     return AutoConfig.for_model("deepseek_v2", **_latent_attention(shape), **shared)

@@ -39,12 +39,12 @@ class HybridStore(CachedAttentionStore):
     tokens before the new ones, as far as its window goes. Both need the KV of the other layers of all pages up to
     there.
 
-    States and windows lie in a store of their own, under the keys of the pages that they follow, or belong to. What
-    the queue will ask for is brought up in both; each evicts by itself.
+    States and windows lie in a store of their own, under the keys of the pages that they follow, or belong to.
+    What the queue will ask for is brought up in both; each evicts by itself.
 
     Args:
-        trailing: made for the pool of states, or of layers with windows; with `chain_pages`, without a remote tier.
-            This store drives and closes it.
+        trailing: made for the pool of states, or of layers with windows; with `chain_pages`, without a remote
+            tier. This store drives and closes it.
         span: the last pages that are needed of it: 1 for states, as many as a window fills.
         options: as of `CachedAttentionStore`, which has the other arguments too; no remote tier.
     """
@@ -116,8 +116,10 @@ class HybridStore(CachedAttentionStore):
         return next(self.held_ends(chain, beyond), 0) or next(self.held_ends(chain), 0)
 
     def _lost_tokens(self, chain: Chain, loadable: int, pages: int, beyond: int) -> int:
-        """To be computed if nothing more comes up: without one page a request goes on from the last end before it."""
-        return (pages - max(next(self.ends(chain, loadable, beyond), 0), min(beyond, pages))) * self.layout.page_size
+        """To be computed if no more comes up: without one page a request goes on from the last end before it."""
+        return (
+            pages - max(next(self.ends(chain, loadable, beyond), 0), min(beyond, pages))
+        ) * self.layout.page_size
 
     def _per_page(self, tokens: int, pages: int) -> int:
         return max(self.layout.page_size, tokens // max(1, pages))
@@ -185,7 +187,7 @@ class HybridStore(CachedAttentionStore):
         device_slots: torch.Tensor,
         known: Sequence[Event] | None = None,
     ) -> bool:
-        """`queue_load` for what was reserved with `reserve_tail`, into slots of the pool of the trailing store."""
+        """`queue_load` for what was reserved with `reserve_tail`; the slots are those of its own pool."""
         size, first = self.trailing.layout.page_size, 0
         queued: list[str] = []
         self._queued[request] = queued

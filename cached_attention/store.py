@@ -63,8 +63,8 @@ class CachedAttentionStore:
         look_ahead: waiting requests whose pages are brought up before they run; at least 1.
         wait: how long a request is held for pages that come from the disk.
         eviction: which pages leave a tier first where the queue does not decide.
-        chain_pages: pages after which the next is saved as if it were the first of a prompt, so that it can be kept
-            without those before it; None: never. See `chains`.
+        chain_pages: pages after which the next is saved as if it were the first of a prompt, so that it can be
+            kept without those before it; None: never. See `chains`.
         clock: seconds since the epoch.
 
     Raises:
@@ -334,7 +334,10 @@ class CachedAttentionStore:
         return Chain(self._index.path(self._index.find(last)))
 
     def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
-        """Consecutive pages of a prompt as chains that are kept with their last pages: one, without `chain_pages`."""
+        """Consecutive pages of a prompt as chains, each of which is kept with its last page.
+
+        One, where there are no `chain_pages` and all are known.
+        """
         find, parent = self._index.find, self._index.parent
         chains: list[Chain] = []
         before = NOWHERE

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from cached_attention.hybrid_store import HybridStore
 from cached_attention.layout import DevicePool
 from cached_attention.policy.waiting import CEILING
 from cached_attention.store import CachedAttentionStore
-from cached_attention.tiers.disk import DiskTier, FileIO
+from cached_attention.tiers.disk import DiskTier
 
 PAGE = 2
 """Tokens."""
@@ -39,27 +39,15 @@ def content(key: bytes, *shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(int.from_bytes(key[:4])))
 
 
-class GatedReads(FileIO):
-    """Reads of the disk wait while the gate is shut."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        assert self.gate.wait(20)
-        return super().preadv(fd, buffers, offset)
-
-
 class Hybrid:
     """A model with one layer of attention, and one that keeps a convolution and a recurrence."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, io: Any) -> None:
         self.directory = directory
         self.kv = [torch.zeros(PAGES * PAGE, 1, 4) for _ in "kv"]
         self.states = [torch.zeros(SLOTS, 3, 5), torch.zeros(SLOTS, 2, 4, 4)]
         self.kv_pool, self.state_pool = DevicePool([self.kv], PAGE), DevicePool([self.states], 1)
-        self.io = GatedReads()
+        self.io = io
         self.batches = count()
         self.open()
 
@@ -68,7 +56,7 @@ class Hybrid:
             self.state_pool, HOST_STATES * self.state_pool.layout.stride, self.disk("states", self.state_pool)
         )
         kv_size = HOST_PAGES * self.kv_pool.layout.stride
-        self.store = HybridStore(self.kv_pool, kv_size, self.disk("kv", self.kv_pool), states=states)
+        self.store = HybridStore(self.kv_pool, kv_size, self.disk("kv", self.kv_pool), trailing=states)
         for _ in range(20):
             self.store.prefill_took(PAGE, 60.0)  # So that a fetch is always worth waiting for.
 
@@ -86,12 +74,12 @@ class Hybrid:
         for buffer in self.states:
             buffer[1] = content(keys[-1], *buffer.shape[1:])
         state = PageRun(None, 0, keys[-1:], torch.tensor([1])) if has_state else None
-        self.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)), state=state)
+        self.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)), trailing=state)
 
     def save(self, prompt: str, has_state: bool = True) -> bool:
         self.start_save(prompt, has_state)
         self.store._saves.wait()
-        self.store.states._saves.wait()
+        self.store.trailing._saves.wait()
         assert self.store.poll() == 1
         return self.store.pop_save()
 
@@ -111,14 +99,14 @@ class Hybrid:
         end = next(self.store.ends(chain, self.store.reserve(prompt, chain)), 0)
         if end:
             key = chain.keys[end - 1]
-            self.store.reserve_state(prompt, key)
+            self.store.reserve_tail(prompt, chain, end)
             for buffer in (*self.kv, *self.states):
                 buffer.zero_()
             assert self.store.queue_load(prompt, chain.keys[:end], torch.arange(end * PAGE))
-            assert self.store.states.queue_load(prompt, [key], torch.tensor([4]))
+            assert self.store.queue_tail(prompt, [key], torch.tensor([4]))
             batch = next(self.batches)
             self.store.start_load(batch)
-            self.store.states.start_load(batch)
+            self.store.start_tail(batch)
             assert self.store.finish_load(batch)
             for page, page_key in enumerate(chain.keys[:end]):
                 for buffer in self.kv:
@@ -141,8 +129,8 @@ class Hybrid:
 
 
 @pytest.fixture
-def hybrid(tmp_path: Path) -> Iterator[Hybrid]:
-    model = Hybrid(tmp_path)
+def hybrid(tmp_path: Path, gated_reads: Any) -> Iterator[Hybrid]:
+    model = Hybrid(tmp_path, gated_reads())
     yield model
     model.io.gate.set()
     model.store.check_invariants()
@@ -166,13 +154,13 @@ def test_a_save_is_reported_when_pages_and_state_have_landed(hybrid: Hybrid) -> 
     hybrid.start_save("aa")
     hybrid.start_save("dd", has_state=False)
     hybrid.store._saves.wait()
-    hybrid.store.states._saves.wait()
+    hybrid.store.trailing._saves.wait()
     assert hybrid.store.poll() == 2
     assert hybrid.store.pop_save()
     assert hybrid.store.pop_save()
     state = PageRun(None, 0, keys_of("dd")[-1:], torch.tensor([1]))
-    hybrid.store.save(None, state=state)
-    hybrid.store.states._saves.wait()
+    hybrid.store.save(None, trailing=state)
+    hybrid.store.trailing._saves.wait()
     assert hybrid.store.poll() == 1
     assert hybrid.store.pop_save()
     assert list(hybrid.store.ends(Chain(keys_of("dd")), 2)) == [2]
@@ -185,11 +173,11 @@ def test_what_waits_for_a_state_that_has_not_landed_is_not_reported(
     hybrid.start_save("aa")
     hybrid.start_save("ff", has_state=False)
     hybrid.store._saves.wait()
-    hybrid.store.states._saves.wait()
-    poll = hybrid.store.states.poll
-    monkeypatch.setattr(hybrid.store.states, "poll", lambda: 0)
+    hybrid.store.trailing._saves.wait()
+    poll = hybrid.store.trailing.poll
+    monkeypatch.setattr(hybrid.store.trailing, "poll", lambda: 0)
     assert hybrid.store.poll() == 1
-    monkeypatch.setattr(hybrid.store.states, "poll", poll)
+    monkeypatch.setattr(hybrid.store.trailing, "poll", poll)
     assert hybrid.store.poll() == 3
     assert [hybrid.store.pop_save() for _ in range(3)] == [True] * 3
 
@@ -197,7 +185,7 @@ def test_what_waits_for_a_state_that_has_not_landed_is_not_reported(
 def test_a_save_without_room_for_its_state_is_not_whole(hybrid: Hybrid) -> None:
     for place, prompt in enumerate(["a", "d", "f"]):
         assert hybrid.save(prompt)
-        hybrid.store.states.reserve(f"holder {place}", Chain(keys_of(prompt)[-1:]))
+        hybrid.store.trailing.reserve(f"holder {place}", Chain(keys_of(prompt)[-1:]))
     assert not hybrid.save("cc")
     assert hybrid.store.restorable_pages(Chain(keys_of("cc"))) == 2
     hybrid.store.end_pass()
@@ -234,11 +222,18 @@ def test_a_shorter_prefix_is_brought_up_where_ranks_agreed_on_it(hybrid: Hybrid)
 def test_a_page_that_does_not_come_costs_all_after_the_last_state(hybrid: Hybrid) -> None:
     hybrid.save("aaaaaaaa")
     chain = Chain(keys_of("aaaaaaaa"))
-    assert hybrid.store._page_tokens(chain, 7, 8) == 8 * PAGE
+    store = hybrid.store
+
+    def page_tokens(loadable: int, pages: int, beyond: int = 0) -> int:
+        return store._per_page(store._lost_tokens(chain, loadable, pages, beyond), pages - loadable)
+
+    assert page_tokens(7, 8) == 8 * PAGE
+    assert page_tokens(7, 8, beyond=3) == 5 * PAGE
     hybrid.save("aa")
-    assert hybrid.store._page_tokens(chain, 7, 8) == 6 * PAGE
-    assert hybrid.store._page_tokens(chain, 2, 8) == PAGE
-    assert hybrid.store._page_tokens(chain, 1, 8) == PAGE * 8 // 7
+    assert page_tokens(7, 8) == 6 * PAGE
+    assert page_tokens(2, 8) == PAGE
+    assert page_tokens(1, 8) == PAGE * 8 // 7
+    assert page_tokens(2, 2, beyond=6) == PAGE
 
 
 def test_it_is_known_where_prompts_go_on(hybrid: Hybrid) -> None:
@@ -253,7 +248,7 @@ def test_it_is_known_where_prompts_go_on(hybrid: Hybrid) -> None:
 
 def test_a_state_in_use_does_not_age(hybrid: Hybrid) -> None:
     hybrid.save("aaa")
-    states = hybrid.store.states
+    states = hybrid.store.trailing
     row = states._index.find(keys_of("aaa")[-1])
     states._index.last_use[row] = 1.0
     hybrid.store.arrive("request", Chain(keys_of("aaa")))
@@ -263,7 +258,7 @@ def test_a_state_in_use_does_not_age(hybrid: Hybrid) -> None:
 def test_a_request_waits_for_its_state_as_long_as_its_tokens_are_worth(hybrid: Hybrid) -> None:
     hybrid.save("aaaa")
     hybrid.restart()
-    states = hybrid.store.states
+    states = hybrid.store.trailing
     hybrid.io.gate.clear()
     state = Chain(keys_of("aaaa")[-1:])
     states._decision.computing.__init__(latency=0.0, rate=1e6)
@@ -286,13 +281,13 @@ def test_another_state_is_wanted_once_the_last_is_lost(hybrid: Hybrid) -> None:
     hybrid.settle()
     chain = Chain(keys_of("aaaa"))
     assert hybrid.store.arrive("request", chain) == 4
-    hybrid.store.states.leave("request")
-    assert hybrid.store.states.drop(Chain(chain.keys[-1:])) == 1
+    hybrid.store.trailing.leave("request")
+    assert hybrid.store.trailing.drop(Chain(chain.keys[-1:])) == 1
     assert hybrid.store.arrive("request", chain) == 2
     hybrid.store.reorder(["request"])
-    assert hybrid.store.states._pages.waiting.requests == ["request"]
+    assert hybrid.store.trailing._pages.waiting.requests == ["request"]
     hybrid.store.reorder([])
-    assert not hybrid.store.states._pages.waiting.requests
+    assert not hybrid.store.trailing._pages.waiting.requests
 
 
 def test_a_hint_is_for_pages_and_state(hybrid: Hybrid) -> None:
@@ -306,7 +301,7 @@ def test_a_hint_is_for_pages_and_state(hybrid: Hybrid) -> None:
         assert time.monotonic() < deadline
         hybrid.store.poll()
     assert hybrid.store.drop(chain) == 3
-    assert not hybrid.store.states.holds(chain.keys[-1])
+    assert not hybrid.store.trailing.holds(chain.keys[-1])
     assert hybrid.store.restorable_pages(Chain(keys_of("aaa"))) == 0
 
 
@@ -317,7 +312,7 @@ def test_what_is_kept_of_a_dropped_conversation_keeps_its_states(hybrid: Hybrid)
     hybrid.settle()
     assert hybrid.store.drop(Chain(keys_of("aaabbb"))) == 3
     assert list(hybrid.store.ends(Chain(keys_of("aaaaa")), 5)) == [5, 3]
-    assert not hybrid.store.states.holds(keys_of("aaabbb")[-1])
+    assert not hybrid.store.trailing.holds(keys_of("aaabbb")[-1])
 
 
 def test_a_cancelled_load_holds_nothing(hybrid: Hybrid) -> None:
@@ -325,12 +320,12 @@ def test_a_cancelled_load_holds_nothing(hybrid: Hybrid) -> None:
     hybrid.settle()
     chain = hybrid.fetch("aaa")
     hybrid.store.reserve("aaa", chain)
-    hybrid.store.reserve_state("aaa", chain.keys[-1])
+    hybrid.store.reserve_tail("aaa", chain, 3)
     assert hybrid.store.queue_load("aaa", chain.keys, torch.arange(3 * PAGE))
-    assert hybrid.store.states.queue_load("aaa", chain.keys[-1:], torch.tensor([2]))
+    assert hybrid.store.queue_tail("aaa", chain.keys[-1:], torch.tensor([2]))
     assert hybrid.store.cancel_load("aaa")
     assert not hybrid.store.pins
-    assert not hybrid.store.states.pins
+    assert not hybrid.store.trailing.pins
 
 
 def test_a_flush_forgets_both_and_an_update_of_weights_leaves_both_disks(hybrid: Hybrid) -> None:
@@ -338,7 +333,7 @@ def test_a_flush_forgets_both_and_an_update_of_weights_leaves_both_disks(hybrid:
     hybrid.settle()
     hybrid.store.detach_disk()
     assert hybrid.store.disk is None
-    assert hybrid.store.states.disk is None
+    assert hybrid.store.trailing.disk is None
     assert hybrid.load("aaa") == 3
     hybrid.start_save("ddd")
     hybrid.store.reset()
@@ -356,12 +351,12 @@ restarted = st.tuples(st.just("restart"), st.just(""), st.just(0), st.just(True)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(saved, saved, loaded, loaded, dropped, restarted), max_size=25))
+@given(history=st.lists(st.one_of(saved, saved, loaded, loaded, dropped, restarted), max_size=25))
 def test_whatever_happens_states_and_pages_are_those_that_were_saved(
-    history: list[tuple[str, str, int, bool]],
+    gated_reads: Any, history: list[tuple[str, str, int, bool]]
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        hybrid = Hybrid(Path(directory))
+        hybrid = Hybrid(Path(directory), gated_reads())
         with_state: set[str] = set()
         for what, prompt, length, has_state in history:
             if what == "save":

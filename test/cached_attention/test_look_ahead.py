@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,23 +17,11 @@ from cached_attention.hints import GRACE
 from cached_attention.layout import DevicePool
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.store import CachedAttentionStore
-from cached_attention.tiers.disk import DiskTier, FileIO
+from cached_attention.tiers.disk import DiskTier
 
 PAGE, LONG = 2, 4
 """Tokens of a page, pages of a conversation."""
 HOST_PAGES = 10
-
-
-class GatedReads(FileIO):
-    """Reads of the disk wait while the gate is shut."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        assert self.gate.wait(20)
-        return super().preadv(fd, buffers, offset)
 
 
 def keys_of(name: str, pages: int = LONG) -> list[bytes]:
@@ -43,8 +31,8 @@ def keys_of(name: str, pages: int = LONG) -> list[bytes]:
 class Talk:
     """A store over disk whose conversations, named by letters, are `LONG` pages each."""
 
-    def __init__(self, directory: Path, look_ahead: int = 100) -> None:
-        self.io = GatedReads()
+    def __init__(self, directory: Path, io: Any, look_ahead: int = 100) -> None:
+        self.io = io
         self.directory = directory
         self.pool = DevicePool([[torch.zeros(LONG * PAGE, 1, 4)]], PAGE)
         self.look_ahead = look_ahead
@@ -112,8 +100,8 @@ class Talk:
 
 
 @pytest.fixture
-def talk(tmp_path: Path) -> Iterator[Talk]:
-    talk = Talk(tmp_path)
+def talk(tmp_path: Path, gated_reads: Any) -> Iterator[Talk]:
+    talk = Talk(tmp_path, gated_reads())
     yield talk
     talk.store.check_invariants()
     talk.close()
@@ -211,8 +199,8 @@ def test_a_conversation_longer_than_host_memory_runs_with_what_fits(talk: Talk) 
     assert not talk.store.counters()["recomputed"], "it waited for what cannot come"
 
 
-def test_without_look_ahead_only_the_next_request_is_fetched(tmp_path: Path) -> None:
-    talk = Talk(tmp_path, look_ahead=1)
+def test_without_look_ahead_only_the_next_request_is_fetched(tmp_path: Path, gated_reads: Any) -> None:
+    talk = Talk(tmp_path, gated_reads(), look_ahead=1)
     talk.on_disk_only("ab")
     talk.arrive("a", "b")
     talk.poll_until(lambda: talk.in_host("a") == LONG)

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, Mamba2StateShape
-from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError, device_pool, state_pool
+from sglang.srt.mem_cache.cached_attention.pools import (
+    UnsupportedModelError,
+    device_pool,
+    state_pool,
+    window_pool,
+)
 from sglang.srt.mem_cache.memory_pool import (
     DSATokenToKVPool,
     HybridLinearKVPool,
@@ -17,6 +22,7 @@ from sglang.srt.mem_cache.memory_pool import (
     MHATokenToKVPoolFP4,
     MLATokenToKVPool,
 )
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.runtime_context import get_parallel
 
@@ -27,7 +33,8 @@ FULL = {ComponentType.FULL}
 def params(pool: Any, page_size: int = PAGE, **extra: Any) -> Any:
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     drafts = dict.fromkeys(("mtp_draft_device_pools", "mtp_draft_mamba_pools", "sidecar_draft_device_pools"), ())
-    return SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=page_size, **{**drafts, **extra})
+    others = {**drafts, "swa_gates_prefix_match": True, **extra}
+    return SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=page_size, **others)
 
 
 def mha(layers: int = 3, heads: int = 2, dtype: torch.dtype = torch.bfloat16) -> MHATokenToKVPool:
@@ -106,8 +113,9 @@ def test_an_indexer_that_pools_tokens_is_refused() -> None:
 
 
 def test_other_state_beside_attention_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"sliding window only. Add --disable-hybrid-swa-memory"):
-        device_pool(params(mha()), {ComponentType.FULL, ComponentType.SWA})
+    both = {ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA}
+    with pytest.raises(UnsupportedModelError, match=r"windows and states. Add --disable-hybrid-swa-memory"):
+        device_pool(params(mha()), both)
     with pytest.raises(UnsupportedModelError, match=r"because it has C128 state.*without the flag"):
         device_pool(params(mha()), {ComponentType.FULL, ComponentType.C128})
 
@@ -198,6 +206,53 @@ def test_states_that_are_kept_in_another_way_are_refused() -> None:
     of_model.req_to_token_pool = SimpleNamespace(mamba_pool=object())
     with pytest.raises(UnsupportedModelError, match="its states lie in a object of a SimpleNamespace"):
         state_pool(of_model)
+
+
+WINDOWED = {ComponentType.FULL, ComponentType.SWA}
+
+
+def windowed(full: list[int], swa: list[int]) -> SWAKVPool:
+    return SWAKVPool(
+        size=8 * PAGE,
+        size_swa=4 * PAGE,
+        page_size=PAGE,
+        dtype=torch.bfloat16,
+        head_num=2,
+        head_dim=32,
+        swa_attention_layer_ids=swa,
+        full_attention_layer_ids=full,
+        device="cpu",
+    )
+
+
+def test_a_model_with_windows_has_pages_of_full_attention_and_of_the_layers_with_windows() -> None:
+    pool = windowed([1, 3], [0, 2, 4])
+    device, windows = device_pool(params(pool), WINDOWED), window_pool(params(pool))
+    own = (PAGE * 2 * 32 * 2,) * 2
+    assert (device.layout.component_bytes, device.num_pages) == ((own,) * 2, 9)
+    assert (windows.layout.component_bytes, windows.num_pages) == ((own,) * 3, 5)
+    assert windows.layout.page_size == PAGE
+    pool.get_key_buffer(2)[PAGE] = 7
+    assert windows.layers[1][0][1, : 2 * 32 * 2].view(torch.bfloat16).eq(7).all()
+    assert not any(layer[0].any() for layer in device.layers)
+
+
+def test_a_draft_of_a_model_with_windows_may_have_none_itself() -> None:
+    own = PAGE * 2 * 32 * 2
+    target, draft = windowed([1], [0, 2]), mha(layers=1)
+    device = device_pool(params(target, sidecar_draft_device_pools=(draft,)), WINDOWED)
+    assert device.layout.component_bytes == ((own,) * 4,)
+    with pytest.raises(UnsupportedModelError, match="its KV lies in a SWAKVPool"):
+        device_pool(params(target, sidecar_draft_device_pools=(windowed([0], [1]),)), WINDOWED)
+
+
+def test_windows_that_are_kept_in_another_way_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"all of its layers .* Add --disable-hybrid-swa-memory"):
+        device_pool(params(windowed([], [0, 1])), WINDOWED)
+    with pytest.raises(UnsupportedModelError, match=r"a SWAKVPool of each request\. Add"):
+        window_pool(params(windowed([1], [0]), swa_gates_prefix_match=False))
+    with pytest.raises(UnsupportedModelError, match="windows lie in a SimpleNamespace"):
+        window_pool(params(SimpleNamespace()))
 
 
 def test_layers_of_draft_models_ride_on_the_last() -> None:

@@ -42,6 +42,9 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
     Raises:
         UnsupportedModelError: another kind of pool; the message names it.
     """
+    if others := components - {ComponentType.FULL, ComponentType.MAMBA, ComponentType.SWA}:
+        names = sorted(component.name for component in others)
+        refuse(f"it has {' and '.join(names)} state besides full attention")
     if components >= {ComponentType.SWA, ComponentType.MAMBA}:
         refuse("it has sliding windows and states", KEEP_WINDOWS)
     if params.mtp_draft_mamba_pools:

@@ -27,7 +27,7 @@ LEAST_CHAIN = 16
 
 
 class WindowsLinker(HybridLinker):
-    """The trailing store has the KV of the layers with windows, page by page, of which a prefix needs the last."""
+    """The trailing store has the KV of the layers with windows, page by page. A prefix needs the last of it."""
 
     what = WINDOWS
     pool_name = PoolName.SWA

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.mem_cache.cached_attention.hybrid import HybridLinker, HybridTreeLink, _form, _kv_before
+from sglang.srt.mem_cache.cached_attention.hybrid import form_of
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
 from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
 from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError
 from sglang.srt.mem_cache.cached_attention.ranks import Ranks
+from sglang.srt.mem_cache.cached_attention.states import StatesLinker, StatesTreeLink, _kv_before
 from sglang.srt.mem_cache.cached_attention.tree_link import TreeLink
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
@@ -26,8 +27,8 @@ HYBRID = {ComponentType.FULL, ComponentType.MAMBA}
 
 
 def test_the_model_decides_on_the_linker() -> None:
-    for kind in (CachedAttentionLinker, HybridLinker):
-        assert type(kind.__new__(CachedAttentionLinker, components=HYBRID)) is HybridLinker
+    for kind in (CachedAttentionLinker, StatesLinker):
+        assert type(kind.__new__(CachedAttentionLinker, components=HYBRID)) is StatesLinker
     assert type(CachedAttentionLinker.__new__(CachedAttentionLinker, components=FULL)) is CachedAttentionLinker
     assert type(MlaDedupLinker.__new__(MlaDedupLinker, components=HYBRID)) is MlaDedupLinker
 
@@ -45,7 +46,7 @@ def test_states_are_not_shared_by_servers(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(CachedAttentionLinker, "__init__", configure)
     nothing: Any = None
     with pytest.raises(UnsupportedModelError, match=r"shared by servers\. Leave --cached-attention-remote out"):
-        HybridLinker(nothing, nothing, components=HYBRID)
+        StatesLinker(nothing, nothing, components=HYBRID)
 
 
 def test_a_layer_waits_for_the_keys_and_values_up_to_it() -> None:
@@ -58,9 +59,9 @@ def test_states_of_another_type_are_other_states() -> None:
         return DevicePool([[torch.zeros(3, *shape, dtype=dtype)]], 1)
 
     forms = {
-        _form(pool(torch.float16, 4, 2)),
-        _form(pool(torch.bfloat16, 4, 2)),
-        _form(pool(torch.float16, 2, 4)),
+        form_of(pool(torch.float16, 4, 2)),
+        form_of(pool(torch.bfloat16, 4, 2)),
+        form_of(pool(torch.float16, 2, 4)),
     }
     assert len(forms) == 3
 
@@ -76,11 +77,11 @@ class Layer:
 
 def test_the_forward_has_its_states_before_it_begins() -> None:
     log: list[str] = []
-    linker = HybridLinker.__new__(HybridLinker, components=HYBRID)
+    linker = StatesLinker.__new__(StatesLinker, components=HYBRID)
     linker._kv_before = [None, 0, 0, 1]
     linker.layer_done_counter = LayerEvents(4)
     states = SimpleNamespace(layers=[Layer("state 0", log), Layer("state 1", log)])
-    linker.store = SimpleNamespace(states=SimpleNamespace(start_load=lambda batch, after: states))
+    linker.store = SimpleNamespace(start_tail=lambda batch, after: states)
     linker.on_cpu = True
     batch = linker.layer_done_counter.next_batch()
     linker._hand_out(batch, [Layer("kv 0", log), Layer("kv 1", log)])
@@ -102,7 +103,7 @@ class Tree:
     def __init__(self) -> None:
         self.locked: list[int] = []
         self.offloaded: list[list[Any]] = []
-        self.link: Any = HybridTreeLink.__new__(HybridTreeLink)
+        self.link: Any = StatesTreeLink.__new__(StatesTreeLink)
         self.link._with_state = set()
         self.link.pending_offloads = []
         self.free, self.kv_is_kept = 20, True
@@ -169,7 +170,7 @@ def test_a_state_waits_for_pages_that_could_not_be_saved() -> None:
 
 
 def test_a_prompt_leaves_a_state_where_it_parts_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.hybrid.mamba_checkpoint_grid", lambda page: 128)
+    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.states.mamba_checkpoint_grid", lambda page: 128)
     tree = Tree()
     tree.link.cache.page_size = 64
     branches = []
@@ -186,23 +187,23 @@ class Kept:
         self._ends = ends
         self._partings = partings
         self._known = known
-        self.reserved: list[tuple[str, bytes]] = []
+        self.reserved: list[tuple[str, int]] = []
         self.arrived: list[int | None] = []
 
     def restorable_pages(self, chain: Chain) -> int:
         return self._known
 
-    def held_ends(self, chain: Chain) -> Iterator[int]:
-        return iter(self._ends)
+    def held_ends(self, chain: Chain, beyond: int = 0) -> Iterator[int]:
+        return self.ends(chain, self._known, beyond)
 
-    def arrive(self, request: str, chain: Chain, end: int | None) -> None:
+    def arrive(self, request: str, chain: Chain, beyond: int, end: int | None) -> None:
         self.arrived.append(end)
 
-    def ends(self, chain: Chain, pages: int) -> Iterator[int]:
-        return (end for end in self._ends if end <= pages)
+    def ends(self, chain: Chain, pages: int, beyond: int) -> Iterator[int]:
+        return (end for end in self._ends if beyond < end <= pages)
 
-    def reserve_state(self, request: str, key: bytes) -> None:
-        self.reserved.append((request, key))
+    def reserve_tail(self, request: str, chain: Chain, end: int, beyond: int) -> None:
+        self.reserved.append((request, end))
 
     def is_followed(self, key: bytes) -> bool:
         return key[0] in self._partings
@@ -214,7 +215,7 @@ class Kept:
         (Kept(10, 4), 0, 10, 0),
         (Kept(7, 4), 0, 7, 0),
         (Kept(7, 4, partings=[9]), 0, 7, 10),
-        (Kept(4), 10, 4, 0),
+        (Kept(4), 10, 0, 0),
         (Kept(partings=[9]), 3, 0, 10),
         (Kept(4, partings=[4, 9]), 0, 4, 10),
     ],
@@ -231,7 +232,7 @@ def test_a_prompt_goes_on_from_the_last_state(kept: Kept, on_device: int, end: i
     pages = 5 if kept._partings == [4, 9] else 10
     assert tree.link._agree(SimpleNamespace(rid="request"), chain, pages, on_device) == end
     assert tree.link._parting == parting
-    assert kept.reserved == ([("request", bytes([end - 1]))] if end > on_device else [])
+    assert kept.reserved == ([("request", end)] if end else [])
 
 
 def test_ranks_bring_up_a_state_that_all_of_them_have() -> None:
@@ -247,27 +248,30 @@ def test_ranks_bring_up_a_state_that_all_of_them_have() -> None:
     tree.link.cache.tp_world_size = 2
     tree.link.cache_linker = SimpleNamespace(store=kept)
     chain = Chain([bytes([page]) for page in range(10)])
-    tree.link._arrive(SimpleNamespace(rid="request"), chain)
+    tree.link._arrive(SimpleNamespace(rid="request"), chain, 0)
     assert kept.arrived == [4]
+    # On the device there is more than they have in common: that stays.
+    tree.link._arrive(SimpleNamespace(rid="request"), chain, 6)
+    assert kept.arrived == [4, 4]
     tree.link.cache.tp_world_size = 1
-    tree.link._arrive(SimpleNamespace(rid="request"), chain)
-    assert kept.arrived == [4, None]
+    tree.link._arrive(SimpleNamespace(rid="request"), chain, 0)
+    assert kept.arrived == [4, 4, None]
 
 
 class Disks:
     """A store, or that of its states, that says what becomes of its disk."""
 
-    def __init__(self, name: str, log: list[str], has_disk: bool, states: Any = None) -> None:
+    def __init__(self, name: str, log: list[str], has_disk: bool, trailing: Any = None) -> None:
         self._name = name
         self._log = log
         self.disk = object() if has_disk else None
-        self.states = states
+        self.trailing = trailing
         self.remote = None
 
     def reset(self) -> None:
         self._log.append(f"reset {self._name}")
-        if self.states is not None:
-            self.states.reset()
+        if self.trailing is not None:
+            self.trailing.reset()
 
     def replace_disk(self, open_disk: Any) -> None:
         self._log.append(f"replace {self._name}")
@@ -275,8 +279,8 @@ class Disks:
     def detach_disk(self) -> None:
         if self.disk is not None:
             self._log.append(f"detach {self._name}")
-        if self.states is not None:
-            self.states.detach_disk()
+        if self.trailing is not None:
+            self.trailing.detach_disk()
 
 
 @pytest.mark.parametrize("has_kv", [True, False])
@@ -287,10 +291,10 @@ def test_whichever_disk_is_missing_both_stores_forget_and_leave_theirs(
 ) -> None:
     log: list[str] = []
     states = Disks("states", log, has_states)
-    linker: Any = HybridLinker.__new__(HybridLinker, components=HYBRID)
+    linker: Any = StatesLinker.__new__(StatesLinker, components=HYBRID)
     linker.store = Disks("kv", log, has_kv, states)
     linker._config = SimpleNamespace(disk_path="/somewhere")
-    linker._identity = linker._state_identity = SimpleNamespace(has_changed=lambda: has_changed)
+    linker._identity = linker._trailing_identity = SimpleNamespace(has_changed=lambda: has_changed)
     linker.layer_done_counter = LayerEvents(1)
     linker.reset()
     assert ("replace kv" in log, "reset kv" in log) == (has_changed or not has_kv, has_kv and not has_changed)

@@ -1,0 +1,138 @@
+"""Which linker a model with sliding windows gets, which pool its layers read, and what is saved of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
+from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker, PathTransfer
+from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
+from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError
+from sglang.srt.mem_cache.cached_attention.states import StatesLinker
+from sglang.srt.mem_cache.cached_attention.tree_link import TreeLink
+from sglang.srt.mem_cache.cached_attention.windows import WindowsLinker, WindowsTreeLink
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import ExternalCacheHitMarker
+
+from cached_attention.chain import PageRun
+
+WINDOWED = {ComponentType.FULL, ComponentType.SWA}
+PAGE = 64
+
+
+def hashes(count: int) -> list[str]:
+    return [f"{page:064x}" for page in range(count)]
+
+
+def test_the_model_decides_on_the_linker() -> None:
+    for kind in (CachedAttentionLinker, WindowsLinker):
+        assert type(kind.__new__(CachedAttentionLinker, components=WINDOWED)) is WindowsLinker
+    both = {*WINDOWED, ComponentType.MAMBA}
+    # Which refuses it, see `pools.device_pool`.
+    assert type(CachedAttentionLinker.__new__(CachedAttentionLinker, components=both)) is StatesLinker
+
+
+def test_windows_are_not_broadcast() -> None:
+    nothing: Any = None
+    with pytest.raises(UnsupportedModelError, match=r"windows are not broadcast\. Leave --cached-attention-mla-"):
+        MlaDedupLinker(nothing, nothing, components=WINDOWED)
+
+
+class Layer:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self._name = name
+        self._log = log
+
+    def wait(self, stream: Any = None) -> None:
+        self._log.append(self._name)
+
+
+def test_each_layer_waits_for_what_it_reads() -> None:
+    log: list[str] = []
+    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    linker._kv_cache = SimpleNamespace(layers_mapping={1: (0, False), 3: (1, False), 0: (0, True), 2: (1, True)})
+    assert linker._order_layers() == 4
+    linker.layer_done_counter = LayerEvents(4)
+    linker.on_cpu = True
+    windows = SimpleNamespace(layers=[Layer("window 0", log), Layer("window 1", log)])
+    linker.store = SimpleNamespace(start_tail=lambda batch, after: windows)
+    batch = linker.layer_done_counter.next_batch()
+    linker._hand_out(batch, [Layer("kv 0", log), Layer("kv 1", log)])
+    linker.layer_done_counter.set_consumer(batch)
+    assert log == []
+    for layer in range(4):
+        linker.layer_done_counter.wait_until(layer)
+    assert log == ["window 0", "kv 0", "window 1", "kv 1"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "own", "kept", "parent", "first"),
+    [
+        (3, 4, 2, 4, 5),
+        (3, 4, 4, 2, 3),
+        (0, 4, 3, 0, 1),
+        (0, 4, 4, None, 0),
+    ],
+    ids=["of the end", "of the whole node", "of the end of a prompt", "of a whole prompt"],
+)
+def test_the_windows_of_a_node_are_its_last_pages(
+    prefix: int, own: int, kept: int, parent: int | None, first: int
+) -> None:
+    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    linker.on_cpu = True
+    saved: list[tuple[PageRun | None, Any, PageRun]] = []
+    linker.store = SimpleNamespace(save=lambda *save: saved.append(save))
+    keys, slots = hashes(prefix + own), torch.arange(kept * PAGE)
+    node = PathTransfer(PoolName.KV, None, torch.arange(own * PAGE), keys[prefix:], prefix_hashes=keys[:prefix])
+    whole = PoolTransfer(PoolName.KV, None, torch.arange((prefix + own) * PAGE), keys)
+    windows = PoolTransfer(PoolName.SWA, None, slots, keys[-kept:])
+    expected = PageRun(
+        None if parent is None else bytes.fromhex(keys[parent]),
+        first,
+        list(map(bytes.fromhex, keys[-kept:])),
+        slots,
+    )
+    # Also where the store had lost what comes before, and gets the whole path.
+    for kv in (node, whole):
+        assert linker.offload([kv, windows])
+        (kv_run, _, run) = saved.pop()
+        assert kv_run is not None
+        assert run == expected
+    assert linker.offload([node])
+    assert saved.pop()[2] is None
+
+
+@pytest.mark.parametrize(("pages", "known", "tokens"), [(5, 0, 128), (1, 0, 64), (5, 640, 640)])
+def test_a_hit_takes_as_many_slots_of_windows_as_it_needs(
+    monkeypatch: pytest.MonkeyPatch, pages: int, known: int, tokens: int
+) -> None:
+    link: Any = WindowsTreeLink.__new__(WindowsTreeLink)
+    link.cache = SimpleNamespace(page_size=PAGE)
+    link.cache_linker = SimpleNamespace(span=2)
+    link.hit_markers = {}
+    monkeypatch.setattr(TreeLink, "match", lambda link, key, req, result: result)
+
+    class Result:
+        swa_host_hit_length = known
+
+        def _replace(self, swa_host_hit_length: int) -> int:
+            return swa_host_hit_length
+
+    nothing: Any = None
+    request: Any = SimpleNamespace(rid="request")
+    result: Any = Result()
+    assert link.match(nothing, request, result) is result
+    link.hit_markers["request"] = ExternalCacheHitMarker(hashes(pages), 0)
+    assert link.match(nothing, request, result) == tokens
+
+
+@pytest.mark.parametrize(("window", "span", "chain"), [(95, 2, 16), (128, 2, 16), (129, 3, 16), (8191, 128, 128)])
+def test_a_window_is_whole_pages(monkeypatch: pytest.MonkeyPatch, window: int, span: int, chain: int) -> None:
+    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.windows.window_pool", lambda params: "pool")
+    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    assert linker._trailing_pool(SimpleNamespace(swa_retain_window=window, page_size=PAGE)) == "pool"
+    assert (linker.span, linker.chain_pages) == (span, chain)
