@@ -29,11 +29,9 @@ SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "15"))
 
 @pytest.fixture(scope="module")
 def expected(answers: Any) -> dict[str, Any]:
-    """Per tensor parallelism, and of a hybrid model: answers of a server that keeps everything on the device."""
+    """Per tensor parallelism: answers of a server that keeps everything on the device."""
     two = answers("--tp-size", "2", conversations=CONVERSATIONS, turns=TURNS)
-    plenty = ("--max-mamba-cache-size", "400")
-    hybrid = answers(*plenty, conversations=CONVERSATIONS, turns=TURNS, architecture="qwen3.5")
-    return {"1": answers(conversations=30, turns=TURNS), "2": two, "hybrid": hybrid}
+    return {"1": answers(conversations=30, turns=TURNS), "2": two}
 
 
 class Traffic:
@@ -123,12 +121,29 @@ def at_rest(store_states: Any, settled: Any) -> Any:
     return check
 
 
+@pytest.mark.parametrize(
+    ("architecture", "plenty", "few"),
+    [
+        ("qwen3.5", ("--max-mamba-cache-size", "400"), ("--max-mamba-cache-size", "18")),
+        ("mellum", (), ("--swa-full-tokens-ratio", "0.5")),
+    ],
+    ids=["states", "windows"],
+)
 def test_a_hybrid_model_answers_as_without_tiers(
-    models: Any, start: Any, town: Any, expected: Any, disk: tuple[str, ...], at_rest: Any
+    models: Any,
+    start: Any,
+    town: Any,
+    answers: Any,
+    architecture: str,
+    plenty: tuple[str, ...],
+    few: tuple[str, ...],
+    disk: tuple[str, ...],
+    at_rest: Any,
 ) -> None:
-    busy = ("--max-running-requests", "3", "--max-mamba-cache-size", "18", "--chunked-prefill-size", "256")
-    with start(models("qwen3.5"), *TIGHT, *busy, *disk, host_size="6MB") as server:
-        traffic = Traffic(server, town, expected["hybrid"], hints=True)
+    expected = answers(*plenty, conversations=CONVERSATIONS, turns=TURNS, architecture=architecture)
+    busy = ("--max-running-requests", "3", *few, "--chunked-prefill-size", "256")
+    with start(models(architecture), *TIGHT, *busy, *disk, host_size="6MB") as server:
+        traffic = Traffic(server, town, expected, hints=True)
         traffic.run(rounds=1)
         at_rest(server)
     assert traffic.turns == CONVERSATIONS * TURNS
