@@ -101,3 +101,17 @@ def test_pages_that_are_named_by_pairs_of_tokens(
         actual.hold(server, 1)
     assert matches(actual, answers(conversations=30, turns=6))
     assert actual.cached("host") > 3_000
+
+
+def test_a_draft_model_of_a_model_with_sliding_windows(models: Any, start: Any, town: Any) -> None:
+    model, draft = models("mellum"), speculative("STANDALONE", models())
+    expected, actual = town(4), town(4)
+    with start(model, *PLENTY, *draft) as server:
+        counted = Drafts(server)
+        expected.hold(counted, 2)
+    with start(model, *TIGHT, *draft, host_size="30MB") as server:
+        again = Drafts(server)
+        actual.hold(again, 2)
+    assert actual.answers == expected.answers
+    assert again.right == counted.right
+    assert actual.cached("host") > 1_500

@@ -109,10 +109,8 @@ def _pool(layers: Layers, page_size: int) -> DevicePool:
 
 def _let_ride(layers: Layers, drafts: Layers) -> None:
     """Add those of draft models to the last of `layers`: nobody reads them before the target model has run."""
-    if len(drafts) > len(layers):
-        refuse(f"its draft model has {len(drafts)} layers, and it has {len(layers)} itself")
-    for layer, draft in zip(reversed(layers), reversed(drafts), strict=False):
-        layer += draft
+    for place, draft in enumerate(drafts, start=len(layers) - len(drafts)):
+        layers[max(0, place)] += draft
 
 
 def _layers(pool: Any) -> Layers:
