@@ -16,6 +16,9 @@ from cached_attention.stats import Direction, StoreStats
 from cached_attention.transfer.jobs import PageSave, Transfers
 from cached_attention.transfer.streams import Event
 
+CHAIN_SOONER = 1e-6
+"""Seconds per page, so that of chains that were saved at once the first goes first."""
+
 
 class _Await(NamedTuple):
     last: PageKey
@@ -51,6 +54,7 @@ class Saves:
         self._page_size = page_size
         self._clock = clock
         self._chain_pages = chain_pages
+        self._sooner = 0.0 if chain_pages is None else CHAIN_SOONER
         self._running: deque[PageSave] = deque()
         self._finished: deque[bool] = deque()
         self._awaits: dict[str, _Await] = {}
@@ -110,7 +114,7 @@ class Saves:
                 row = new
                 self._pages.index.uses[row] = 1
                 admitted.append(page)
-            self._pages.index.last_use[row] = now
+            self._pages.index.last_use[row] = now - self._sooner * (len(run.keys) - page)
             parent = key
         return admitted, True
 

@@ -76,3 +76,20 @@ def test_ranks_agree_on_where_to_go_on_from(
         actual.hold(server, 3, (1, 2, 3))
     assert matches(actual, answers(*two, conversations=6, turns=3, **MODEL))
     assert actual.cached("host") > 5_000
+
+
+def test_windows_that_were_lost_and_computed_again_are_kept_once_more(
+    models: Any, start: Any, town: Any, settled: Any
+) -> None:
+    # The device has room for the KV of all, and for few windows; host memory has 1.7 times as much.
+    few = ("--max-total-tokens", "4096", "--swa-full-tokens-ratio", "0.2")
+    talk = town(1, seed=40).conversations[0]
+    with start(models(**MODEL), *few, host_size="8.5MB") as server:
+        for others in (4, 2, 0):
+            talk.turn(server, 40, 16)
+            settled(server)
+            town(others, seed=41 + others).hold(server, 1)
+            settled(server)
+    lost, found = (turn["device"] + turn["host"] for turn in talk.cached[1:])
+    assert lost == 0
+    assert found == 448

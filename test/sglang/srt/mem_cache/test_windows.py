@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.cached_attention.hybrid import HybridTreeLink
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker, PathTransfer
 from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
@@ -15,8 +17,10 @@ from sglang.srt.mem_cache.cached_attention.states import StatesLinker
 from sglang.srt.mem_cache.cached_attention.tree_link import TreeLink
 from sglang.srt.mem_cache.cached_attention.windows import WindowsLinker, WindowsTreeLink
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import ExternalCacheHitMarker
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from cached_attention.chain import PageRun
 
@@ -136,3 +140,66 @@ def test_a_window_is_whole_pages(monkeypatch: pytest.MonkeyPatch, window: int, s
     linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
     assert linker._trailing_pool(SimpleNamespace(swa_retain_window=window, page_size=PAGE)) == "pool"
     assert (linker.span, linker.chain_pages) == (span, chain)
+
+
+class Tree:
+    """A prompt of six pages in two nodes, the last of them of two, with windows in slots 1000 further on."""
+
+    def __init__(self) -> None:
+        self.key = RadixKey(array("q", range(6 * PAGE)), None)
+        self.hashes = get_storage_hash_str(self.key, None, page_size=PAGE)
+        self.offloaded: list[list[Any]] = []
+        self.link: Any = WindowsTreeLink.__new__(WindowsTreeLink)
+        self.link.pending_offloads = []
+        self.link.cache_linker = SimpleNamespace(span=2, offload=self.offloaded.append)
+        core = SimpleNamespace(get_prefix_hash_values=lambda node: self.hashes[:4], is_eagle=False)
+        allocator = SimpleNamespace(translate_loc_from_full_to_swa=lambda slots: slots + 1000)
+        self.link.cache = SimpleNamespace(
+            page_size=PAGE,
+            tree_core=core,
+            token_to_kv_pool_allocator=allocator,
+            path_device_indices=lambda node: torch.arange(6 * PAGE),
+            inc_lock_ref=lambda node: SimpleNamespace(to_dec_params=lambda: "lock"),
+        )
+
+    def insert(self, *adopted: tuple[int, int], saved: int = 0) -> None:
+        params: Any = SimpleNamespace(key=self.key, track_adopted_ranges=False)
+        ranges = {ComponentType.SWA: list(adopted)} if adopted else None
+        with self.link.inserting(params):
+            self.link._saved_tokens += saved
+        assert params.track_adopted_ranges
+        self.link.inserted(params, SimpleNamespace(last_device_node=7, adopted_ranges=ranges))
+
+
+@pytest.mark.parametrize(
+    ("start", "saved", "first"), [(0, 0, 4), (0, PAGE, 4), (5 * PAGE, 0, 5), (4 * PAGE + 1, 0, 5)]
+)
+def test_windows_that_come_after_the_pages_of_their_nodes_are_saved_by_themselves(
+    start: int, saved: int, first: int
+) -> None:
+    tree = Tree()
+    tree.insert((0, 10), (start, 6 * PAGE), saved=saved)
+    ((windows,),) = tree.offloaded
+    assert (windows.name, windows.keys) == (PoolName.SWA, tree.hashes[first:])
+    assert windows.prefix_hashes == tree.hashes[:first]
+    assert windows.device_indices.tolist() == list(range(1000 + first * PAGE, 1000 + 6 * PAGE))
+    assert tree.link.pending_offloads == [(7, "lock", [])]
+    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    run = linker._trailing_run(None, windows)
+    assert (run.parent, run.first_page) == (bytes.fromhex(tree.hashes[first - 1]), first)
+
+
+def test_windows_are_not_saved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = Tree()
+    tree.insert()
+    tree.insert((0, 6 * PAGE), saved=2 * PAGE)
+    tree.insert((5 * PAGE, 6 * PAGE), saved=PAGE)
+    # Not the end of what was inserted: nobody goes on from there.
+    tree.insert((0, 5 * PAGE))
+    assert tree.offloaded == []
+    monkeypatch.setattr(HybridTreeLink, "_offload_node", lambda link, node, transfers: None)
+    tree.link._saved_tokens = 0
+    windows = SimpleNamespace(device_indices=torch.arange(PAGE))
+    tree.link._offload_node(7, ["KV", windows])
+    tree.link._offload_node(8, ["KV"])
+    assert tree.link._saved_tokens == PAGE

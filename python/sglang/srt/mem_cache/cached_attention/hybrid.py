@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
@@ -33,6 +34,7 @@ from .tree_link import TreeLink
 if TYPE_CHECKING:
     import torch
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,7 @@ class HybridLinker(CachedAttentionLinker):
 
     @abstractmethod
     def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
-        """What is saved beside `kv`, as pages of the trailing store."""
+        """What is saved, beside `kv` or by itself, as pages of the trailing store."""
 
     def reset(self) -> None:
         trailing = self.store.trailing
@@ -199,3 +201,10 @@ class HybridTreeLink(TreeLink):
             return next(ends, 0)
         here = list(islice(ends, ENDS))
         return self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=beyond)
+
+    def _offload_trailing(self, node: NodeId, trailing: PoolTransfer) -> None:
+        """Save what came to `node` after its KV."""
+        lock = self.cache.inc_lock_ref(node).to_dec_params()
+        self.cache_linker.offload([trailing])
+        # With no node to be marked: the tree marks those whose KV is kept.
+        self.pending_offloads.append(_PendingOffload(node, lock, []))

@@ -117,7 +117,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def insert(self, params: InsertParams) -> InsertResult:
         self.linker.cache_linker.fence.close()
         # The saves that it starts are of pages of this prompt.
-        with self.linker.inserting(params.key):
+        with self.linker.inserting(params):
             result = super().insert(params)
         self.linker.inserted(params, result)
         return result

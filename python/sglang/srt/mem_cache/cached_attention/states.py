@@ -10,7 +10,6 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
 from sglang.srt.runtime_context import mamba_checkpoint_grid
 
 from cached_attention.chain import Chain, PageRun
@@ -141,7 +140,4 @@ class StatesTreeLink(HybridTreeLink):
         last = self.cache.get_last_hash_value(node)
         if state is None or last is None:
             return
-        lock = self.cache.inc_lock_ref(node).to_dec_params()
-        self.cache_linker.offload([PoolTransfer(PoolName.MAMBA, None, state, [last])])
-        # With no node to be marked: the tree marks those whose KV is kept.
-        self.pending_offloads.append(_PendingOffload(node, lock, []))
+        self._offload_trailing(node, PoolTransfer(PoolName.MAMBA, None, state, [last]))

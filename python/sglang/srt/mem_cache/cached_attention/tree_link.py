@@ -80,9 +80,9 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         return self.cache_linker.events
 
     @contextmanager
-    def inserting(self, prompt: RadixKey) -> Iterator[None]:
-        """Meanwhile, what is saved are pages of `prompt`."""
-        self._inserted = prompt
+    def inserting(self, params: InsertParams) -> Iterator[None]:
+        """Meanwhile, what is saved are pages of the prompt that is inserted."""
+        self._inserted = params.key
         try:
             yield
         finally:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, InsertResult, MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from cached_attention.chain import PageRun
 from cached_attention.layout import DevicePool
@@ -21,6 +25,7 @@ from .pools import window_pool
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
 LEAST_CHAIN = 16
 """Pages: a window is kept with up to so many before it."""
@@ -56,7 +61,9 @@ class WindowsLinker(HybridLinker):
         return [self._numbers[layer] for layer in range(self.layer_done_counter.num_layers)]
 
     def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
-        """The last pages of the node."""
+        """The last pages of the node, or what says itself where it belongs."""
+        if isinstance(trailing, PathTransfer):
+            return self.page_run(trailing)
         prefix = kv.prefix_hashes if isinstance(kv, PathTransfer) else []
         before = [*prefix, *((kv.keys if kv else None) or [])][: -len(trailing.keys or []) or None]
         parent = bytes.fromhex(before[-1]) if before else None
@@ -68,9 +75,52 @@ class WindowsTreeLink(HybridTreeLink):
 
     cache_linker: WindowsLinker
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._saved_tokens = 0
+        """Whose windows were saved with their KV while a prompt was inserted."""
+
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         result = super().match(key, req, result)
         if (hit := self.hit_markers.get(req.rid)) is None:
             return result
         tokens = min(len(hit.tail_hashes), self.cache_linker.span) * self.cache.page_size
         return result._replace(swa_host_hit_length=max(result.swa_host_hit_length, tokens))
+
+    @contextmanager
+    def inserting(self, params: InsertParams) -> Iterator[None]:
+        params.track_adopted_ranges = True
+        self._saved_tokens = 0
+        with super().inserting(params):
+            yield
+
+    def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
+        super()._offload_node(node_id, transfers)
+        self._saved_tokens += sum(len(windows.device_indices) for windows in transfers[1:])
+
+    def inserted(self, params: InsertParams, result: InsertResult) -> None:
+        """Save windows that came to nodes after their KV: computed again, since they were in no tier any more.
+
+        Decided by what the tree says, which all ranks see alike; the store knows what it has already.
+        """
+        node, page_size = result.last_device_node, self.cache.page_size
+        if not (adopted := (result.adopted_ranges or {}).get(ComponentType.SWA)):
+            return
+        start, end = adopted[-1]
+        first = -(-max(start, end - self.cache_linker.span * page_size) // page_size)
+        if end - first * page_size <= self._saved_tokens:
+            return
+        slots = self.cache.path_device_indices(node)
+        if end == len(slots):
+            hashes = self._hashes_to(node, params.key, end)
+            allocator = self.cache.token_to_kv_pool_allocator
+            windows = allocator.translate_loc_from_full_to_swa(slots[first * page_size :]).to(torch.int64)
+            own, before = hashes[first:], hashes[:first]
+            self._offload_trailing(node, PathTransfer(PoolName.SWA, None, windows, own, prefix_hashes=before))
+
+    def _hashes_to(self, node: NodeId, key: RadixKey, tokens: int) -> list[str]:
+        """Of the pages of `key`, which has `tokens`, up to the end of `node`."""
+        before, page_size = self.cache.tree_core.get_prefix_hash_values(node), self.cache.page_size
+        key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
+        own = key[len(before) * page_size : tokens]
+        return [*before, *get_storage_hash_str(own, before[-1] if before else None, page_size=page_size)]
