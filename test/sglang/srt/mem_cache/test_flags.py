@@ -200,6 +200,8 @@ def test_engine_arguments() -> None:
         (["--pp-size", "2"], r"cannot be used with --pp-size 2 \(stages would decide"),
         (["--attn-cp-size", "2"], "cannot be used with --attn-cp-size 2"),
         (["--dcp-size", "2"], "cannot be used with --dcp-size 2"),
+        (["--disaggregation-mode", "decode"], r"decode \(such a server loads nothing\): give it to"),
+        (["--enable-pd-role-switch"], "cannot be used with --enable-pd-role-switch"),
     ],
 )
 def test_contradictions_stop_the_server(extra: list[str], message: str) -> None:

@@ -153,9 +153,11 @@ EXCLUSIVE = {
     "enable_unified_cache_external_linker": "CachedAttention is a linker itself",
     "enable_unified_memory": "its pool does not lie in whole pages",
     "enable_pdmux": "its prefills do not wait for what is loaded",
+    "enable_pd_role_switch": "a server that decodes for others loads nothing",
     "radix_cache_backend": "CachedAttention brings its own radix cache",
 }
 """Arguments of SGLang that contradict ours, and why."""
+DISAGGREGATION = "disaggregation_mode"
 SPECULATION = "speculative_algorithm"
 WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 """Speculative decoding with a draft model, whose KV is kept with that of the model."""
@@ -198,6 +200,11 @@ def fold(values: MutableMapping[str, Any]) -> None:
             raise ConfigError(
                 f"{ENABLE.option} cannot be used with {option} {values[name]} ({reason}): leave it out."
             )
+    if values.get(DISAGGREGATION) == "decode":
+        raise ConfigError(
+            f"{ENABLE.option} cannot be used with {Flag(DISAGGREGATION, None, '').option} decode (such a server "
+            "loads nothing): give it to the servers that prefill."
+        )
     _check_speculation(values.get(SPECULATION), given[MLA_DEDUP])
     if not values.get(AUTO_TRUNCATE):
         about_truncation = {flag: given[flag] for flag in (TRUNCATION_RATIO, SINK_PAGES)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from cached_attention.config import ConfigError
 from . import flags
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
     from sglang.srt.server_args import ServerArgs
 
@@ -62,6 +63,8 @@ def activate() -> None:
         register(f"{worker}.forward_batch_embedding", _wait_for_loads, HookType.BEFORE)
         results = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
         register(f"{results}.process_batch_result_prefill", _prefill_ended, HookType.AFTER)
+        prefill = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
+        register(f"{prefill}.process_batch_result_disagg_prefill", _prefill_ended, HookType.AFTER)
         streamer = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
         register(f"{streamer}._get_storage_backend_type", _storage_backend, HookType.AROUND)
         updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -197,8 +200,14 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         cache.linker.truncation = truncation_of(scheduler, cache)
         scheduler.enable_lmcache = True
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
-        cache.watch(lambda: scheduler.waiting_queue)
+        cache.watch(lambda: _waiting(scheduler))
         cache.reporting = Reporting(scheduler, cache.linker.cache_linker.store)
+
+
+def _waiting(scheduler: Any) -> Sequence[Req]:
+    """A server that prefills for others has requests that wait for their decode server first."""
+    bootstrap = scheduler.disagg_prefill_bootstrap_queue
+    return scheduler.waiting_queue if bootstrap is None else [*scheduler.waiting_queue, *bootstrap.queue]
 
 
 def _truncate(req: Any, scheduler: Any, recv_req: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -224,6 +233,7 @@ def _wait_for_loads(worker: Any, batch: Any) -> None:
 
 
 def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> None:
+    """`processor`: also the scheduler, of a server that prefills for others."""
     from .radix_cache import CachedAttentionRadixCache
 
     if not isinstance(processor.tree_cache, CachedAttentionRadixCache):

@@ -1,0 +1,88 @@
+"""A server that prefills for another one keeps conversations; the two answer as one server would."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.mooncake import missing
+from benchmark.server import Server, free_port
+
+ENV = {
+    # What SGLang does with an event of CUDA unless it is told otherwise.
+    "SGLANG_DISAGGREGATION_ALL_CP_RANKS_TRANSFER": "1",
+    "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
+}
+TRANSFER = ("--disaggregation-transfer-backend", "mooncake_tcp")
+DECODE = ("--disaggregation-mode", "decode", *TRANSFER, "--disaggregation-decode-retraction-backup", "cpu_tensor")
+TIGHT = ("--max-total-tokens", "1600", "--chunked-prefill-size", "256", "--enable-metrics")
+
+
+class Pair:
+    """A server that prefills, and one that decodes, as a router would use them."""
+
+    def __init__(self, prefill: Server, decode: Server, port: int) -> None:
+        self._prefill = prefill
+        self._decode = decode
+        self._port = port
+        self._rooms = count(1)
+        self._requests = ThreadPoolExecutor(8)
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called after the one that prefills was asked, before the other is."""
+
+    def generate(self, prompt: list[int], answer: int, **request: Any) -> Any:
+        """The answer of the one that decodes, with what the other says of its prompt."""
+        where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self._port, "bootstrap_room": next(self._rooms)}
+        prefill = self._requests.submit(self._prefill.generate, prompt, answer, **where, **request)
+        self.meanwhile()
+        reply = self._decode.generate(prompt, answer, **where, **request)
+        reply["meta_info"]["cached_tokens_details"] = prefill.result()["meta_info"]["cached_tokens_details"]
+        return reply
+
+
+def test_a_server_that_prefills_keeps_conversations(
+    models: Any,
+    start: Any,
+    town: Any,
+    answers: Any,
+    matches: Any,
+    disk_tier: Any,
+    store_states: Any,
+    settled: Any,
+    tmp_path: Path,
+) -> None:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    model, port, actual, seen = models(), free_port(), town(6), list[dict[str, int]]()
+    tiers = (*TIGHT, *disk_tier(tmp_path, "200MB"), "--disaggregation-bootstrap-port", str(port))
+    prefill = ("--disaggregation-mode", "prefill", *TRANSFER, *tiers)
+    with (
+        start(model, *prefill, host_size="12MB", env=ENV) as prefiller,
+        start(model, "--max-total-tokens", "20000", *DECODE, env=ENV) as decoder,
+    ):
+
+        def look() -> None:
+            time.sleep(0.5)
+            seen.append(store_states(prefiller)[0])
+
+        pair = Pair(prefiller, decoder, port)
+        actual.hold(pair, 2, (1, 3))
+        settled(prefiller)
+        # The decode server is late: what a request waits for comes from the disk meanwhile, and stays.
+        pair.meanwhile = look
+        before = actual.cached("storage")
+        actual.hold(pair, 1)
+        rest = settled(prefiller, "waiting", "pins")
+        prompts = prefiller.metric("sglang:cached_attention_prompts_total")
+    assert matches(actual, answers(conversations=30, turns=6))
+    assert actual.cached("storage") - before > 2_000
+    assert actual.cached("device") + actual.cached("host") + actual.cached("storage") > 5_000
+    assert all(state["waiting"] == 1 for state in seen)
+    assert rest["recomputed"] == 0
+    assert prompts == 18
