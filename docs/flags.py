@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.cached_attention.flags import (
     AUTO_TRUNCATE,
+    DISAGGREGATION,
     DISK_PATH,
     DISK_SIZE,
     ENABLE,
@@ -93,6 +94,8 @@ def _refusal(flag: Flag) -> str | None:
 def _contradictions() -> str:
     rows = [f"| `{Flag(name, None, '').option}` | {reason} |" for name, reason in EXCLUSIVE.items()]
     rows += [f"| `{Flag(name, None, '').option}` above 1 | {reason} |" for name, reason in UNDIVIDED.items()]
+    apart = "it loads nothing; give it to [those that prefill](deployment.md#prefill-and-decode-apart)"
+    rows += [f"| `{Flag(DISAGGREGATION, None, '').option} decode` | {apart} |"]
     speculation = f"`{Flag(SPECULATION, None, '').option}`"
     rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it was not tried |")
     rows.append(f"| {speculation} with a draft model, and `{MLA_DEDUP.option}` | its KV is not broadcast |")
