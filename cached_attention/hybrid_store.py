@@ -70,9 +70,9 @@ class HybridStore(CachedAttentionStore):
         """
         return self._ends(chain, pages, beyond, self.trailing.is_loadable)
 
-    def held_ends(self, chain: Chain, beyond: int = 0) -> Iterator[int]:
-        """Of the prefixes of `chain` with KV in some tier those that can be brought up, longest first."""
-        return self._ends(chain, self.restorable_pages(chain), beyond, self.trailing.holds)
+    def held_ends(self, chain: Chain, pages: int, beyond: int = 0) -> Iterator[int]:
+        """Of the prefixes of `chain` with up to `pages` pages those that can be brought up, longest first."""
+        return self._ends(chain, pages, beyond, self.trailing.holds)
 
     def _ends(self, chain: Chain, pages: int, beyond: int, has: Callable[[PageKey], bool]) -> Iterator[int]:
         # Called for waiting requests in each pass, and most pages of a long prompt have no state.
@@ -106,14 +106,15 @@ class HybridStore(CachedAttentionStore):
         pages = self._find_end(chain, beyond) if end is None else end
         loadable = min(self.loadable_pages(chain), pages)
         lost = self._lost_tokens(chain, loadable, pages, beyond)
-        self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable))
+        self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable), beyond)
         # The whole of it also where the device has some: that may be gone before the request runs.
         self._wait_for_tail(request, self._tail(chain, pages, 0), lost)
         return pages
 
     def _find_end(self, chain: Chain, beyond: int) -> int:
         # What is on the device is kept here too: it is in use.
-        return next(self.held_ends(chain, beyond), 0) or next(self.held_ends(chain), 0)
+        pages = self.restorable_pages(chain)
+        return next(self.held_ends(chain, pages, beyond), 0) or next(self.held_ends(chain, pages), 0)
 
     def _lost_tokens(self, chain: Chain, loadable: int, pages: int, beyond: int) -> int:
         """To be computed if no more comes up: without one page a request goes on from the last end before it."""
@@ -132,17 +133,19 @@ class HybridStore(CachedAttentionStore):
         for name, chain in tail.chains.items():
             self.trailing.mark_used(chain.keys[-1])
             missing = len(chain.keys) - self.trailing.loadable_pages(chain)
-            self.trailing.arrive(name, chain, self._per_page(lost, missing))
+            self.trailing.arrive(name, chain, self._per_page(lost, missing), 0 if lost else len(chain.keys))
 
     def _named(self, request: str, keys: Sequence[PageKey]) -> Iterator[tuple[str, Chain]]:
         for place, chain in enumerate(self.trailing.chains(keys)):
-            yield f"{request} {place}" if place else request, chain
+            yield f"{request} {place}", chain
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         if not super().is_ready(request, may_give_up):
             return False
-        tail = self._tails.get(request)
-        return tail is None or all(self.trailing.is_ready(name, may_give_up) for name in tail.chains)
+        tail, migration = self._tails.get(request), self._migration
+        if tail is None or (migration is not None and migration.gave_up(request)):
+            return True
+        return all(self.trailing.is_ready(name, may_give_up) for name in tail.chains)
 
     def reorder(self, requests: Sequence[str]) -> None:
         super().reorder(requests)
@@ -160,9 +163,9 @@ class HybridStore(CachedAttentionStore):
 
     def drop(self, chain: Chain) -> int:
         dropped = super().drop(chain)
-        for key in reversed(chain.keys):
-            if key in self.trailing.known_pages and not self.holds(key):
-                self.trailing.drop(Chain([key]))
+        known = self.trailing.known_pages
+        for part in self.trailing.chains([key for key in chain.keys if key in known and not self.holds(key)]):
+            self.trailing.drop(part)
         return dropped
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
@@ -201,7 +204,7 @@ class HybridStore(CachedAttentionStore):
         return True
 
     def _cancel_tail(self, request: str) -> None:
-        for name in {request, *self._queued.pop(request, ())}:
+        for name in self._queued.pop(request, ()):
             self.trailing.cancel_load(name)
 
     def cancel_load(self, request: str) -> bool:

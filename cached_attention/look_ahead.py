@@ -145,6 +145,8 @@ class LookAhead:
     def _ask_for(self, request: str, rank: int) -> int:
         """A batch more for the request at `rank`; returns how many pages."""
         ask = self._asks[request]
+        if ask.next == ask.first:  # Nothing is held yet: what was in host memory may have left it.
+            ask.first = ask.next = self._pages.loadable(ask.keys, ask.first)
         end = min(ask.next + min(BATCH, self._room(rank)), len(ask.keys))
         first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
         if ask.next < end and not self._pages.is_restorable(ask.keys[ask.next]):
@@ -187,6 +189,11 @@ class LookAhead:
         else:
             self._waits[request] = None
         return ask.given_up
+
+    def gave_up(self, request: str) -> bool:
+        """Whether `request` may run because its pages are not worth waiting for."""
+        ask = self._asks.get(request)
+        return ask is not None and ask.given_up
 
     def _missing(self, request: str, ask: _Ask) -> int:
         """Pages that are not in host memory yet."""

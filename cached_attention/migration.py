@@ -96,14 +96,16 @@ class Migration:
         loadable: int,
         restorable: int,
         page_tokens: int | None = None,
+        on_device: int = 0,
     ) -> None:
         """`request` waits with the chain `keys`.
 
         Args:
             loadable, restorable: leading pages of it in host memory, and in any tier.
             page_tokens: what a page that is not waited for costs to compute; tokens per page unless given.
+            on_device: leading pages of it that the device has: none is brought up where these are all.
         """
-        if restorable > loadable:
+        if restorable > max(loadable, on_device):
             self.ahead.ask(request, keys[:restorable], loadable, page_tokens)
         if self._lookups is not None:
             self._lookups.ask(request, keys, restorable)
@@ -113,6 +115,10 @@ class Migration:
         self.ahead.leave(request)
         if self._lookups is not None:
             self._lookups.leave(request)
+
+    def gave_up(self, request: str) -> bool:
+        """Whether `request` may run because its pages are not worth waiting for."""
+        return self.ahead.gave_up(request)
 
     def _is_ready(self, request: str, may_give_up: bool) -> bool:
         is_known = self._lookups is None or self._lookups.is_ready(request, may_give_up)

@@ -116,6 +116,7 @@ class CachedAttentionStore:
             self.host, has_disk=has_disk, has_remote=has_remote, feed=self.residency, stats=self.stats
         )
         self._pages.epoch = epoch
+        self._pages.is_closed = self._chain_pages is None
         self._index, self._in_host = self._pages.index, self._pages.in_host
         self._migrate()
         self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
@@ -236,7 +237,7 @@ class CachedAttentionStore:
 
     # The waiting queue
 
-    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None) -> int:
+    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None, beyond: int = 0) -> int:
         """`request`, with the prompt `chain`, waits, for now behind all others; returns what it may get.
 
         What it will ask for is kept, and brought to host memory in the order of the queue. Constant time
@@ -244,10 +245,12 @@ class CachedAttentionStore:
 
         Args:
             page_tokens: what a page saves to compute; tokens per page unless given.
+            beyond: leading pages that the device has. Where there are no others nothing is brought up.
         """
-        return self._wait_for(request, chain, self.restorable_pages(chain), page_tokens or self.layout.page_size)
+        pages = self.restorable_pages(chain)
+        return self._wait_for(request, chain, pages, page_tokens or self.layout.page_size, beyond)
 
-    def _wait_for(self, request: str, chain: Chain, pages: int, page_tokens: int) -> int:
+    def _wait_for(self, request: str, chain: Chain, pages: int, page_tokens: int, on_device: int) -> int:
         """`request` waits for the first `pages` of `chain`, which are in some tier."""
         loadable = min(self.loadable_pages(chain), pages)
         if self._learns and request not in self._pages.waiting and not Hints.is_name(request):
@@ -256,7 +259,7 @@ class CachedAttentionStore:
         if pages:
             self._pages.want(request, self._pages.last_row(chain.keys[:pages]))
         if self._migration is not None:
-            self._migration.arrive(request, chain.keys, loadable, pages, page_tokens)
+            self._migration.arrive(request, chain.keys, loadable, pages, page_tokens, on_device)
         return pages
 
     def await_saves(self, request: str, keys: Sequence[PageKey]) -> None:
@@ -336,17 +339,16 @@ class CachedAttentionStore:
     def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
         """Consecutive pages of a prompt as chains, each of which is kept with its last page.
 
-        One, where there are no `chain_pages` and all are known.
+        One, where there are no `chain_pages` and all are in some tier.
         """
-        find, parent = self._index.find, self._index.parent
         chains: list[Chain] = []
         before = NOWHERE
         for key in keys:
-            row = find(key)
-            if before == NOWHERE or row == NOWHERE or parent[row] != before:
+            row = self._index.find(key)
+            if before == NOWHERE or row == NOWHERE or self._index.parent[row] != before:
                 chains.append(Chain())
             chains[-1].keys.append(key)
-            before = row
+            before = row if self._pages.is_kept(key) else NOWHERE
         return chains
 
     def tiers_with(self, key: PageKey) -> list[str]:

@@ -208,7 +208,7 @@ def test_a_shorter_prefix_is_brought_up_where_ranks_agreed_on_it(hybrid: Hybrid)
     hybrid.save("aaaaaa")
     hybrid.restart()
     chain = Chain(keys_of("aaaaaa"))
-    assert list(hybrid.store.held_ends(chain)) == [6, 3]
+    assert list(hybrid.store.held_ends(chain, 6)) == [6, 3]
     assert hybrid.store.arrive("request", chain, end=3) == 3
     deadline = time.monotonic() + 20
     while not hybrid.store.is_ready("request"):
@@ -281,11 +281,11 @@ def test_another_state_is_wanted_once_the_last_is_lost(hybrid: Hybrid) -> None:
     hybrid.settle()
     chain = Chain(keys_of("aaaa"))
     assert hybrid.store.arrive("request", chain) == 4
-    hybrid.store.trailing.leave("request")
+    hybrid.store.trailing.leave("request 0")
     assert hybrid.store.trailing.drop(Chain(chain.keys[-1:])) == 1
     assert hybrid.store.arrive("request", chain) == 2
     hybrid.store.reorder(["request"])
-    assert hybrid.store.trailing._pages.waiting.requests == ["request"]
+    assert hybrid.store.trailing._pages.waiting.requests == ["request 0"]
     hybrid.store.reorder([])
     assert not hybrid.store.trailing._pages.waiting.requests
 

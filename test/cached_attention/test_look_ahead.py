@@ -282,3 +282,28 @@ def test_hints_for_unknown_conversations_are_taken_and_do_nothing(talk: Talk) ->
 def test_a_conversation_is_found_by_its_last_page(talk: Talk) -> None:
     talk.save("a")
     assert talk.store.chain_to(keys_of("a")[-1]).keys == keys_of("a")
+
+
+def test_a_fetch_that_starts_late_brings_what_has_left_meanwhile(talk: Talk) -> None:
+    """Else a page would be there without those before it, and who knew of these would take all for loadable."""
+    for name in "ab":
+        talk.save(name)
+        assert not talk.store.flush(20)
+    other = Chain(keys_of("a"))
+    assert talk.store.loadable_pages(other) == LONG
+    # The last page of it leaves, and the next request finds the others there.
+    talk.store.save(PageRun(None, 0, keys_of("c", 3), torch.arange(3 * PAGE)))
+    assert not talk.store.flush(20)
+    assert talk.in_host("a") == LONG - 1
+    talk.arrive("a")
+    # Before anything is asked for, these leave as well.
+    talk.store.save(PageRun(None, 0, keys_of("d", HOST_PAGES), torch.zeros(HOST_PAGES * PAGE, dtype=torch.long)))
+    assert talk.in_host("a") == 0
+    talk.store._saves.wait()
+    talk.poll_until(lambda: talk.store.is_ready("a"))
+    assert talk.store.loadable_pages(other) == talk.in_host("a") == LONG
+    assert talk.store.reserve("other", other) == LONG
+    assert talk.store.queue_load("other", other.keys, torch.arange(LONG * PAGE))
+    talk.store.cancel_load("other")
+    talk.store.leave("a")
+    talk.store.end_pass()

@@ -19,6 +19,7 @@ from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.hybrid_store import HybridStore
 from cached_attention.layout import DevicePool
+from cached_attention.policy.waiting import CEILING
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
@@ -203,9 +204,9 @@ def test_both_parts_of_a_window_are_kept_until_they_are_loaded(windowed: Windowe
     windowed.save("ddd")
     assert trailing.is_loadable(chain.keys[2])
     assert trailing.is_loadable(chain.keys[3])
-    assert sorted(trailing._pages.waiting.requests) == ["request", "request 1"]
+    assert sorted(trailing._pages.waiting.requests) == ["request 0", "request 1"]
     windowed.store.reorder(["request"])
-    assert trailing._pages.waiting.requests == ["request", "request 1"]
+    assert trailing._pages.waiting.requests == ["request 0", "request 1"]
     windowed.store.leave("request")
     assert not trailing._pages.waiting.requests
 
@@ -215,11 +216,11 @@ def test_what_the_windows_of_a_waiting_request_are_is_looked_up_again(windowed: 
     windowed.settle()
     chain, trailing = Chain(keys_of("aaaa")), windowed.store.trailing
     assert windowed.store.arrive("request", chain) == 4
-    trailing.leave("request")
+    trailing.leave("request 0")
     trailing.leave("request 1")
     assert trailing.drop(Chain(chain.keys[3:])) == 1
     assert windowed.store.arrive("request", chain) == 3
-    assert trailing._pages.waiting.requests == ["request"]
+    assert trailing._pages.waiting.requests == ["request 0"]
 
 
 def test_what_is_on_the_device_is_kept_where_there_is_no_more(windowed: Windowed) -> None:
@@ -229,7 +230,71 @@ def test_what_is_on_the_device_is_kept_where_there_is_no_more(windowed: Windowed
     trailing._index.last_use[row] = 1.0
     assert windowed.store.arrive("request", Chain(keys_of("aaaab")), beyond=4) == 4
     assert trailing._index.last_use[row] > 1.0
-    assert trailing._pages.waiting.requests == ["request", "request 1"]
+    assert trailing._pages.waiting.requests == ["request 0", "request 1"]
+
+
+def test_nothing_is_brought_up_for_a_request_that_the_device_has_all_of(windowed: Windowed) -> None:
+    windowed.save("aaaa")
+    windowed.restart()
+    windowed.io.gate.clear()
+    assert windowed.store.arrive("on the device", Chain(keys_of("aaaa")), beyond=4) == 4
+    windowed.store.poll()
+    assert windowed.store.is_ready("on the device")
+    assert windowed.store.arrive("in part", Chain(keys_of("aaaa")), beyond=3) == 4
+    windowed.store.poll()
+    assert not windowed.store.is_ready("in part")
+
+
+def test_windows_are_not_waited_for_where_the_pages_were_given_up(windowed: Windowed) -> None:
+    windowed.save("aaaa")
+    windowed.restart()
+    windowed.io.gate.clear()
+    windowed.store._decision.computing.__init__(latency=0.0, rate=1e12)
+    windowed.store.arrive("request", Chain(keys_of("aaaa")))
+    windowed.store.poll()
+    assert not windowed.store.trailing.is_ready("request 0")
+    deadline = time.monotonic() + CEILING / 2
+    while not windowed.store.is_ready("request"):
+        assert time.monotonic() < deadline
+    assert not windowed.store.trailing.is_ready("request 0")
+
+
+def test_requests_may_have_any_names(windowed: Windowed) -> None:
+    """As that of another with the number of a chain."""
+    windowed.save("aaaa")
+    windowed.settle()
+    chain, trailing = Chain(keys_of("aaaa")), windowed.store.trailing
+    for request in ("a", "a 0", "a 1", "a 0 1"):
+        windowed.store.arrive(request, chain)
+        windowed.store.reserve(request, chain)
+        windowed.store.reserve_tail(request, chain, 4)
+        assert windowed.store.queue_load(request, chain.keys, torch.arange(4 * PAGE))
+        assert windowed.store.queue_tail(request, chain.keys[2:], torch.arange(2 * PAGE))
+    windowed.store.end_pass()
+    assert trailing.pins == 8
+    for left, request in ((6, "a"), (4, "a 1"), (2, "a 0"), (0, "a 0 1")):
+        assert windowed.store.cancel_load(request)
+        assert trailing.pins == left
+
+
+def test_a_window_whose_chain_was_lost_in_a_crash_is_of_use(windowed: Windowed) -> None:
+    windowed.save("aaaaa")
+    windowed.settle()
+    windowed.store.close()
+    windowed.open()
+    trailing = windowed.store.trailing
+    before = trailing._index.find(keys_of("aaaaa")[3])
+    disk = trailing.disk
+    assert disk is not None
+    # As if it had not been written.
+    disk.remove(trailing._pages.leave_disk(before))
+    windowed.restart()
+    chain = Chain(keys_of("aaaaa"))
+    assert list(windowed.store.held_ends(chain, 5)) == [3, 2, 1]
+    assert list(windowed.store.held_ends(chain, 5, beyond=4)) == [5]
+    windowed.fetch("aaaaa", beyond=4)
+    windowed.store.check_invariants()
+    assert windowed.load("aaaaa", on_device=4) == 5
 
 
 def test_a_window_that_cannot_be_loaded_whole_is_not_loaded(windowed: Windowed) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.mem_cache.cached_attention.hybrid import form_of
+from sglang.srt.mem_cache.cached_attention.hybrid import HybridTreeLink, form_of
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
 from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.cached_attention.states import StatesLinker, StatesTre
 from sglang.srt.mem_cache.cached_attention.tree_link import TreeLink
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
 
 from cached_attention.chain import Chain
 from cached_attention.layout import DevicePool
@@ -193,8 +194,8 @@ class Kept:
     def restorable_pages(self, chain: Chain) -> int:
         return self._known
 
-    def held_ends(self, chain: Chain, beyond: int = 0) -> Iterator[int]:
-        return self.ends(chain, self._known, beyond)
+    def held_ends(self, chain: Chain, pages: int, beyond: int = 0) -> Iterator[int]:
+        return self.ends(chain, pages, beyond)
 
     def arrive(self, request: str, chain: Chain, beyond: int, end: int | None) -> None:
         self.arrived.append(end)
@@ -244,6 +245,7 @@ def test_ranks_bring_up_a_state_that_all_of_them_have() -> None:
         return max((end for end in here if end in others and end > device_hit_pages), default=0)
 
     tree.link._sync_restorable_prefix = common
+    tree.link.ranks = Ranks(lambda rid, may_give_up: True)
     kept = Kept(10, 4)
     tree.link.cache.tp_world_size = 2
     tree.link.cache_linker = SimpleNamespace(store=kept)
@@ -313,3 +315,32 @@ def test_a_state_that_was_saved_with_its_pages_or_is_not_new_is_not_saved_again(
     assert tree.offloaded == []
     tree.insert()
     assert len(tree.offloaded) == 1
+
+
+def test_ranks_that_lost_much_of_a_prompt_still_have_the_rest_in_common() -> None:
+    """Each tells of its last ends only: these are ends that all ranks have the pages of."""
+    tree = Tree()
+    tree.link.cache.tp_world_size = 2
+    tree.link.ranks = Ranks(lambda rid, may_give_up: True, lambda numbers: numbers.clamp_(max=100))
+    told: list[int] = []
+    tree.link._sync_restorable_prefix = lambda here, num_pages, device_hit_pages: told.extend(here) or 0
+    tree.link.cache_linker = SimpleNamespace(store=Kept(*range(1000, 0, -1), known=1000))
+    chain = Chain([bytes(2)] * 1000)
+    tree.link._parting = 0
+    HybridTreeLink._agree(tree.link, SimpleNamespace(rid="request"), chain, 1000, 0)
+    assert told == list(range(100, 36, -1))
+    told.clear()
+    tree.link._arrive(SimpleNamespace(rid="request"), chain, 40)
+    assert told == [*range(100, 40, -1), *range(100, 36, -1)]
+
+
+def test_a_split_node_is_marked_by_the_save_of_its_pages() -> None:
+    """Which may come after one of a state only."""
+    tree = Tree()
+    tree.link.pending_offloads = [_PendingOffload(7, "lock", []), _PendingOffload(7, "lock", [7])]
+    tree.link.replace_pending_offload_node(7, 7, [8, 7])
+    assert [save.publish_node_ids for save in tree.link.pending_offloads] == [[], [8, 7]]
+    tree.link.replace_pending_offload_node(7, 8, [9, 8])
+    assert [save.publish_node_ids for save in tree.link.pending_offloads] == [[], [7, 9, 8]]
+    tree.link.replace_pending_offload_node(6, 8, [10, 8])
+    assert [save.publish_node_ids for save in tree.link.pending_offloads] == [[], [7, 9, 8]]

@@ -60,6 +60,9 @@ def test_each_layer_waits_for_what_it_reads() -> None:
     linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
     linker._kv_cache = SimpleNamespace(layers_mapping={1: (0, False), 3: (1, False), 0: (0, True), 2: (1, True)})
     assert linker._order_layers() == 4
+    linker._kv_cache.layers_mapping[5] = (2, False)
+    with pytest.raises(UnsupportedModelError, match="neither full attention nor a window"):
+        linker._order_layers()
     linker.layer_done_counter = LayerEvents(4)
     linker.on_cpu = True
     windows = SimpleNamespace(layers=[Layer("window 0", log), Layer("window 1", log)])

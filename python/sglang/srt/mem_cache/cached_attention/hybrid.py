@@ -184,13 +184,15 @@ class HybridTreeLink(TreeLink):
     def _arrive(self, req: Req, chain: Chain, on_device: int) -> None:
         store, end = self.cache_linker.store, None
         if self.cache.tp_world_size > 1:
-            end = self._common(store.held_ends(chain, on_device), chain, on_device)
-            end = end or self._common(store.held_ends(chain), chain, 0)
+            pages = self.ranks.agree(store.restorable_pages(chain))
+            end = self._common(store.held_ends(chain, pages, on_device), chain, on_device)
+            end = end or self._common(store.held_ends(chain, pages), chain, 0)
         store.arrive(req.rid, chain, beyond=on_device, end=end)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
         store = self.cache_linker.store
-        end = self._common(store.ends(chain, pages, on_device), chain, on_device)
+        # Of the ends that each rank tells the last must be those that all can have.
+        end = self._common(store.ends(chain, self.ranks.agree(pages), on_device), chain, on_device)
         if end > on_device:
             store.reserve_tail(req.rid, chain, end, on_device)
         return end
@@ -201,6 +203,16 @@ class HybridTreeLink(TreeLink):
             return next(ends, 0)
         here = list(islice(ends, ENDS))
         return self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=beyond)
+
+    def replace_pending_offload_node(
+        self, ack_id: NodeId, old_node_id: NodeId, new_node_ids: list[NodeId]
+    ) -> None:
+        # Upstream changes the first save of that node, which here may be one that marks none.
+        for place, save in enumerate(self.pending_offloads):
+            if save.lock_node_id == ack_id and old_node_id in save.publish_node_ids:
+                others = [node for node in save.publish_node_ids if node != old_node_id]
+                self.pending_offloads[place] = save._replace(publish_node_ids=[*others, *new_node_ids])
+                return
 
     def _offload_trailing(self, node: NodeId, trailing: PoolTransfer) -> None:
         """Save what came to `node` after its KV."""

@@ -21,7 +21,7 @@ from cached_attention.tiers.disk_ranks import WINDOWS
 from .hybrid import HybridLinker, HybridTreeLink
 from .layer_events import Layer
 from .linker import PathTransfer, page_keys
-from .pools import window_pool
+from .pools import refuse, window_pool
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -45,8 +45,11 @@ class WindowsLinker(HybridLinker):
         return window_pool(params)
 
     def _order_layers(self) -> int:
-        self._numbers = self._kv_cache.layers_mapping
-        return max(self._numbers) + 1
+        mapping = self._kv_cache.layers_mapping
+        if max(mapping) >= len(mapping):
+            refuse("some of its layers have neither full attention nor a window")
+        self._numbers = [mapping[layer] for layer in range(len(mapping))]
+        return len(mapping)
 
     def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
         """Each layer waits for what it reads.
@@ -54,20 +57,18 @@ class WindowsLinker(HybridLinker):
         Which forward used a slot of windows last is not watched: the load waits for all of them.
         """
         windows = self.store.start_tail(batch, self.record_offload_ready()).layers
-        of_model = [(windows if is_window else layers)[number] for number, is_window in self._in_order()]
+        of_model = [(windows if is_window else layers)[number] for number, is_window in self._numbers]
         self.layer_done_counter.add(batch, of_model)
-
-    def _in_order(self) -> list[tuple[int, bool]]:
-        return [self._numbers[layer] for layer in range(self.layer_done_counter.num_layers)]
 
     def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
         """The last pages of the node, or what says itself where it belongs."""
         if isinstance(trailing, PathTransfer):
             return self.page_run(trailing)
-        prefix = kv.prefix_hashes if isinstance(kv, PathTransfer) else []
-        before = [*prefix, *((kv.keys if kv else None) or [])][: -len(trailing.keys or []) or None]
+        assert kv is not None, "windows do not say where in their prompt they belong"
+        path = [*(kv.prefix_hashes if isinstance(kv, PathTransfer) else []), *kv.keys]
+        before = path[: len(path) - len(trailing.keys)]
         parent = bytes.fromhex(before[-1]) if before else None
-        return PageRun(parent, len(before), page_keys(trailing.keys or []), trailing.device_indices)
+        return PageRun(parent, len(before), page_keys(trailing.keys), trailing.device_indices)
 
 
 class WindowsTreeLink(HybridTreeLink):
