@@ -59,7 +59,7 @@ def test_a_server_that_prefills_keeps_conversations(
 ) -> None:
     if (reason := missing()) is not None:
         pytest.skip(reason)
-    model, port, actual, seen = models(), free_port(), town(6), list[dict[str, int]]()
+    model, port, actual, waited = models(), free_port(), town(6), list[int]()
     tiers = (*TIGHT, *disk_tier(tmp_path, "200MB"), "--disaggregation-bootstrap-port", str(port))
     prefill = ("--disaggregation-mode", "prefill", *TRANSFER, *tiers)
     with (
@@ -67,15 +67,19 @@ def test_a_server_that_prefills_keeps_conversations(
         start(model, "--max-total-tokens", "20000", *DECODE, env=ENV) as decoder,
     ):
 
-        def look() -> None:
+        def wait_until_it_waits() -> None:
+            deadline = time.monotonic() + 60
+            while not store_states(prefiller)[0]["waiting"]:
+                assert time.monotonic() < deadline, "the request is not waiting"
+                time.sleep(0.05)
             time.sleep(0.5)
-            seen.append(store_states(prefiller)[0])
+            waited.append(store_states(prefiller)[0]["waiting"])
 
         pair = Pair(prefiller, decoder, port)
         actual.hold(pair, 2, (1, 3))
         settled(prefiller)
         # The decode server is late: what a request waits for comes from the disk meanwhile, and stays.
-        pair.meanwhile = look
+        pair.meanwhile = wait_until_it_waits
         before = actual.cached("storage")
         actual.hold(pair, 1)
         rest = settled(prefiller, "waiting", "pins")
@@ -83,6 +87,6 @@ def test_a_server_that_prefills_keeps_conversations(
     assert matches(actual, answers(conversations=30, turns=6))
     assert actual.cached("storage") - before > 2_000
     assert actual.cached("device") + actual.cached("host") + actual.cached("storage") > 5_000
-    assert all(state["waiting"] == 1 for state in seen)
+    assert waited == [1] * 6
     assert rest["recomputed"] == 0
     assert prompts == 18
