@@ -296,7 +296,7 @@ def test_closing_the_responses_closes_those_of_sglang() -> None:
     ("args", "page_size", "reason"),
     [
         ([*AUTO, "--tokenizer-worker-num", "2"], PAGE, "use one, --tokenizer-worker-num 1"),
-        ([*AUTO, "--disaggregation-mode", "decode"], PAGE, "may have different windows"),
+        ([*AUTO, "--disaggregation-mode", "prefill"], PAGE, "may have different windows"),
         (AUTO, 128, "no room for two pages of 128"),
     ],
 )
