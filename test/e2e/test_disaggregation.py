@@ -89,4 +89,4 @@ def test_a_server_that_prefills_keeps_conversations(
     assert actual.cached("device") + actual.cached("host") + actual.cached("storage") > 5_000
     assert waited == [1] * 6
     assert rest["recomputed"] == 0
-    assert prompts == 18
+    assert prompts in (18, 19)  # With the one that SGLang warms the server up with.

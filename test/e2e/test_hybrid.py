@@ -42,7 +42,7 @@ PAGE = 64
     [
         (STATES, 4_000, 10, range(4, 1_000), range(6, 1_000)),
         # Of each conversation the last pages, not all.
-        (WINDOWS, 5_000, 20, range(12, 19), range(12, 19)),
+        (WINDOWS, 5_000, 12, range(12, 19), range(12, 19)),
     ],
     ids=["states", "windows"],
 )
