@@ -110,30 +110,31 @@ def test_ranks_agree_on_where_to_go_on_from(
     assert actual.cached("host") > found
 
 
-def test_prompts_that_share_a_beginning_find_the_state_at_its_end(
-    models: Any, start: Any, town: Any, settled: Any
+@pytest.mark.parametrize("kind", [STATES, WINDOWS], ids=["states", "windows"])
+def test_prompts_that_share_a_beginning_go_on_from_its_end(
+    models: Any, start: Any, town: Any, settled: Any, kind: Kind
 ) -> None:
-    model = models(**STATES.model)
+    model = models(**kind.model)
     talks = [town(1, seed=seed).conversations[0] for seed in range(20, 26)]
     for fleet in (talks[:3], talks[3:]):
         beginning = fleet[0].words(SHARED)
         for talk in fleet:
             talk.tokens = [*beginning, *talk.tokens]
-    with start(model, *STATES.tight, host_size="60MB") as server:
+    with start(model, *kind.tight, host_size="60MB") as server:
         for fleet, leaves_device in ((talks[:3], False), (talks[3:], True)):
             first, second, third = fleet
             first.turn(server, 40, 16)
             if leaves_device:
                 settled(server)
                 town(4, seed=9).hold(server, 1)
-            # Where the two part there is no state yet: this one leaves one.
+            # Where the two part nothing was left yet: this one leaves it.
             second.turn(server, 40, 16)
             assert second.cached == [{"device": 0, "host": 0, "storage": 0}]
             settled(server)
             town(4, seed=10 + leaves_device).hold(server, 1)
             third.turn(server, 40, 16)
             assert third.cached[0]["host"] == SHARED
-    with start(model, *STATES.plenty) as server:
+    with start(model, *kind.plenty) as server:
         for talk in (talks[2], talks[5]):
             assert talk.answers == [server.generate(talk.tokens[:-16], 16)["output_ids"]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.mem_cache.cached_attention.hybrid import HybridTreeLink, form_of
+from sglang.srt.mem_cache.cached_attention.hybrid import form_of
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
 from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
@@ -327,7 +327,7 @@ def test_ranks_that_lost_much_of_a_prompt_still_have_the_rest_in_common() -> Non
     tree.link.cache_linker = SimpleNamespace(store=Kept(*range(1000, 0, -1), known=1000))
     chain = Chain([bytes(2)] * 1000)
     tree.link._parting = 0
-    HybridTreeLink._agree(tree.link, SimpleNamespace(rid="request"), chain, 1000, 0)
+    tree.link._agree(SimpleNamespace(rid="request"), chain, 1000, 0)
     assert told == list(range(100, 36, -1))
     told.clear()
     tree.link._arrive(SimpleNamespace(rid="request"), chain, 40)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.cached_attention.hybrid import HybridTreeLink
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker, PathTransfer
@@ -123,18 +124,33 @@ def test_a_hit_takes_as_many_slots_of_windows_as_it_needs(
     link.hit_markers = {}
     monkeypatch.setattr(TreeLink, "match", lambda link, key, req, result: result)
 
-    class Result:
-        swa_host_hit_length = known
-
-        def _replace(self, swa_host_hit_length: int) -> int:
-            return swa_host_hit_length
-
     nothing: Any = None
     request: Any = SimpleNamespace(rid="request")
-    result: Any = Result()
-    assert link.match(nothing, request, result) is result
+    result = MatchResult(nothing, nothing, nothing, nothing, swa_host_hit_length=known)
+    assert link.match(nothing, request, result) == result
     link.hit_markers["request"] = ExternalCacheHitMarker(hashes(pages), 0)
-    assert link.match(nothing, request, result) == tokens
+    assert link.match(nothing, request, result).swa_host_hit_length == tokens
+
+
+def test_a_prompt_leaves_a_window_where_it_parts_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    link: Any = WindowsTreeLink.__new__(WindowsTreeLink)
+    link.cache, link.hit_markers = SimpleNamespace(page_size=PAGE), {}
+    nothing: Any = None
+    request: Any = SimpleNamespace(rid="request")
+
+    def match(parting: int, on_device: int | None) -> int | None:
+        def match_pages(link: Any, key: Any, req: Any, result: MatchResult) -> MatchResult:
+            link._parting = parting
+            return result
+
+        monkeypatch.setattr(TreeLink, "match", match_pages)
+        result = MatchResult(nothing, nothing, nothing, nothing, swa_branching_seqlen=on_device)
+        return link.match(nothing, request, result).swa_branching_seqlen
+
+    assert match(0, None) is None
+    assert match(0, 256) == 256
+    assert match(5, None) == 320
+    assert match(5, 512) == 512
 
 
 @pytest.mark.parametrize(("window", "span", "chain"), [(95, 2, 16), (128, 2, 16), (129, 3, 16), (8191, 128, 128)])

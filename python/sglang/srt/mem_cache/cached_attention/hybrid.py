@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
 from sglang.srt.server_args import ServerArgs
 
@@ -181,6 +183,15 @@ class HybridTreeLink(TreeLink):
 
     cache_linker: HybridLinker
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._parting = 0
+        """Pages of the prompt that is matched after which others go on, and nothing is left to go on from."""
+
+    def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        self._parting = 0
+        return super().match(key, req, result)
+
     def _arrive(self, req: Req, chain: Chain, on_device: int) -> None:
         store, end = self.cache_linker.store, None
         if self.cache.tp_world_size > 1:
@@ -195,7 +206,15 @@ class HybridTreeLink(TreeLink):
         end = self._common(store.ends(chain, self.ranks.agree(pages), on_device), chain, on_device)
         if end > on_device:
             store.reserve_tail(req.rid, chain, end, on_device)
+        self._note_parting(chain, max(end, on_device))
         return end
+
+    def _note_parting(self, chain: Chain, end: int) -> None:
+        """See whether the pages that are known of a prompt, in any tier, are followed by those of others."""
+        store = self.cache_linker.store
+        known = self.ranks.agree(store.restorable_pages(chain))
+        if known > end:
+            self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
 
     def _common(self, ends: Iterator[int], chain: Chain, beyond: int) -> int:
         """The longest of `ends` that every rank has; 0 where that is not `beyond`."""

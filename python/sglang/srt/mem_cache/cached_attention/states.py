@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.runtime_context import mamba_checkpoint_grid
 
-from cached_attention.chain import Chain, PageRun
+from cached_attention.chain import PageRun
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.disk_ranks import STATES
 
@@ -78,11 +78,8 @@ class StatesTreeLink(HybridTreeLink):
         super().__init__(*args)
         self._with_state: set[NodeId] = set()
         """Nodes that were saved with their states while a prompt was inserted."""
-        self._parting = 0
-        """Pages of the prompt that is matched after which others go on in another way, and no state is left."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
-        self._parting = 0
         result = super().match(key, req, result)
         if self.has_hit(req.rid):
             result = result._replace(mamba_host_hit_length=1)
@@ -92,18 +89,6 @@ class StatesTreeLink(HybridTreeLink):
         """Tokens after which this prompt is to leave a state, not at its end: where it parts from others."""
         grid = mamba_checkpoint_grid(self.cache.page_size)
         return max(on_device or 0, self._parting * self.cache.page_size // grid * grid) or None
-
-    def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
-        end = super()._agree(req, chain, pages, on_device)
-        self._note_parting(chain, max(end, on_device))
-        return end
-
-    def _note_parting(self, chain: Chain, end: int) -> None:
-        """See whether the pages that are known of a prompt, in any tier, are followed by those of others."""
-        store = self.cache_linker.store
-        known = self.ranks.agree(store.restorable_pages(chain))
-        if known > end:
-            self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
 
     def _spares(self) -> bool:
         """Whether a node may be kept on the device, with its state, until it is saved.

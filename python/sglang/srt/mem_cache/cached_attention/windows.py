@@ -83,6 +83,9 @@ class WindowsTreeLink(HybridTreeLink):
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         result = super().match(key, req, result)
+        # So that this prompt leaves a window there.
+        parting = max(result.swa_branching_seqlen or 0, self._parting * self.cache.page_size)
+        result = result._replace(swa_branching_seqlen=parting or None)
         if (hit := self.hit_markers.get(req.rid)) is None:
             return result
         tokens = min(len(hit.tail_hashes), self.cache_linker.span) * self.cache.page_size
