@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,6 @@ import torch
 from cached_attention.chain import Chain, PageRun
 from cached_attention.index import PageKey
 from cached_attention.store import CachedAttentionStore
-from cached_attention.transfer.layer_wise_load import LayerWiseLoad
 from cached_attention.transfer.streams import Event
 
 
@@ -54,8 +54,6 @@ class HybridStore(CachedAttentionStore):
         self.span = span
         self._tails: dict[str, _Tail] = {}
         """Of waiting requests."""
-        self._queued: dict[str, list[str]] = {}
-        """By request: the names of what it loads of the trailing store."""
         self._saved: deque[_Saved] = deque()
         """The saves that have not been popped."""
         super().__init__(*args, **options)
@@ -136,8 +134,11 @@ class HybridStore(CachedAttentionStore):
             self.trailing.arrive(name, chain, self._per_page(lost, missing), 0 if lost else len(chain.keys))
 
     def _named(self, request: str, keys: Sequence[PageKey]) -> Iterator[tuple[str, Chain]]:
-        for place, chain in enumerate(self.trailing.chains(keys)):
-            yield f"{request} {place}", chain
+        return zip(self._names(request), self.trailing.chains(keys), strict=False)
+
+    @staticmethod
+    def _names(request: str) -> Iterator[str]:
+        return (f"{request} {place}" for place in count())
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         if not super().is_ready(request, may_give_up):
@@ -192,29 +193,22 @@ class HybridStore(CachedAttentionStore):
     ) -> bool:
         """`queue_load` for what was reserved with `reserve_tail`; the slots are those of its own pool."""
         size, first = self.trailing.layout.page_size, 0
-        queued: list[str] = []
-        self._queued[request] = queued
         for name, chain in self._named(request, keys):
             end = first + len(chain.keys)
             if not self.trailing.queue_load(name, chain.keys, device_slots[first * size : end * size], known):
                 self._cancel_tail(request)
                 return False
-            queued.append(name)
             first = end
         return True
 
     def _cancel_tail(self, request: str) -> None:
-        for name in self._queued.pop(request, ()):
-            self.trailing.cancel_load(name)
+        for name in self._names(request):
+            if not self.trailing.cancel_load(name):
+                break
 
     def cancel_load(self, request: str) -> bool:
         self._cancel_tail(request)
         return super().cancel_load(request)
-
-    def start_tail(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
-        """`start_load` for what was queued with `queue_tail`, of the same batch."""
-        self._queued.clear()
-        return self.trailing.start_load(batch, after)
 
     def finish_load(self, batch: int, stream: Any = None) -> bool:
         landed = self.trailing.finish_load(batch, stream)
@@ -269,7 +263,6 @@ class HybridStore(CachedAttentionStore):
     def _start_empty(self, epoch: int) -> None:
         super()._start_empty(epoch)
         self._tails.clear()
-        self._queued.clear()
         self._saved.clear()
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ def test_the_forward_has_its_states_before_it_begins() -> None:
     linker._kv_before = [None, 0, 0, 1]
     linker.layer_done_counter = LayerEvents(4)
     states = SimpleNamespace(layers=[Layer("state 0", log), Layer("state 1", log)])
-    linker.store = SimpleNamespace(start_tail=lambda batch, after: states)
+    linker.store = SimpleNamespace(trailing=SimpleNamespace(start_load=lambda batch, after: states))
     linker.on_cpu = True
     batch = linker.layer_done_counter.next_batch()
     linker._hand_out(batch, [Layer("kv 0", log), Layer("kv 1", log)])

@@ -160,6 +160,5 @@ def refuse(reason: str, remedy: str = "Start the server without the flag") -> No
     raise UnsupportedModelError(
         "--enable-cached-attention supports models with plain MHA, GQA or MLA attention, or DeepSeek's sparse "
         "one, and beside it sliding windows, linear attention or Mamba; this one is not supported because "
-        f"{reason}. "
-        f"{remedy}."
+        f"{reason}. {remedy}."
     )

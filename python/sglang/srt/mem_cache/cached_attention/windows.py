@@ -12,9 +12,8 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from cached_attention.chain import PageRun
+from cached_attention.chain import Chain, PageRun
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.disk_ranks import WINDOWS
 
@@ -22,6 +21,7 @@ from .hybrid import HybridLinker, HybridTreeLink
 from .layer_events import Layer
 from .linker import PathTransfer, page_keys
 from .pools import refuse, window_pool
+from .tree_link import RequestChain
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -56,7 +56,7 @@ class WindowsLinker(HybridLinker):
 
         Which forward used a slot of windows last is not watched: the load waits for all of them.
         """
-        windows = self.store.start_tail(batch, self.record_offload_ready()).layers
+        windows = self.store.trailing.start_load(batch, self.record_offload_ready()).layers
         of_model = [(windows if is_window else layers)[number] for number, is_window in self._numbers]
         self.layer_done_counter.add(batch, of_model)
 
@@ -116,15 +116,15 @@ class WindowsTreeLink(HybridTreeLink):
             return
         slots = self.cache.path_device_indices(node)
         if end == len(slots):
-            hashes = self._hashes_to(node, params.key, end)
+            hashes = self._hashes_to(node, params.key)
             allocator = self.cache.token_to_kv_pool_allocator
             windows = allocator.translate_loc_from_full_to_swa(slots[first * page_size :]).to(torch.int64)
-            own, before = hashes[first:], hashes[:first]
+            own, before = hashes[first : end // page_size], hashes[:first]
             self._offload_trailing(node, PathTransfer(PoolName.SWA, None, windows, own, prefix_hashes=before))
 
-    def _hashes_to(self, node: NodeId, key: RadixKey, tokens: int) -> list[str]:
-        """Of the pages of `key`, which has `tokens`, up to the end of `node`."""
-        before, page_size = self.cache.tree_core.get_prefix_hash_values(node), self.cache.page_size
+    def _hashes_to(self, node: NodeId, key: RadixKey) -> list[str]:
+        """Of the pages of `key`, which ends with `node`."""
+        known = RequestChain(list(self.cache.tree_core.get_prefix_hash_values(node)), Chain())
         key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
-        own = key[len(before) * page_size : tokens]
-        return [*before, *get_storage_hash_str(own, before[-1] if before else None, page_size=page_size)]
+        known.extend(key, self.cache.page_size)
+        return known.hashes
