@@ -32,11 +32,12 @@ INTRODUCTION = f"""# Flags
 <!-- Written by `python -m docs.flags` from the definitions of the flags. -->
 
 Each flag is also a keyword argument of `sgl.Engine` and a key of the YAML file that SGLang reads with `--config`.
-Without `{ENABLE.option}` SGLang behaves as if the package were not installed.
+Without `{ENABLE.option}` SGLang behaves as if the package were not installed, except that the package also lets
+it run on machines without an accelerator.
 
 Sizes are `64GB` (10^9 bytes), `64GiB` (2^30) or a share of what is free, such as `0.5`. Durations are `90s`,
 `30m`, `1h` or `2d`. A wrong value stops the server before it loads the model, with one sentence that says what
-to do; below, each flag's answer to `?`.
+to do; for each flag this page quotes its answer to the value `?`.
 """
 
 ENGINE = f"""## From Python, and from a file
@@ -97,7 +98,7 @@ def _contradictions() -> str:
     apart = "it loads nothing; give it to [those that prefill](deployment.md#prefill-and-decode-apart)"
     rows += [f"| `{Flag(DISAGGREGATION, None, '').option} decode` | {apart} |"]
     speculation = f"`{Flag(SPECULATION, None, '').option}`"
-    rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it was not tried |")
+    rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it is not supported |")
     rows.append(f"| {speculation} with a draft model, and `{MLA_DEDUP.option}` | its KV is not broadcast |")
     table = "\n".join(["| not together with | because |", "|---|---|", *rows])
     return f"## What {ENABLE.option} excludes\n\n{table}\n"

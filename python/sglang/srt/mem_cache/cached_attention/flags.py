@@ -52,18 +52,19 @@ ENABLE = Flag(
 HOST_SIZE = Flag(
     "cached_attention_host_size",
     "0.5",
-    "Host memory for conversations, over all ranks on this machine: a size such as 64GB, or a share of the "
-    "memory that is free at start-up such as 0.5 (default: 0.5).",
+    "Host memory for KV, all ranks of this machine together: a size such as 64GB, or a share of the memory that "
+    "is free at start-up such as 0.5 (default: 0.5).",
 )
 DISK_PATH = Flag(
     "cached_attention_disk_path",
     None,
-    "Directory for conversations that leave host memory; they survive a restart. One server at a time.",
+    "Directory of the disk tier, on a local disk. Every page is written to it once, and survives a restart. One "
+    "server at a time.",
 )
 DISK_SIZE = Flag(
     "cached_attention_disk_size",
     None,
-    "What the directory never exceeds, over all ranks on this machine: a size such as 2TB, or a share of the "
+    "Upper limit for the directory, all ranks of this machine together: a size such as 2TB, or a share of the "
     "disk space that is free at start-up such as 0.5. Required with --cached-attention-disk-path.",
 )
 ENCRYPTION_KEY_FILE = Flag(
@@ -82,48 +83,51 @@ REMOTE = Flag(
 DISK_MIN_USES = Flag(
     "cached_attention_disk_min_uses",
     1,
-    "Write a page to disk once it was used this often; 2 or more spares the disk what is never asked for again "
+    "Write a page to disk after this many uses; with 2 or more, prompts that are never continued are not written "
     "(default: 1).",
 )
 LOOK_AHEAD = Flag(
     "cached_attention_look_ahead",
     DEFAULT_LOOK_AHEAD,
-    "Waiting requests whose conversations are brought from disk to host memory before they run; 1 fetches for "
+    "Number of queued requests whose pages are fetched from disk to host memory before they run; 1 fetches for "
     f"the next one only (default: {DEFAULT_LOOK_AHEAD}).",
 )
 WAIT = Flag(
     "cached_attention_wait",
     Wait.MEASURED.value,
-    "How long a request waits for pages on their way from disk: measured, while that is expected to be quicker "
-    "than to compute them again, or complete, until they are there, 5 seconds at most (default: measured).",
+    "How long a queued request waits for pages on their way from disk: measured, only while loading is expected "
+    "to be faster than recomputing, or complete, until all have arrived. 5 seconds at most in either case "
+    "(default: measured).",
 )
 EVICTION = Flag(
     "cached_attention_eviction",
     Eviction.LEARNT.value,
-    "Which pages leave a tier first where the queue does not decide: learnt, those expected to be used again "
-    "latest by the gaps between the turns seen so far, or lru, those used longest ago (default: learnt).",
+    "Order in which pages that no queued request needs are evicted from host memory: learnt, latest expected "
+    "next use first wherever that finds more than LRU, or lru, least recently used first. The disk always evicts "
+    "the least recently used (default: learnt).",
 )
 MLA_DEDUP = Flag(
     "cached_attention_mla_dedup",
     False,
-    "Keep the pages of an MLA model once, not once per rank of tensor parallelism: the first rank loads them, "
-    "and each layer is broadcast to the others.",
+    "Keep one copy of an MLA model's pages instead of one per tensor-parallel rank: the first rank loads them "
+    "and broadcasts each layer to the others.",
 )
 TTL = Flag(
     "cached_attention_ttl",
     "1h",
-    "Drop what was not used for this long: 1h, 30m, 90s; 0 keeps it as long as there is room (default: 1h).",
+    "Drop pages that were not used for this long, from host memory and disk: 1h, 30m, 90s; 0 keeps them as long "
+    "as there is room (default: 1h).",
 )
 TRUNCATION_RATIO = Flag(
     "cached_attention_truncation_ratio",
     DEFAULT_TRUNCATION_RATIO,
-    "With --allow-auto-truncate: a prompt that outgrew the context window loses its oldest tokens in steps of "
-    f"this share of the window (default: {DEFAULT_TRUNCATION_RATIO}).",
+    "With --allow-auto-truncate: a prompt that is longer than the context window loses its oldest tokens in "
+    f"steps of this fraction of the window (default: {DEFAULT_TRUNCATION_RATIO}).",
 )
 SINK_PAGES = Flag(
     "cached_attention_sink_pages",
     DEFAULT_SINK_PAGES,
-    "With --allow-auto-truncate: pages at the start of a prompt that stay when it is truncated "
+    "With --allow-auto-truncate: number of pages at the start of a prompt that are kept when it is truncated "
     f"(default: {DEFAULT_SINK_PAGES}).",
 )
 FLAGS = (
