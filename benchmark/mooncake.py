@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from benchmark.server import free_port
 from cached_attention.tiers.remote_client import RemoteError, load_mooncake
 
 START_SECONDS = 60.0
+MESSAGE_BYTES = 2000
+"""Of what a master said that did not start."""
 LENDER = """
 import sys
 from cached_attention.tiers.remote_address import parse_remote
@@ -69,12 +72,13 @@ class Master(_Process):
     """A master on a free port of this machine, which forgets all objects when it ends.
 
     Args:
+        log: what it says is added to this file; kept nowhere unless given.
         client_ttl: seconds after which a server that is gone is noticed.
     """
 
     def __init__(self, log: Path | None = None, client_ttl: int = 10) -> None:
         self.port = free_port()
-        self.log = log or Path(tempfile.mkstemp(prefix="mooncake-", suffix=".log")[1])
+        self._log = log
         self._client_ttl = client_ttl
 
     def url(self, segment: str) -> str:
@@ -85,25 +89,31 @@ class Master(_Process):
         """Returns when it takes connections.
 
         Raises:
-            RuntimeError: it does not start; its log tells why.
+            RuntimeError: it does not start; the message ends with what it said.
         """
         # Their own metrics take a port each, which is theirs only.
         flags = {"rpc_port": self.port, "rpc_address": "127.0.0.1", "metrics_port": free_port()}
         flags |= {"client_ttl": self._client_ttl, "logtostderr": "true"}
         command = [str(Path(sys.executable).with_name("mooncake_master"))]
-        with self.log.open("ab") as log:
+        with self._log.open("a+b") if self._log else tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
                 [*command, *(f"--{name}={value}" for name, value in flags.items())], stdout=log, stderr=log
             )
+            if not self._takes_connections():
+                self.kill()
+                said = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0)[-MESSAGE_BYTES:]
+                raise RuntimeError(f"mooncake_master did not start:\n{said.decode(errors='replace')}")
+
+    def _takes_connections(self) -> bool:
         deadline = time.monotonic() + START_SECONDS
-        while self._process.poll() is None and time.monotonic() < deadline:
+        while self.runs and time.monotonic() < deadline:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
             except OSError:
                 time.sleep(0.05)
             else:
-                return
-        raise RuntimeError(f"mooncake_master did not start: see {self.log}")
+                return True
+        return False
 
     @property
     def pid(self) -> int:
