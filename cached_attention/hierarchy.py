@@ -213,15 +213,23 @@ class Hierarchy:
         return row in self.in_host or row in self.on_disk
 
     def alias(self, key: PageKey, parent: PageKey | None, place: int, source: PageKey) -> bool:
-        """Make `key` another name of the page `source`; False where that is in no tier.
+        """Give `key`, which is in no tier, the bytes of the page `source`; False where that is in no tier either.
 
-        The page before it, `parent`, is in a tier; its first token is at `place` in its prompt.
+        The page before it, `parent`, is in a tier; its first token is at `place` in its prompt. Where the bytes
+        of `key` itself are there under another name it gets these.
         """
+        row = self.index.find(key)
+        if row != NOWHERE and self._join_as_used(row):
+            return True
         named = self.index.find(source)
         if named == NOWHERE or not self.is_kept(source):
             return False
-        row, last_use = self.index.alias(key, parent, place, self.index.origin(named)), self.index.last_use
-        last_use[row] = max(last_use[row], last_use[named])  # Else it would be as old as can be, and expire.
+        return self._join_as_used(self.index.alias(key, parent, place, self.index.origin(named)))
+
+    def _join_as_used(self, row: int) -> bool:
+        """`join` for a name that comes anew: it was used with the latest of the others, else it would expire."""
+        last_use = self.index.last_use
+        last_use[row] = max(last_use[sharer] for sharer in self.index.sharers(row))
         return self.join(row)
 
     def land(self, row: int, *, clean: bool) -> None:

@@ -168,13 +168,14 @@ class PageIndex:
     def alias(self, key: PageKey, parent: PageKey | None, place: int, origin: int) -> int:
         """The row of `key`, whose bytes are from now on those of `origin`, which is no alias.
 
-        `key` is in no tier; its first token is at `place` in its prompt.
+        Neither `key` nor an alias of it is in a tier; its first token is at `place` in its prompt.
         """
         row = self.add(key, parent, self.position[origin])
         assert not any(row in tier for tier in self.tiers), "a page with bytes of its own cannot be an alias"
         if row == origin or self._origins.get(row, NOWHERE) == origin:
             return row
         self.separate(row)
+        self._separate_aliases(row)
         self._origins[row] = origin
         self._deltas[row] = place - self.position[origin]
         self._aliases.setdefault(origin, []).append(row)
@@ -192,6 +193,14 @@ class PageIndex:
             del self._aliases[origin]
         self._references[origin] -= 1
         self.forget_unused(origin)
+
+    def _separate_aliases(self, row: int) -> None:
+        """Its aliases, none of which is in a tier, had bytes that it will not have."""
+        self.pins[row] += 1
+        for alias in tuple(self._aliases.get(row, ())):
+            assert not any(alias in tier for tier in self.tiers), "the bytes of an alias in a tier must stay"
+            self.separate(alias)
+        self.pins[row] -= 1
 
     def origin(self, row: int) -> int:
         """The row under whose key the bytes of `row` were saved."""

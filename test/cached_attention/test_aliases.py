@@ -18,11 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
+from cached_attention.hierarchy import Hierarchy
 from cached_attention.layout import DevicePool
 from cached_attention.position.delta_table import delta_table
 from cached_attention.position.rotation import Rotation, rotate
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.host_slots import HostSlots
 
 PAGE, SINK, STEP, WINDOW = 2, 1, 3, 8
 """Tokens per page; then pages that are always kept, that are dropped at a time, that fit the window."""
@@ -391,6 +393,62 @@ def test_without_rotations_nothing_is_shared(tmp_path: Path) -> None:
     talk.turn("a", 8)
     assert talk.turn("a", 9) == 0
     talk.store.close()
+
+
+class Names:
+    """A hierarchy of host memory alone, with pages that have one another's bytes."""
+
+    def __init__(self) -> None:
+        self.pages = Hierarchy(HostSlots(8), has_disk=False)
+        self.pages.is_closed = False  # What comes before these pages does not matter here.
+        self.index = self.pages.index
+
+    def save(self, key: bytes, place: int) -> int:
+        row = self.pages.admit(key, None, place)
+        assert row is not None
+        self.pages.land(row, clean=True)
+        self.pages.unpin(row)
+        return row
+
+    def slots(self, *keys: bytes) -> list[int]:
+        return [self.pages.in_host.slot[self.index.find(key)] for key in keys]
+
+
+def test_a_page_that_left_gets_its_own_bytes_back_from_its_other_name() -> None:
+    """A conversation was truncated twice, went back to a shorter prompt, and grew again."""
+    names = Names()
+    names.save(b"once", 40)
+    assert names.pages.alias(b"twice", None, 20, b"once")
+    names.pages.leave_host(names.index.find(b"once"))
+    names.save(b"whole", 60)
+    assert names.pages.alias(b"once", None, 40, b"whole")
+    once, twice, whole = names.slots(b"once", b"twice", b"whole")
+    assert once == twice != whole
+    assert [names.index.delta(names.index.find(key)) for key in (b"once", b"twice")] == [0, -20]
+    names.pages.check_invariants()
+    for key in (b"twice", b"once", b"whole"):
+        names.pages.leave_host(names.index.find(key))
+    assert names.pages.host.free_slots == names.pages.host.capacity
+
+
+def test_names_without_bytes_are_forgotten_when_their_page_gets_others() -> None:
+    names = Names()
+    once = names.save(b"once", 40)
+    assert names.pages.alias(b"twice", None, 20, b"once")
+    twice = names.index.find(b"twice")
+    names.pages.pin(twice)  # A conversation that goes on from it.
+    for row in (twice, once):
+        names.pages.leave_host(row)
+    names.save(b"whole", 60)
+    assert names.pages.alias(b"once", None, 40, b"whole")
+    assert twice not in names.pages.in_host
+    assert names.index.origin(twice) == twice
+    assert names.index.delta(names.index.find(b"once")) == -20
+    names.pages.check_invariants()
+    assert names.pages.alias(b"twice", None, 20, b"whole")
+    assert names.index.delta(twice) == -40
+    names.pages.unpin(twice)
+    names.pages.check_invariants()
 
 
 class Overflowing(RuleBasedStateMachine):
