@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 from cached_attention.chain import reach
@@ -32,6 +32,10 @@ class Aliases:
         self._page_size = page_size
         self._remembered = POOLS_REMEMBERED * device_pages
         self._rotated: OrderedDict[PageKey, None] = OrderedDict()
+        self._loaded: dict[str, Sequence[PageKey]] = {}
+        """Rotated pages of requests that run, which the device may not show to others yet."""
+        self._loading: Counter[PageKey] = Counter()
+        """How many of these requests have the page."""
         self.named = 0
         """Aliases made."""
 
@@ -53,18 +57,30 @@ class Aliases:
         original = source[page] if page < len(source) else None
         return original is not None and self._pages.alias(key, parent, page * self._page_size, original)
 
-    def loaded_rotated(self, keys: Iterable[PageKey]) -> None:
-        """The device holds these pages as rotated copies."""
+    def loaded_rotated(self, request: str, keys: Sequence[PageKey]) -> None:
+        """The device holds these pages as rotated copies, as long as `request` runs at least."""
+        self.ended(request)
+        if keys:
+            self._loaded[request] = keys
+            self._loading.update(keys)
         for key in keys:
             self._rotated[key] = None
             self._rotated.move_to_end(key)
         while len(self._rotated) > self._remembered:
             self._rotated.popitem(last=False)
 
+    def ended(self, request: str) -> None:
+        """`request` does not run any more."""
+        for key in self._loaded.pop(request, ()):
+            self._loading[key] -= 1
+            if not self._loading[key]:
+                del self._loading[key]
+
     def left_device(self, keys: Iterable[PageKey]) -> None:
-        """The device does not hold these pages; where they are computed there anew, they are originals."""
+        """The device does not show these pages; where they are computed there anew, they are originals."""
         for key in keys if self._rotated else ():
-            self._rotated.pop(key, None)
+            if key not in self._loading:
+                self._rotated.pop(key, None)
 
     def is_rotated(self, key: PageKey) -> bool:
         """Whether the device holds the page `key` as a rotated copy."""

@@ -121,9 +121,6 @@ class Fetch:
     def is_reading(self) -> bool:
         return bool(self._reads)
 
-    def holds_for(self, request: str) -> bool:
-        return request in self._holds
-
     def holders(self) -> list[str]:
         """Requests that pages are held for, first come first."""
         return list(self._holds)

@@ -259,7 +259,7 @@ class Hierarchy:
                 self.host_order.offer(row)
 
     def leave_host(self, row: int) -> None:
-        if row in self.dirty and self.on_disk.children[row]:
+        if row not in self.on_disk and self.on_disk.children[row]:
             self.epoch += 1  # Pages on disk that follow it are out of reach until it is computed again.
         self.index.pin(row)
         was_dirty = row in self.dirty

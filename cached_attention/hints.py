@@ -31,6 +31,9 @@ class Hints:
     def __len__(self) -> int:
         return len(self._hints)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._hints
+
     @staticmethod
     def name(last: PageKey) -> str:
         """Of the hint for the chain that ends with `last`; no request is called so."""
@@ -58,7 +61,12 @@ class Hints:
 
     def expire(self, now: float) -> list[str]:
         """Removes and returns the names of hints that are no longer good."""
-        return [self.discard(name) for name, hint in list(self._hints.items()) if hint.until < now]
+        over = [name for name, hint in self._hints.items() if hint.until < now]
+        for name in over:
+            del self._hints[name]
+        if over:
+            self._sort()
+        return over
 
     def _sort(self) -> None:
         self._order = sorted(self._hints, key=lambda name: self._hints[name].due)

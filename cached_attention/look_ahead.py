@@ -54,6 +54,11 @@ class _Ask:
     def is_whole(self) -> bool:
         return self.next >= len(self.keys)
 
+    def extend(self, keys: Sequence[PageKey], page_tokens: int, is_kept: Callable[[PageKey], bool]) -> None:
+        """More of the chain turned out to be restorable; what was asked for goes on."""
+        self.remote += sum(not is_kept(key) for key in keys[len(self.keys) :])
+        self.keys, self.page_tokens = keys, page_tokens
+
 
 class LookAhead:
     """Starts fetches in the order of the queue, while what they hold fits the host tier.
@@ -110,8 +115,9 @@ class LookAhead:
         known = self._asks.get(request)
         if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
             return
-        remote = sum(not self._pages.is_kept(key) for key in keys[loadable:])
-        self._asks[request] = _Ask(keys, loadable, remote, loadable, page_tokens or self._page_tokens)
+        if known is None:
+            known = self._asks[request] = _Ask(keys[:loadable], loadable, 0, loadable, 0)
+        known.extend(keys, page_tokens or self._page_tokens, self._pages.is_kept)
         self._open.add(request)
 
     def leave(self, request: str) -> None:
@@ -205,6 +211,7 @@ class LookAhead:
         since, ahead = self._fetch.begun(request) or (ask.held_since, self._fetch.in_flight)
         return Outstanding(
             waited=now - since,
+            held=now - ask.held_since,
             total_bytes=(ask.pages - ask.remote) * self._fetch.page_bytes,
             ahead_bytes=ahead.disk,
             missing_tokens=self._missing(request, ask) * ask.page_tokens,

@@ -19,6 +19,8 @@ class _Lookup:
     """The whole chain."""
     first: int
     """The first page that was asked for."""
+    on_device: int
+    """Leading pages that the device has."""
     answer: Future[list[int]]
     held_since: float | None = None
     """When the scheduler would first have run the request."""
@@ -47,19 +49,24 @@ class Lookups:
         self._page_tokens = page_tokens
         self._clock = clock
         self._open: dict[str, _Lookup] = {}
-        self._asked: dict[str, int] = {}
-        """Per waiting request the length of its chain, in pages, when it was asked for."""
+        self._asked: dict[str, tuple[int, bool]] = {}
+        """Per waiting request the length of its chain, in pages, and whether the device lacked some of it."""
         self.asked = 0
 
-    def ask(self, request: str, keys: Sequence[PageKey], restorable: int) -> None:
-        """Ask for the pages of the chain `keys` after the first `restorable`, if that was not done before."""
-        if self._asked.get(request) == len(keys) or not self._remote.healthy:
+    def ask(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
+        """Ask for the pages of the chain `keys` after the first `restorable`, if that was not done before.
+
+        Not where the device has them all, the first `on_device`.
+        """
+        state = len(keys), on_device < len(keys)
+        if self._asked.get(request) == state or not self._remote.healthy:
             return
-        self._asked[request] = len(keys)
+        self._asked[request] = state
         self._offer(keys[:restorable])
-        if restorable < len(keys):
+        if max(restorable, on_device) < len(keys):
             self.asked += 1
-            self._open[request] = _Lookup(keys, restorable, self._remote.exist(keys[restorable:]))
+            answer = self._remote.exist(keys[restorable:])
+            self._open[request] = _Lookup(keys, restorable, on_device, answer)
 
     def _offer(self, keys: Sequence[PageKey]) -> None:
         """Share again what is in use and not known to be there: the store may have lost it."""
@@ -74,7 +81,7 @@ class Lookups:
         self._asked.pop(request, None)
 
     def poll(self) -> list[tuple[str, Sequence[PageKey]]]:
-        """Requests that can have more than when they asked, with their chains."""
+        """Requests that can have more than when they asked, and than the device has, with their chains."""
         found: list[tuple[str, Sequence[PageKey]]] = []
         for request, lookup in [entry for entry in self._open.items() if entry[1].answer.done()]:
             del self._open[request]
@@ -82,7 +89,8 @@ class Lookups:
             if pages:
                 keys, first = lookup.keys, lookup.first
                 self._pages.remote.add(keys[first : first + pages], keys[first - 1] if first else None)
-                found.append((request, lookup.keys))
+                if first + pages > lookup.on_device:
+                    found.append((request, keys))
         return found
 
     def is_ready(self, request: str, may_give_up: bool) -> bool:
@@ -94,9 +102,9 @@ class Lookups:
             return False
         now = self._clock()
         lookup.held_since = now if lookup.held_since is None else lookup.held_since
-        missing = len(lookup.keys) - lookup.first
+        missing, held = len(lookup.keys) - lookup.first, now - lookup.held_since
         size = missing * self._remote.stride
-        fetch = Outstanding(now - lookup.held_since, 0, 0, missing * self._page_tokens, remote_bytes=size)
+        fetch = Outstanding(held, held, 0, 0, missing * self._page_tokens, remote_bytes=size)
         if self._decision.is_worth_waiting(fetch):
             return False
         del self._open[request]

@@ -54,8 +54,6 @@ class Migration:
         self._put_behind = None if remote is None else PutBehind(pages, remote)
         self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
         self._outages = -1
-        self.is_ready: Callable[[str, bool], bool] = self.ahead.is_ready if remote is None else self._is_ready
-        """Whether a request may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
 
     @property
     def pins(self) -> int:
@@ -108,7 +106,7 @@ class Migration:
         if restorable > max(loadable, on_device):
             self.ahead.ask(request, keys[:restorable], loadable, page_tokens)
         if self._lookups is not None:
-            self._lookups.ask(request, keys, restorable)
+            self._lookups.ask(request, keys, restorable, on_device)
 
     def leave(self, request: str) -> None:
         """`request` runs, or was given up."""
@@ -120,7 +118,8 @@ class Migration:
         """Whether `request` may run because its pages are not worth waiting for."""
         return self.ahead.gave_up(request)
 
-    def _is_ready(self, request: str, may_give_up: bool) -> bool:
+    def is_ready(self, request: str, may_give_up: bool = True) -> bool:
+        """Whether `request` may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
         is_known = self._lookups is None or self._lookups.is_ready(request, may_give_up)
         return is_known and self.ahead.is_ready(request, may_give_up)
 
@@ -154,14 +153,13 @@ class Migration:
                 self._pages.remote.discard(key)
             self._remote.remove(dropped)
 
-    def expire(self, count: int, limit: float) -> int:
-        """Remove from the disk up to `count` pages that were last used before `limit`; returns how many."""
+    def expire(self, count: int, limit: float) -> None:
+        """Remove from the disk up to `count` pages that were last used before `limit`."""
         if self._disk is None or self.write_behind is None:
-            return 0
+            return
         slots = self.write_behind.evict(count, limit)
         self._pages.stats.left("disk", Reason.TTL, len(slots))
         self._disk.remove(slots)
-        return len(slots)
 
     def clear(self) -> None:
         """Remove every page from the disk; what is shared with others stays. Walks all pages."""

@@ -84,11 +84,10 @@ class PutBehind:
             future.exception()
             self._settle(rows, future)
 
-    def flush(self, timeout: float) -> int:
-        """Put what waits, for at most `timeout` seconds or until a put is refused; returns what still waits."""
+    def flush(self, timeout: float) -> None:
+        """Put what waits, for at most `timeout` seconds or until a put is refused."""
         deadline = time.monotonic() + timeout
         self.poll()
         while self.waiting and self._may_put and time.monotonic() < deadline:
             time.sleep(0.005)
             self.poll()
-        return self.waiting

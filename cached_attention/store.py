@@ -424,10 +424,10 @@ class CachedAttentionStore:
         slots = [self._in_host.slot[row] for row in rows]
         deltas = list(map(self._index.delta, rows))
         self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1], known)
-        self._aliases.loaded_rotated(key for key, delta in zip(keys, deltas, strict=True) if delta)
+        self._aliases.loaded_rotated(request, [key for key, delta in zip(keys, deltas, strict=True) if delta])
         self._count_use(rows)
         self.leave(request)
-        for name in map(Hints.name, keys) if self._hints else ():
+        for name in filter(self._hints.__contains__, map(Hints.name, keys)) if self._hints else ():
             self.leave(self._hints.discard(name))
         return True
 
@@ -439,12 +439,29 @@ class CachedAttentionStore:
             self._pages.soil(row)
             if self.disk is not None and row in on_disk:
                 self.disk.touch(on_disk.slot[row], now, self._index.uses[row])
+        self._let_follow_to_disk(rows[0])
+
+    def _let_follow_to_disk(self, row: int) -> None:
+        """The pages before `row`, which the device still had, go to disk when it may: it is of no use without."""
+        parent, uses = self._index.parent, self._index.uses
+        least = min(uses[row], self._min_uses)
+        while (row := parent[row]) != NOWHERE and uses[row] < least:
+            uses[row] = least
+            self._pages.soil(row)
 
     def cancel_load(self, request: str) -> bool:
         """Let go of all that is held for `request` but a load that runs; False when no load was queued."""
         self._release(request)
         self.leave(request)
-        return self._loads.cancel(request)
+        if not self._loads.cancel(request):
+            return False
+        self._aliases.ended(request)
+        return True
+
+    def ended(self, request: str) -> None:
+        """`request` does not run any more; what the device keeps of it is known to whoever asks the device."""
+        self.leave(request)
+        self._aliases.ended(request)
 
     @property
     def has_queued_loads(self) -> bool:

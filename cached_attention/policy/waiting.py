@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CEILING = 5.0
-"""Seconds that a request waits at most, whatever was measured."""
+"""Seconds that a request is held at most, whatever was measured."""
 TOLERATED = 0.07
 """Part of the recompute time that may be lost in waiting for pages that then do not come."""
 OVERDUE = 2.0
@@ -68,6 +68,8 @@ class Outstanding:
 
     waited: float
     """Seconds since its fetch began."""
+    held: float
+    """Seconds since it could have run."""
     total_bytes: int
     """Of its fetch from disk, what landed included."""
     ahead_bytes: int
@@ -102,7 +104,7 @@ class WaitOrRecompute:
 
     def is_worth_waiting(self, fetch: Outstanding) -> bool:
         if self._always:
-            return fetch.waited < CEILING
+            return fetch.held < CEILING
         compute = self.computing.seconds(fetch.missing_tokens)
         expected = self.fetching.seconds(fetch.ahead_bytes + fetch.total_bytes)
         if fetch.remote_bytes:  # Both come at once.
@@ -110,4 +112,4 @@ class WaitOrRecompute:
         if expected - fetch.waited >= compute:
             return False
         patience = max(OVERDUE * expected, TOLERATED * compute)
-        return fetch.waited < min(patience, CEILING)
+        return fetch.waited < patience and fetch.held < CEILING

@@ -330,6 +330,9 @@ class DiskTier:
         except IO_ERRORS as error:
             self._write_health.failed(error)
             self._settle_writes(slots, saved=False)
+        except Exception:
+            self._settle_writes(slots, saved=False)
+            raise
         else:
             self._committer.save(
                 DiskRecord(
@@ -348,11 +351,12 @@ class DiskTier:
     def _read_run(self, ticket: Ticket[ReadOutcome], run: Run[PlacedRead]) -> None:
         with self._lock:
             wanted = ticket.begin() and not self._given_up
-        if wanted:
-            outcomes = list(read_run(run, self._files, self._read_health, self._records))
-        else:
-            outcomes = [(item.place, ReadOutcome.UNAVAILABLE) for _, item in run]
-        self._settle_reads(ticket, outcomes)
+        outcomes = [(item.place, ReadOutcome.UNAVAILABLE) for _, item in run]
+        try:
+            if wanted:
+                outcomes = list(read_run(run, self._files, self._read_health, self._records))
+        finally:
+            self._settle_reads(ticket, outcomes)
 
     def _settle_reads(self, ticket: Ticket[ReadOutcome], outcomes: list[tuple[int, ReadOutcome]]) -> None:
         with self._lock:

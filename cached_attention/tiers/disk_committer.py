@@ -52,7 +52,6 @@ class Committer:
         sync: Callable[[Iterable[int]], None],
         probe: Callable[[], None],
     ) -> None:
-        self.commits = 0
         self._index, self._outcome = index, outcome
         self._reads, self._writes = reads, writes
         self._sync, self._probe = sync, probe
@@ -179,7 +178,6 @@ class Committer:
             self._writes.failed(error)
             return False
         self._writes.succeeded()
-        self.commits += 1
         self._outcome.removed(changes.removed)
         self._outcome.saved(changes.saved)
         return True

@@ -75,7 +75,6 @@ class DiskIndex:
     def __init__(self, path: Path, identity: Mapping[str, str], io: FileIO, rows: Rows | None = None) -> None:
         self.path = path
         self.rows = rows or PlainRows()
-        self.replaced = False
         self._io = io
         self._identity = dict(identity)
         self._log_bytes, self._transaction_bytes = sys.maxsize, 0
@@ -169,7 +168,6 @@ class DiskIndex:
                 if not _is_damage(error):
                     raise
                 logger.warning("%s is damaged (%s): the store starts empty.", self.path, error)
-                self.replaced = True
         return self._create()
 
     def _connect(self) -> sqlite3.Connection:

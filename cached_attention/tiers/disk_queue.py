@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+
+logger = logging.getLogger(__name__)
 
 WRITE_PATIENCE = 0.25
 """Seconds after which one write goes beside the reads: reads without end must not stop all writes."""
@@ -34,7 +37,7 @@ class Batch:
 
 
 class IoQueue:
-    """Runs jobs, those submitted first before others. A job handles its own errors.
+    """Runs jobs, those submitted first before others. A job settles what it was to do, whatever happens.
 
     At most `threads` writes run at a time, and one read more of each batch; there are twice as many threads. So
     a read that comes finds a thread, also while another batch waits for a bad spot of the disk. A write starts
@@ -103,6 +106,9 @@ class IoQueue:
                 self._count(priority, batch, 1)
             try:
                 job()
+            except Exception:
+                # One job that goes wrong must not end the thread that all others need.
+                logger.exception("CachedAttention: a disk job failed in an unexpected way.")
             finally:
                 with self._changed:
                     self._count(priority, batch, -1)

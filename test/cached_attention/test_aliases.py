@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cached_attention.aliases import Aliases
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.hierarchy import Hierarchy
@@ -383,6 +384,21 @@ def test_a_rotated_copy_is_not_saved_when_the_original_is_gone(talk: Conversatio
     talk.turn("a", 11, on_device=8)
     assert talk.store.counters()["declined"] > declined
     assert talk.store.restorable_pages(Chain(chain.keys)) <= SINK
+
+
+def test_a_rotated_copy_is_known_as_one_while_its_request_runs() -> None:
+    """The device does not show it to others before the request's forward has ended."""
+    pages = Hierarchy(HostSlots(8), has_disk=False)
+    aliases = Aliases(pages, PAGE, DEVICE_PAGES)
+    for request in ("a", "b"):
+        aliases.loaded_rotated(request, [b"page"])
+    for request in ("a", "b"):
+        aliases.left_device([b"page"])
+        assert aliases.is_rotated(b"page")
+        aliases.ended(request)
+    assert aliases.is_rotated(b"page"), "it is in the tree"
+    aliases.left_device([b"page"])
+    assert not aliases.is_rotated(b"page")
 
 
 def test_without_rotations_nothing_is_shared(tmp_path: Path) -> None:

@@ -98,6 +98,25 @@ def test_a_burst_of_reads_is_settled_bit_by_bit() -> None:
     assert all(waiting.ahead.is_ready(name) for name in waiting.names)
 
 
+def test_more_that_turns_out_to_be_there_is_asked_for_beside_what_is_on_its_way() -> None:
+    waiting = Waiting(1)
+    (name,) = waiting.names
+    keys = waiting.keys(name)
+    waiting.ahead.leave(name)
+    for restorable in (CHAIN // 2, CHAIN):
+        waiting.ahead.ask(name, keys[:restorable], 0)
+        waiting.ahead.advance()
+        assert waiting.fetch.held == restorable
+    waiting.now += 1
+    waiting.disk.advance()
+    while waiting.fetch.is_reading:
+        waiting.fetch.poll()
+    assert waiting.ahead.is_ready(name)
+    assert waiting.fetch.arrived(name).pages == CHAIN
+    waiting.ahead.leave(name)
+    assert not waiting.fetch.pins
+
+
 @pytest.mark.parametrize("requests", [REVIEWED, 10 * REVIEWED])
 def test_whoever_has_waited_too_long_runs_the_front_at_once_and_the_others_in_their_turn(requests: int) -> None:
     waiting = Waiting(requests, page_seconds=1e6)

@@ -47,6 +47,7 @@ class Conversations:
         ttl: float | None = None,
         capacity: int = CAPACITY,
         queued_write_bytes: int = 1 << 30,
+        min_uses: int = 1,
     ) -> None:
         self.directory = directory
         self.buffers = [[torch.zeros(DEVICE_PAGES * PAGE, 1, 4) for _ in "kv"] for _ in range(2)]
@@ -56,11 +57,14 @@ class Conversations:
         self.ttl = ttl
         self.capacity = capacity
         self.queued_write_bytes = queued_write_bytes
+        self.min_uses = min_uses
         self.open()
 
     def open(self) -> None:
         size = HOST_PAGES * self.pool.layout.stride
-        self.store = CachedAttentionStore(self.pool, size, self.open_disk(), ttl=self.ttl, clock=self.tick)
+        self.store = CachedAttentionStore(
+            self.pool, size, self.open_disk(), min_uses=self.min_uses, ttl=self.ttl, clock=self.tick
+        )
         for _ in range(20):
             self.store.prefill_took(PAGE, 60.0)  # So that a fetch is always worth waiting for.
 
@@ -101,8 +105,8 @@ class Conversations:
             self.store.poll()
         return self.store.loadable_pages(chain)
 
-    def load(self, prompt: str) -> int:
-        """Fetch, reserve and load what can be; every byte is checked."""
+    def load(self, prompt: str, on_device: int = 0) -> int:
+        """Fetch, reserve and load what can be beyond the pages `on_device`; every byte is checked."""
         self.fetch(prompt)
         pages = self.store.reserve(prompt, Chain(keys_of(prompt)))
         if not pages:
@@ -111,8 +115,8 @@ class Conversations:
         keys = keys_of(prompt)[:pages]
         for layer in self.buffers:
             for buffer in layer:
-                buffer.zero_()
-        assert self.store.queue_load(prompt, keys, torch.arange(pages * PAGE))
+                buffer[on_device * PAGE :].zero_()
+        assert self.store.queue_load(prompt, keys[on_device:], torch.arange(on_device * PAGE, pages * PAGE))
         self.batch += 1
         self.store.start_load(self.batch)
         assert self.store.finish_load(self.batch)
@@ -127,6 +131,20 @@ class Conversations:
         self.settle()
         self.store.close()
         self.open()
+
+
+def test_with_min_uses_a_conversation_goes_to_disk_when_it_goes_on(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path, min_uses=2)
+    talk.save("aaaa")
+    talk.settle()
+    assert talk.store.counters()["disk_pages_used"] == 0
+    assert talk.load("aaaa", on_device=2) == 4
+    talk.settle()
+    assert talk.store.counters()["disk_pages_used"] == 4, "of what the device still has no less than of the rest"
+    talk.restart()
+    assert talk.load("aaaa") == 4
+    talk.store.check_invariants()
+    talk.store.close()
 
 
 def test_what_leaves_host_memory_comes_back_from_disk(tmp_path: Path) -> None:

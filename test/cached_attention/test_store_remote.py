@@ -178,6 +178,22 @@ def test_one_chain_from_three_tiers(replicas: Callable[..., Replica], tmp_path: 
     assert b.store.fetched_span("abcdef") == (0, 0, ()), "nothing is held any more"
 
 
+def test_nothing_is_asked_for_what_the_device_has(replicas: Callable[..., Replica]) -> None:
+    first, second = replicas(), replicas()
+    first.save("aaaa")
+    second.store.arrive("a", Chain(keys_of("aaaa")), beyond=4)
+    second.store.poll()
+    assert second.store.is_ready("a")
+    assert second.counters["remote_lookups"] == 0
+    second.store.arrive("a", Chain(keys_of("aaaa")), beyond=2)
+    until(lambda: second.store.poll() or second.store.is_ready("a"), "a fetch hangs")
+    assert (second.counters["remote_lookups"], second.counters["fetched"]) == (1, 4), (
+        "the device has let go of some"
+    )
+    second.store.leave("a")
+    second.store.check_invariants()
+
+
 def test_two_requests_that_wait_for_the_same_pages_both_know_where_they_came_from(
     replicas: Callable[..., Replica], tmp_path: Path
 ) -> None:

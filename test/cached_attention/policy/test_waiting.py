@@ -73,8 +73,11 @@ def test_an_estimate_is_never_negative_and_never_falls_with_the_amount(
     assert 0 <= pace.seconds(less) <= pace.seconds(more)
 
 
-def outstanding(waited: float = 0.0, mb: float = 100, ahead_mb: float = 0, tokens: int = 2048) -> Outstanding:
-    return Outstanding(waited, int(mb * MB), int(ahead_mb * MB), tokens)
+def outstanding(
+    waited: float = 0.0, mb: float = 100, ahead_mb: float = 0, tokens: int = 2048, held: float | None = None
+) -> Outstanding:
+    """`held` as long as `waited` unless given."""
+    return Outstanding(waited, waited if held is None else held, int(mb * MB), int(ahead_mb * MB), tokens)
 
 
 def learnt(fetch_s: float, compute_s: float) -> WaitOrRecompute:
@@ -130,6 +133,15 @@ def test_whoever_always_waits_waits_up_to_the_ceiling() -> None:
     decision = WaitOrRecompute(always=True)
     for _ in range(20):
         decision.fetching.observe(100 * MB, 60.0)
-    late = Outstanding(CEILING - 0.01, total_bytes=100 * MB, ahead_bytes=0, missing_tokens=64)
+    late = outstanding(CEILING - 0.01, tokens=64)
     assert decision.is_worth_waiting(late)
-    assert not decision.is_worth_waiting(replace(late, waited=CEILING))
+    assert not decision.is_worth_waiting(replace(late, held=CEILING))
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_the_ceiling_counts_from_when_a_request_could_have_run(always: bool) -> None:
+    """What it spent in the queue, while its fetch went on, it would have spent there anyway."""
+    decision = learnt(fetch_s=100.0, compute_s=1000.0)
+    if always:
+        decision = WaitOrRecompute(always=True)
+    assert decision.is_worth_waiting(outstanding(waited=3 * CEILING, held=0.0))

@@ -23,8 +23,6 @@ class FreeSlots:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FreeSlots) and self._storage.data_ptr() == other._storage.data_ptr()
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def free_slots(allocator: BaseTokenToKVPoolAllocator) -> Callable[[], Any]:
     """For `LoadFence`. The list of an allocator that is not known is never the same, so that loads wait."""

@@ -23,7 +23,7 @@ from cached_attention.encryption import EncryptionKey, read_key
 from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
-from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.disk import DirectoryInUseError, DiskTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, parse_remote
 from cached_attention.transfer.load_fence import LoadFence
@@ -102,7 +102,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         """Make the store of `model`, and open its pages on disk.
 
         Raises:
-            OSError, sqlite3.Error: the disk tier's directory cannot be used, or belongs to another server.
+            DirectoryInUseError: the disk tier's directory belongs to another server.
+            OSError, sqlite3.Error: it cannot be used.
         """
         self._identity.describe(model, hf_config)
         if self._truncates:
@@ -186,7 +187,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         """A server that runs goes on without a disk tier rather than stop."""
         try:
             return open_disk()
-        except (OSError, ValueError, sqlite3.Error) as error:
+        except (DirectoryInUseError, OSError, ValueError, sqlite3.Error) as error:
             logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
             return None
 

@@ -58,10 +58,6 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def open_store(self, model: torch.nn.Module, hf_config: Any) -> None:
         self.linker.cache_linker.open(model, hf_config)
 
-    @property
-    def has_disk(self) -> bool:
-        return self.linker.cache_linker.store.disk is not None
-
     def check_prefetch_progress(self, handle: CacheRequestHandle) -> bool:
         return self.linker.ranks.is_ready(handle.rid)
 
@@ -78,7 +74,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         self.linker.finished(req)
-        self.linker.cache_linker.store.leave(req.rid)
+        self.linker.cache_linker.store.ended(req.rid)
 
     def check_hicache_events(self) -> None:
         # The first thing in a scheduling pass: what the last pass matched and did not admit is let go.
