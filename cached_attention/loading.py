@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from cached_attention.stats import Direction, StoreStats
 from cached_attention.transfer.jobs import Transfers
 from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
 from cached_attention.transfer.streams import Event
+
+logger = logging.getLogger(__name__)
 
 
 class _QueuedLoad(NamedTuple):
@@ -82,7 +85,9 @@ class Loads:
         batch.load.wait(stream)
         self._landing.append(batch)
         self.poll()
-        return batch.load.error is None
+        if (error := batch.load.error) is not None:
+            logger.error("CachedAttention: a load of %d pages failed.", batch.load.pages, exc_info=error)
+        return error is None
 
     def poll(self) -> None:
         """Let go of what has landed. Batches land in order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
@@ -16,6 +18,10 @@ from cached_attention.stats import Direction, StoreStats
 from cached_attention.transfer.jobs import PageSave, Transfers
 from cached_attention.transfer.streams import Event
 
+logger = logging.getLogger(__name__)
+
+COMPLAINT_SECONDS = 60.0
+"""Between two log lines about saves that failed."""
 CHAIN_SOONER = 1e-6
 """Seconds per page, so that of chains that were saved at once the first goes first."""
 
@@ -58,6 +64,7 @@ class Saves:
         self._running: deque[PageSave] = deque()
         self._finished: deque[bool] = deque()
         self._awaits: dict[str, _Await] = {}
+        self._complain_at = 0.0
 
     @property
     def in_flight(self) -> int:
@@ -156,7 +163,7 @@ class Saves:
         wait([save.landed for save in self._running])
 
     def _finish(self, save: PageSave) -> None:
-        if save.landed.exception() is None:
+        if (error := save.landed.exception()) is None:
             for row, checksum in zip(save.rows, save.landed.result(), strict=True):
                 self._pages.index.checksum[row] = checksum
                 self._pages.land(row, clean=False)
@@ -164,8 +171,15 @@ class Saves:
             self._stats.saved += len(save.rows)
             self._finished.append(save.whole)
         else:
+            self._complain(len(save.rows), error)
             self._give_up(save.rows)
             self._finished.append(False)
+
+    def _complain(self, pages: int, error: BaseException) -> None:
+        now = time.monotonic()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAINT_SECONDS
+            logger.error("CachedAttention: %d pages could not be copied to host memory.", pages, exc_info=error)
 
     def _give_up(self, rows: Sequence[int]) -> None:
         """These pages will never land; pages saved after them may now follow a gap."""

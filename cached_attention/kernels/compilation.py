@@ -22,7 +22,9 @@ SHIPPED = Path(__file__).parent / "lib"
 
 CPU = "cpu"
 ALL_GPUS = "80_90a_100"
-"""The target built ahead of time; PTX in it serves GPUs that came later."""
+"""The target built ahead of time."""
+SHIPPED_FOR = (8, 9, 10)
+"""Major compute capabilities of GPUs that run it. Its PTX serves others only where the driver is new enough."""
 
 
 class CompilationError(RuntimeError):
@@ -42,7 +44,7 @@ def library_name(target: str) -> str:
 
 def cuda_target(capability: tuple[int, int]) -> str:
     """The target for a GPU of this compute capability."""
-    if capability >= (8, 0) and (SHIPPED / library_name(ALL_GPUS)).exists():
+    if capability[0] in SHIPPED_FOR and (SHIPPED / library_name(ALL_GPUS)).exists():
         return ALL_GPUS
     return "90a" if capability == (9, 0) else "{}{}".format(*capability)
 

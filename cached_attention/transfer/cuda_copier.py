@@ -56,6 +56,13 @@ class Time(NamedTuple):
     """Until all of it is handed over."""
 
 
+class Way(NamedTuple):
+    """What the same pages take one way."""
+
+    saves: Time
+    loads: Time
+
+
 class ByEngines(NamedTuple):
     """Which transfers the copy engines make."""
 
@@ -75,6 +82,9 @@ class CudaCopier(PageCopier):
         self._plain = None
         if library is None:
             # Without a compiler torch moves the pages. It reads page numbers on the CPU, and waits for them.
+            logger.error(
+                "CachedAttention: each load stops the scheduler until it has ended: no kernel was compiled."
+            )
             self._plain = self._rotating or whole_pages(device, host)
             return
         pairs = [pair for layer in self._pairs for pair in layer]
@@ -134,35 +144,41 @@ class CudaCopier(PageCopier):
         return rows.to(self._device, non_blocking=True)
 
     def _compare(self, rows: list[int]) -> ByEngines:
-        """Measured once, while nobody uses the pool. Page i goes to slot i and back, so it stays as it is."""
+        """Measured once, while nobody uses the pool. Page i goes to slot i and back, so it stays as it is.
+
+        Raises:
+            RuntimeError: no way works on this GPU.
+        """
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        try:
-            with torch.cuda.stream(stream):
-                ways = (self._save_by_engines, self._save_by_cores)
-                saves = [_time(partial(save, rows, rows)) for save in ways]
-                on_device = self._upload(rows).long()
-                loads = [_time(partial(self._load_all, pages, rows)) for pages in (np.array(rows), on_device)]
-        except RuntimeError as error:
-            # A driver that knows no batches of copies.
-            logger.info("CachedAttention: pages are moved by a kernel: %s", error)
-            return ByEngines(saves=False, loads=False)
-        # A thread of their own hands over saves, the scheduler's hands over loads: there its time counts too.
-        chosen = ByEngines(
-            saves=engines_are_worth_it(*(took.on_device for took in saves)),
-            loads=engines_are_worth_it(*map(sum, loads)),
-        )
-        for what, (engines, cores), by_engines in zip(("saved", "loaded"), (saves, loads), chosen, strict=True):
+        with torch.cuda.stream(stream):
+            engines = self._measure(self._save_by_engines, lambda: np.array(rows), rows)
+            cores = self._measure(self._save_by_cores, lambda: self._upload(rows).long(), rows)
+        chosen = choose(engines, cores)
+        for what, by_engines in chosen._asdict().items():
             logger.info(
-                "CachedAttention: pages are %s by %s (%d pages: copy engines %.2f ms and %.2f ms to hand over, "
-                "a kernel %.2f ms and %.2f ms).",
+                "CachedAttention: %s are made by %s (%d pages: copy engines %s, a kernel %s).",
                 what,
                 "copy engines" if by_engines else "a kernel",
                 len(rows),
-                *engines,
-                *cores,
+                *(
+                    way if isinstance(way, RuntimeError) else _format(getattr(way, what))
+                    for way in (engines, cores)
+                ),
             )
         return chosen
+
+    def _measure(
+        self,
+        save: Callable[[Sequence[int], Sequence[int]], None],
+        find_pages: Callable[[], torch.Tensor | np.ndarray],
+        rows: list[int],
+    ) -> Way | RuntimeError:
+        try:
+            pages = find_pages()
+            return Way(_time(partial(save, rows, rows)), _time(partial(self._load_all, pages, rows)))
+        except RuntimeError as error:
+            return error
 
     def _load_all(self, pages: torch.Tensor | np.ndarray, slots: list[int]) -> None:
         moves = self.moves(pages, slots)
@@ -170,9 +186,36 @@ class CudaCopier(PageCopier):
             self.load(layer, moves)
 
 
+def choose(engines: Way | RuntimeError, cores: Way | RuntimeError) -> ByEngines:
+    """The break-even, from what both took for the same pages. A way that failed is not gone.
+
+    Raises:
+        RuntimeError: both failed.
+    """
+    if isinstance(cores, RuntimeError):
+        if isinstance(engines, RuntimeError):
+            raise RuntimeError(
+                f"Pages can be moved on this GPU neither by a kernel ({cores}) nor by copy engines ({engines}). "
+                "Report this, with the GPU and the versions of driver and CUDA."
+            ) from cores
+        logger.warning("CachedAttention: the kernel that moves pages does not run on this GPU: %s", cores)
+        return ByEngines(saves=True, loads=True)
+    if isinstance(engines, RuntimeError):  # A driver that knows no batches of copies.
+        return ByEngines(saves=False, loads=False)
+    # A thread of their own hands over saves, the scheduler's hands over loads: there its time counts too.
+    return ByEngines(
+        saves=engines_are_worth_it(engines.saves.on_device, cores.saves.on_device),
+        loads=engines_are_worth_it(sum(engines.loads), sum(cores.loads)),
+    )
+
+
 def engines_are_worth_it(engines: float, cores: float) -> bool:
-    """The break-even: both took so long for the same pages."""
+    """Whether copy engines, which leave the cores to the model, are quick enough; both in milliseconds."""
     return cores >= WORTH_CORES * engines
+
+
+def _format(time: Time) -> str:
+    return f"{time.on_device:.2f} ms and {time.on_host:.2f} ms to hand over"
 
 
 def _time(copy: Callable[[], None]) -> Time:

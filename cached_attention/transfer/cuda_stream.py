@@ -29,6 +29,11 @@ class CudaStream(Stream):
             (handle,) = _checked(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, level))
         self._stream = torch.cuda.ExternalStream(int(handle), device)
 
+    def serve_thread(self) -> None:
+        # A new thread is on GPU 0, and when it leaves a stream torch returns there: each rank would get a context
+        # on that GPU, of some hundred MB.
+        torch.cuda.set_device(self._stream.device)
+
     def run(self, ops: Iterable[Op]) -> list[Event]:
         events: list[Event] = []
         with torch.cuda.stream(self._stream):

@@ -62,8 +62,9 @@ class Transfers:
         self._loads = make_stream(device, "load", Priority.HIGH)
         self._saves = make_stream(device, "save", Priority.LOW)
         self._numbers = make_stream(device, "numbers", Priority.HIGH) if copier.wants_numbers else None
-        self._saver = ThreadPoolExecutor(1, thread_name_prefix="cached-attention-save")
-        self._last_load: Event | None = None
+        self._saver = ThreadPoolExecutor(1, "cached-attention-save", self._saves.serve_thread)
+        self._last_load: tuple[Event, Event] | None = None
+        """Its copies have begun, and have ended."""
         self._saved_at_once = max(1, SAVED_AT_ONCE // host.layout.page_bytes)
 
     def read_numbers(self, device_slots: torch.Tensor, after: Sequence[Event]) -> PageNumbers | None:
@@ -79,8 +80,8 @@ class Transfers:
         load = LayerWiseLoad(self._copier, loads, self._page_size)
         for event in after:
             self._loads.wait(event)
-        load.layers = self._loads.run(load.ops())[1:]
-        self._last_load = load.layers[-1]
+        begun, *load.layers = self._loads.run(load.ops())
+        self._last_load = begun, load.layers[-1]
         return load
 
     def save(
@@ -128,10 +129,16 @@ class Transfers:
         return page_checksum(key, self._host.record(slot)) if self._sealed else NO_CHECKSUM
 
     def _make_way(self) -> None:
-        """Somebody waits for a load, nobody for a save."""
+        """Somebody waits for a load, nobody for a save. One that itself waits for a forward needs no way yet."""
         until = time.monotonic() + MAKE_WAY
-        while (load := self._last_load) is not None and not load.query() and time.monotonic() < until:
+        while self._is_loading() and time.monotonic() < until:
             time.sleep(MAKE_WAY / 40)
+
+    def _is_loading(self) -> bool:
+        if (load := self._last_load) is None:
+            return False
+        begun, ended = load
+        return begun.query() and not ended.query()
 
     def close(self) -> None:
         """Let what runs finish; nothing new starts."""

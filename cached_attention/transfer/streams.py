@@ -55,6 +55,9 @@ class Stream(ABC):
     def wait(self, event: Event) -> None:
         """What is put on the stream from now on starts after `event`."""
 
+    def serve_thread(self) -> None:  # noqa: B027 - where a thread has no device of its own there is nothing to do
+        """To be called first by a thread, other than the engine's own, that puts work on the stream."""
+
     def record(self) -> Event:
         """What has been put on the stream is done."""
         return self.run([lambda: None])[0]

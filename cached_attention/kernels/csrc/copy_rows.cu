@@ -157,6 +157,7 @@ void copy_all(std::vector<void*>& targets, std::vector<void*>& sources, std::vec
     error = cudaMemcpyAsync(targets[i], sources[i], sizes[i], cudaMemcpyDefault, on);
   }
 #endif
+  if (error != cudaSuccess) cudaGetLastError();  // Else the next call that asks would be told of it.
   TVM_FFI_ICHECK(error == cudaSuccess) << "copy_rows_batched: " << cudaGetErrorString(error);
 }
 

@@ -141,5 +141,7 @@ def test_a_gpu_takes_what_was_shipped_else_its_own(monkeypatch: pytest.MonkeyPat
     assert compilation.cuda_target((9, 0)) == "90a"
     assert compilation.cuda_target((8, 6)) == "86"
     (tmp_path / library_name(compilation.ALL_GPUS)).touch()
-    assert compilation.cuda_target((12, 0)) == compilation.ALL_GPUS
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3)):
+        assert compilation.cuda_target(capability) == compilation.ALL_GPUS
+    assert compilation.cuda_target((12, 0)) == "120"
     assert compilation.cuda_target((7, 5)) == "75"

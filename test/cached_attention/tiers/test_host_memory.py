@@ -6,10 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from psutil import Process
 
 from cached_attention.layout import PageLayout
 from cached_attention.tiers.host import HostTier
-from cached_attention.tiers.host_memory import HUGE_PAGE, HostMemory, HostMemoryError, node_of, pin, prefer_node
+from cached_attention.tiers.host_memory import (
+    HUGE_PAGE,
+    HostMemory,
+    HostMemoryError,
+    node_of,
+    pin,
+    populate,
+    prefer_node,
+)
 
 CPU = torch.device("cpu")
 
@@ -20,6 +29,15 @@ def test_memory_starts_at_a_huge_page_and_is_free_until_it_is_used() -> None:
     assert memory.numel() == 1 << 31
     memory[:10], memory[-10:] = 1, 2
     assert [int(memory[i]) for i in (0, 9, 10, -11, -10, -1)] == [1, 1, 0, 0, 2, 2]
+
+
+def test_memory_can_be_taken_at_once() -> None:
+    memory = HostMemory(64 << 20, 4096, CPU).bytes
+    before = Process().memory_info().rss
+    if not populate(memory, threads=3):
+        pytest.skip("this Linux has no such advice")
+    assert Process().memory_info().rss - before > 0.9 * memory.numel()
+    assert not memory.any()
 
 
 def test_slots_are_aligned_and_of_their_own() -> None:

@@ -13,7 +13,7 @@ from cached_attention.layout import DevicePool
 from cached_attention.position.delta_table import delta_table
 from cached_attention.position.rotation import Rotation, rotate
 from cached_attention.tiers.host import HostTier
-from cached_attention.transfer.cuda_copier import ByEngines, CudaCopier, engines_are_worth_it
+from cached_attention.transfer.cuda_copier import ByEngines, CudaCopier, Time, Way, choose, engines_are_worth_it
 
 PAGE = 16
 WAYS = [ByEngines(*ways) for ways in product((False, True), repeat=2)]
@@ -34,6 +34,15 @@ def test_copy_engines_are_taken_unless_the_kernel_is_clearly_quicker() -> None:
     assert engines_are_worth_it(engines=1.0, cores=1.0)
     assert engines_are_worth_it(engines=1.0, cores=0.91)
     assert not engines_are_worth_it(engines=1.0, cores=0.89)
+
+
+def test_a_way_that_fails_is_not_gone() -> None:
+    quick, slow = (Way(Time(ms, 0.1), Time(ms, 0.1)) for ms in (1.0, 9.0))
+    failed = RuntimeError("no")
+    assert choose(engines=slow, cores=quick) == choose(engines=failed, cores=slow) == ByEngines(False, False)
+    assert choose(engines=quick, cores=slow) == choose(engines=slow, cores=failed) == ByEngines(True, True)
+    with pytest.raises(RuntimeError, match=r"neither by a kernel \(no\) nor by copy engines \(no\)"):
+        choose(failed, failed)
 
 
 def test_only_pages_that_stay_as_they_are_go_by_copy_engines(cuda_on_host: type[CudaCopier]) -> None:

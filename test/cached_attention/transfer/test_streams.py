@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -141,17 +142,47 @@ def test_a_load_waits_for_the_forward_before_and_keeps_its_pages_until_it_has_en
     store.store.check_invariants()
 
 
-def test_a_save_waits_for_the_pages_and_makes_way_for_a_load_but_not_for_ever(store: Store) -> None:
+def test_a_save_makes_way_for_a_load_that_copies_but_not_for_ever(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.save(SAVED)
     store.saved()
     store.queue(LOADED)
-    running = CpuEvent()
+    transfers, copying, running = store.store._transfers, threading.Event(), CpuEvent()
+    load = transfers._copier.load
+    monkeypatch.setattr(transfers._copier, "load", lambda *layer: copying.wait() and load(*layer))
     store.store.start_load(0, [running])
+    assert not transfers._is_loading(), "it waits for a forward itself"
+    running.happen()
+    deadline = time.monotonic() + 20
+    while not transfers._is_loading():
+        assert time.monotonic() < deadline
     more = PageRun(store.keys[-1], len(store.keys), [sha256(b"more").digest()], LOADED[:PAGE])
     store.store.save(more)
     store.saved()
-    running.happen()
+    copying.set()
     assert store.store.finish_load(0)
+    store.store._loads.wait()
+    assert not transfers._is_loading()
+
+
+def test_why_saves_fail_is_said_once_a_minute(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(store.store._transfers._copier, "save", fail)
+    for _ in range(3):
+        store.save(SAVED)
+        store.store._saves.wait()
+        assert store.store.poll() == 1
+        assert not store.store.pop_save()
+    (said,) = caplog.records
+    assert "pages could not be copied" in said.getMessage()
+    assert said.exc_info is not None
+    assert "on fire" in str(said.exc_info[1])
+    assert store.store.stats.failed == 3 * len(store.keys)
 
 
 class DeviceNumbers(torch.Tensor):

@@ -74,7 +74,7 @@ def test_each_layer_waits_for_what_it_reads() -> None:
     assert log == []
     for layer in range(4):
         linker.layer_done_counter.wait_until(layer)
-    assert log == ["window 0", "kv 0", "window 1", "kv 1"]
+    assert log == ["window 0", "kv 0", "window 1", "kv 1", "window 1"], "and with the last layer for all"
 
 
 @pytest.mark.parametrize(

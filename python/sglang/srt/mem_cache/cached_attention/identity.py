@@ -20,6 +20,8 @@ from .pools import draft_pools
 
 SAMPLES = 1024
 """Elements of each parameter that the digest reads."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes: types whose elements can be picked on any device."""
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -30,11 +32,19 @@ def weights_digest(model: torch.nn.Module) -> str:
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy())
+        digest.update(_sample(tensor.detach()).contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Evenly spaced elements of `tensor`, at most twice `SAMPLES`; allocates no more than these."""
+    step = max(1, tensor.numel() // SAMPLES)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[::step]
+    # Flattened it would be copied: some hundred MB of a transposed FP8 weight, when the device has no room left.
+    places = torch.arange(0, tensor.numel(), step, device=tensor.device)
+    return tensor.view(INTEGERS[tensor.element_size()])[torch.unravel_index(places, tensor.shape)]
 
 
 class ModelIdentity:

@@ -14,6 +14,17 @@ class Layer(Protocol):
         """Let the current stream, or the thread where there is none, wait until it is there."""
 
 
+class Several:
+    """Layers that are asked for as one."""
+
+    def __init__(self, *layers: Layer) -> None:
+        self._layers = layers
+
+    def wait(self, stream: Any = None) -> None:
+        for layer in self._layers:
+            layer.wait(stream)
+
+
 class LayerEvents:
     """The linker's `layer_done_counter`: the forward's stream waits for a layer, the CPU does not.
 

@@ -18,7 +18,7 @@ from cached_attention.layout import DevicePool
 from cached_attention.tiers.disk_ranks import WINDOWS
 
 from .hybrid import HybridLinker, HybridTreeLink
-from .layer_events import Layer
+from .layer_events import Layer, Several
 from .linker import PathTransfer, page_keys
 from .pools import refuse, window_pool
 from .tree_link import RequestChain
@@ -58,7 +58,8 @@ class WindowsLinker(HybridLinker):
         """
         windows = self.store.trailing.start_load(batch, self.record_offload_ready()).layers
         of_model = [(windows if is_window else layers)[number] for number, is_window in self._numbers]
-        self.layer_done_counter.add(batch, of_model)
+        # A graph of the whole prefill waits for the last layer alone.
+        self.layer_done_counter.add(batch, [*of_model[:-1], Several(layers[-1], windows[-1])])
 
     def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
         """The last pages of the node, or what says itself where it belongs."""
