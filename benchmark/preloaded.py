@@ -24,6 +24,7 @@ MODULES = [
     "sglang.srt.managers.scheduler",
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.models.registry",
+    "benchmark.frozen",
 ]
 METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 

@@ -145,6 +145,8 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
         ours = ["--enable-cached-attention", "--cached-attention-host-size", host_size] if host_size else []
         flags = [*ours, "--page-size", "64", "--enable-cache-report", *args]
         kind = Server if command else PreloadedServer
+        if not command:
+            flags.append("--sleep-on-idle")  # Else each server that waits for a test would spin on a core.
         log = logs / f"{len(list(logs.iterdir()))}.log"
         checked = {"CACHED_ATTENTION_CHECK_INVARIANTS": "1", **(env or {})}
         with kind(model, flags, env=checked, log=log, **server) as running:
