@@ -33,7 +33,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_sample(tensor.detach()).contiguous().view(torch.uint8).cpu().numpy())
+        digest.update(_sample(tensor.detach()).contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
