@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -102,7 +103,8 @@ class ModelIdentity:
         """Reads a sample of the weights: only a server with a disk tier pays for it."""
         args, config = self._args, self._config
         self._weights = weights_digest(self._model)
-        text = json.dumps(config, sort_keys=True, default=str)
+        decisive = {name: value for name, value in config.items() if name != "transformers_version"}
+        text = json.dumps(decisive, sort_keys=True, default=str)
         rope = {name: value for name, value in config.items() if "rope" in name or "rotary" in name}
         return Fingerprint(
             model=str(args.model_path),
@@ -116,6 +118,7 @@ class ModelIdentity:
                 "config": hashlib.sha256(text.encode()).hexdigest(),
                 "dtype": str(args.dtype),
                 "overrides": str(args.json_model_override_args),
+                "sglang": version("sglang"),
                 **self._draft(),
                 **self._other,
             },
