@@ -13,41 +13,42 @@ INTRODUCTION = f"""# Metrics
 <!-- Written by `python -m docs.metrics` from the definitions of the metrics. -->
 
 With `--enable-metrics`, SGLang's `/metrics` also covers the store. Every name below has the prefix `{PREFIX}`
-and carries the labels of SGLang's own scheduler metrics (`model_name`, `tp_rank`, `pp_rank`, ...) in addition to its
-own. As with those, one rank of a tensor-parallel group reports for all, unless the server has
-`--enable-metrics-for-all-schedulers`. Values are published once a second while the scheduler runs. Counters grow for
-as long as the server lives.
+and carries the labels of SGLang's own scheduler metrics (`model_name`, `tp_rank`, `pp_rank`, ...) in addition
+to its own. As with those, one rank of a tensor-parallel group reports for all, unless the server has
+`--enable-metrics-for-all-schedulers`. Values are published once a second while the scheduler runs. Counters
+grow for as long as the server lives.
 
 """
 
 USE = """
 Prometheus 2 asks for the OpenMetrics format, in which names have no colon: there the prefix is
-`sglang_cached_attention_`, as for SGLang's own metrics. If plain text is requested
-(`scrape_protocols: [PrometheusText0.0.4]`, from 2.49 on), the colon stays. The dashboard accepts either.
+`sglang_cached_attention_`, as for SGLang's own metrics. If plain text is requested (`scrape_protocols:
+[PrometheusText0.0.4]`, from 2.49 on), the colon stays. The dashboard accepts either.
 
 ## Dashboard, terminal, log
 
-- `docs/grafana/cached-attention.json` is a Grafana dashboard for these metrics: *Dashboards, New, Import*, then choose
-  the Prometheus that scrapes the server. `docs/grafana/prometheus.yml` is a minimal configuration for it. **Nobody
-  has looked at the dashboard in Grafana yet.** The tests check that Grafana's own SDK knows each of its fields, that
-  no panels overlap, and that a real Prometheus that scrapes a real server answers each of its queries.
-- `cached-attention top http://127.0.0.1:30000` shows a running server in the terminal; `--once` prints one frame. The
-  list of the conversations that were continued most comes from `/server_info`. A server with `--api-key` requires
-  that key there (`--api-key`, or `SGLANG_API_KEY`). Conversations are named by a hash with a secret of the server
-  process, so a name reveals nothing about the text and changes with each restart.
-- Once a minute, if anything happened, a line in the server's log reports what was reused from which tier, what was
-  moved, and what left each tier.
+- `docs/grafana/cached-attention.json` is a Grafana dashboard for these metrics: *Dashboards, New, Import*, then
+  choose the Prometheus that scrapes the server. `docs/grafana/prometheus.yml` is a minimal configuration for
+  it. **Nobody has looked at the dashboard in Grafana yet.** The tests check that Grafana's own SDK knows each
+  of its fields, that no panels overlap, and that a real Prometheus that scrapes a real server answers each of
+  its queries.
+- `cached-attention top http://127.0.0.1:30000` shows a running server in the terminal; `--once` prints one
+  frame. The list of the conversations that were continued most comes from `/server_info`. A server with
+  `--api-key` requires that key there (`--api-key`, or `SGLANG_API_KEY`). Conversations are named by a hash with
+  a secret of the server process, so a name reveals nothing about the text and changes with each restart.
+- Once a minute, if anything happened, a line in the server's log reports what was reused from which tier, what
+  was moved, and what left each tier.
 
-Two queries of the dashboard in Prometheus' own page (2.42 of Debian, headless Chromium), from the
-[load test](benchmarks.md#does-it-stay-right-under-load) in which disk and remote store fail and recover in turn:
+Two queries of the dashboard in Prometheus' own page (2.42 of Debian, headless Chromium), from the [load
+test](benchmarks.md#does-it-stay-right-under-load) in which disk and remote store fail and recover in turn:
 
 ![Hit rate by tier, and health of disk and remote store, over ten minutes](prometheus.png)
 
 Suggested alerts:
 
 - `tier_healthy` is 0: that tier, disk or remote store, is out of service, and the server runs without it.
-- `checksum_failures_total` grows: the disk or its file system changes bytes; for `remote`, another server's memory or
-  the network.
+- `checksum_failures_total` grows: the disk or its file system changes bytes; for `remote`, another server's
+  memory or the network.
 - `declined_pages_total` keeps growing: host memory is full of pages in use.
 - The rate of `load_wait_seconds_sum` is not small compared with 1: loading is slower than computing.
 """
