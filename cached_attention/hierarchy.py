@@ -238,10 +238,10 @@ class Hierarchy:
             self.in_host.ready[sharer] = sharer in self.in_host
             self.feed.entered(sharer, self.in_host)
         if not clean:
-            self.soil(row)
+            self.mark_dirty(row)
             self.remote.offer(self.index.key(self.index.origin(row)))
 
-    def soil(self, row: int) -> None:
+    def mark_dirty(self, row: int) -> None:
         """Say that the page in host memory is wanted on disk, unless its bytes are there or on their way."""
         if not self.has_disk or row not in self.in_host or row in self.on_disk or row in self.dirty:
             return
@@ -251,7 +251,7 @@ class Hierarchy:
             self.index.place(row, self.dirty, row)
             self.dirty_order.offer(row)
 
-    def launder(self, row: int) -> None:
+    def mark_clean(self, row: int) -> None:
         """The page is not, or no longer, wanted on disk."""
         if row in self.dirty:
             self._leave(row, self.dirty_order)
@@ -263,12 +263,12 @@ class Hierarchy:
             self.epoch += 1  # Pages on disk that follow it are out of reach until it is computed again.
         self.index.pin(row)
         was_dirty = row in self.dirty
-        self.launder(row)
+        self.mark_clean(row)
         slot, other = self._leave(row, self.host_order), self.index.shares(row, self.in_host)
         if other == NOWHERE:
             self.host.give_back(slot)
         elif was_dirty:
-            self.soil(other)
+            self.mark_dirty(other)
         self.index.unpin(row)
 
     def settle_on_disk(self, row: int, slot: int) -> list[int]:
@@ -280,7 +280,7 @@ class Hierarchy:
             return [slot]
         for sharer in self.index.sharers(row):
             if sharer in self.in_host:
-                self.launder(sharer)  # It was used again while it was being written.
+                self.mark_clean(sharer)  # It was used again while it was being written.
                 self.index.place(sharer, self.on_disk, slot)
                 self.feed.entered(sharer, self.on_disk)
         return []
@@ -293,7 +293,7 @@ class Hierarchy:
         slot = self._leave(row, self.disk_order)
         freed = [slot] if self.index.shares(row, self.on_disk) == NOWHERE else []
         for sharer in self.index.sharers(row) if freed else ():
-            self.soil(sharer)
+            self.mark_dirty(sharer)
         self.unpin(row)
         return freed
 
@@ -341,7 +341,7 @@ class Hierarchy:
         for row in self.rows_on_disk():
             self.leave_disk(row)
         for row in [row for row in self.index.rows() if row in self.dirty]:
-            self.launder(row)
+            self.mark_clean(row)
         self.epoch += 1
 
     def rows_on_disk(self) -> list[int]:

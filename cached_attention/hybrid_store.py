@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 
 from cached_attention.chain import Chain, PageRun
-from cached_attention.index import PageKey
+from cached_attention.index import NOWHERE, PageKey
 from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer.streams import Event
 
@@ -31,6 +31,41 @@ class _Tail(NamedTuple):
     """Each waits there under a name of its own: it is kept with its last page."""
 
 
+class TrailingStore(CachedAttentionStore):
+    """What some layers need of the last pages of a prefix: states, or sliding windows.
+
+    Its pages are kept in chains of up to `chain_pages`, so that the end of a conversation stays without its
+    beginning.
+    """
+
+    @property
+    def known_pages(self) -> Container[PageKey]:
+        """Pages that may be in a tier; all others are not."""
+        return self._index.known
+
+    def mark_used(self, key: PageKey) -> None:
+        """The page is in use, if it is in a tier: its copies shall not age."""
+        if (row := self._index.find(key)) != NOWHERE:
+            self._uses.mark(row)
+
+    def is_loadable(self, key: PageKey) -> bool:
+        """Whether the page is in host memory."""
+        row = self._index.find(key)
+        return row != NOWHERE and bool(self._in_host.ready[row])
+
+    def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
+        """Consecutive pages of a prompt as chains, each of which is kept with its last page."""
+        chains: list[Chain] = []
+        before = NOWHERE
+        for key in keys:
+            row = self._index.find(key)
+            if before == NOWHERE or row == NOWHERE or self._index.parent[row] != before:
+                chains.append(Chain())
+            chains[-1].keys.append(key)
+            before = row if self._pages.is_kept(key) else NOWHERE
+        return chains
+
+
 class HybridStore(CachedAttentionStore):
     """Keeps KV page by page, and in `trailing` what some layers need of the last pages of a prefix only.
 
@@ -43,13 +78,13 @@ class HybridStore(CachedAttentionStore):
     What the queue will ask for is brought up in both; each evicts by itself.
 
     Args:
-        trailing: made for the pool of states, or of layers with windows; with `chain_pages`, without a remote
-            tier. This store drives and closes it.
+        trailing: made for the pool of states, or of layers with windows, without a remote tier. This store
+            drives and closes it.
         span: the last pages that are needed of it: 1 for states, as many as a window fills.
         options: as of `CachedAttentionStore`, which has the other arguments too; no remote tier.
     """
 
-    def __init__(self, *args: Any, trailing: CachedAttentionStore, span: int = 1, **options: Any) -> None:
+    def __init__(self, *args: Any, trailing: TrailingStore, span: int = 1, **options: Any) -> None:
         self.trailing = trailing
         self.span = span
         self._tails: dict[str, _Tail] = {}
@@ -60,30 +95,30 @@ class HybridStore(CachedAttentionStore):
 
     # Looking up
 
-    def ends(self, chain: Chain, pages: int, beyond: int = 0) -> Iterator[int]:
+    def ends(self, chain: Chain, pages: int, on_device: int = 0) -> Iterator[int]:
         """Of the prefixes of `chain` with up to `pages` pages those that can be gone on from, longest first.
 
         Args:
-            beyond: pages that the device has, with all that is needed of them.
+            on_device: pages that the device has, with all that is needed of them.
         """
-        return self._ends(chain, pages, beyond, self.trailing.is_loadable)
+        return self._ends(chain, pages, on_device, self.trailing.is_loadable)
 
-    def held_ends(self, chain: Chain, pages: int, beyond: int = 0) -> Iterator[int]:
+    def held_ends(self, chain: Chain, pages: int, on_device: int = 0) -> Iterator[int]:
         """Of the prefixes of `chain` with up to `pages` pages those that can be brought up, longest first."""
-        return self._ends(chain, pages, beyond, self.trailing.holds)
+        return self._ends(chain, pages, on_device, self.trailing.holds)
 
-    def _ends(self, chain: Chain, pages: int, beyond: int, has: Callable[[PageKey], bool]) -> Iterator[int]:
+    def _ends(self, chain: Chain, pages: int, on_device: int, has: Callable[[PageKey], bool]) -> Iterator[int]:
         # Called for waiting requests in each pass, and most pages of a long prompt have no state.
         keys, known, there = chain.keys, self.trailing.known_pages, 0
-        for page in range(pages, beyond, -1):
+        for page in range(pages, on_device, -1):
             there = there + 1 if keys[page - 1] in known and has(keys[page - 1]) else 0
             if there >= self.span:
                 yield page + self.span - 1
-        yield from range(beyond + min(there, self.span - 1), beyond, -1)
+        yield from range(on_device + min(there, self.span - 1), on_device, -1)
 
-    def _tail(self, chain: Chain, end: int, beyond: int) -> Sequence[PageKey]:
+    def _tail(self, chain: Chain, end: int, on_device: int) -> Sequence[PageKey]:
         """What is needed of the trailing store at `end`."""
-        return chain.keys[max(0, end - self.span, min(beyond, end)) : end]
+        return chain.keys[max(0, end - self.span, min(on_device, end)) : end]
 
     # The waiting queue
 
@@ -92,32 +127,32 @@ class HybridStore(CachedAttentionStore):
         request: str,
         chain: Chain,
         page_tokens: int | None = None,
-        beyond: int = 0,
+        on_device: int = 0,
         end: int | None = None,
     ) -> int:
         """See `CachedAttentionStore.arrive`; not in constant time, it looks for the last end of `chain`.
 
         Args:
-            beyond: as for `ends`.
+            on_device: as for `ends`.
             end: one of `held_ends` that is to be brought up; the longest unless given.
         """
-        pages = self._find_end(chain, beyond) if end is None else end
+        pages = self._find_end(chain, on_device) if end is None else end
         loadable = min(self.loadable_pages(chain), pages)
-        lost = self._lost_tokens(chain, loadable, pages, beyond)
-        self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable), beyond)
+        lost = self._lost_tokens(chain, loadable, pages, on_device)
+        self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable), on_device)
         # The whole of it also where the device has some: that may be gone before the request runs.
         self._wait_for_tail(request, self._tail(chain, pages, 0), lost)
         return pages
 
-    def _find_end(self, chain: Chain, beyond: int) -> int:
+    def _find_end(self, chain: Chain, on_device: int) -> int:
         # What is on the device is kept here too: it is in use.
         pages = self.restorable_pages(chain)
-        return next(self.held_ends(chain, pages, beyond), 0) or next(self.held_ends(chain, pages), 0)
+        return next(self.held_ends(chain, pages, on_device), 0) or next(self.held_ends(chain, pages), 0)
 
-    def _lost_tokens(self, chain: Chain, loadable: int, pages: int, beyond: int) -> int:
+    def _lost_tokens(self, chain: Chain, loadable: int, pages: int, on_device: int) -> int:
         """To be computed if no more comes up: without one page a request goes on from the last end before it."""
         return (
-            pages - max(next(self.ends(chain, loadable, beyond), 0), min(beyond, pages))
+            pages - max(next(self.ends(chain, loadable, on_device), 0), min(on_device, pages))
         ) * self.layout.page_size
 
     def _per_page(self, tokens: int, pages: int) -> int:
@@ -173,9 +208,9 @@ class HybridStore(CachedAttentionStore):
         super().prefill_took(tokens, seconds)
         self.trailing.prefill_took(tokens, seconds)
 
-    def reserve_tail(self, request: str, chain: Chain, end: int, beyond: int = 0) -> None:
+    def reserve_tail(self, request: str, chain: Chain, end: int, on_device: int = 0) -> None:
         """Keep what is needed of the trailing store at `end`, one of `ends`, until `end_pass`."""
-        for name, part in self._named(request, self._tail(chain, end, beyond)):
+        for name, part in self._named(request, self._tail(chain, end, on_device)):
             self.trailing.reserve(name, part)
 
     def end_pass(self) -> None:
@@ -189,13 +224,15 @@ class HybridStore(CachedAttentionStore):
         request: str,
         keys: Sequence[PageKey],
         device_slots: torch.Tensor,
-        known: Sequence[Event] | None = None,
+        indices_ready: Sequence[Event] | None = None,
     ) -> bool:
         """`queue_load` for what was reserved with `reserve_tail`; the slots are those of its own pool."""
         size, first = self.trailing.layout.page_size, 0
         for name, chain in self._named(request, keys):
             end = first + len(chain.keys)
-            if not self.trailing.queue_load(name, chain.keys, device_slots[first * size : end * size], known):
+            if not self.trailing.queue_load(
+                name, chain.keys, device_slots[first * size : end * size], indices_ready
+            ):
                 self._cancel_tail(request)
                 return False
             first = end

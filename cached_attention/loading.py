@@ -55,13 +55,13 @@ class Loads:
     def _started(self) -> list[_Batch]:
         return [*self._running.values(), *self._landing]
 
-    def queue(self, request: str, pages: PageLoad, last_row: int, known: Sequence[Event] | None) -> None:
+    def queue(self, request: str, pages: PageLoad, last_row: int, indices_ready: Sequence[Event] | None) -> None:
         """See `CachedAttentionStore.queue_load`."""
         if request in self.queued:
             raise ValueError(f"request {request!r} has a load queued already; cancel it first.")
         self._pages.pin(last_row)
-        if known is not None:
-            pages = pages._replace(numbers=self._transfers.read_numbers(pages.device_slots, known))
+        if indices_ready is not None:
+            pages = pages._replace(numbers=self._transfers.read_numbers(pages.device_slots, indices_ready))
         self.queued[request] = _QueuedLoad(pages, last_row)
 
     def cancel(self, request: str) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
+from cached_attention.in_flight import InFlight
 from cached_attention.index import NOWHERE
 from cached_attention.stats import Direction
 from cached_attention.tiers.remote import RemoteTier
@@ -30,12 +29,12 @@ class PutBehind:
         self._pages = pages
         self._remote = remote
         self._resume_at = 0.0
-        self._puts: deque[tuple[list[int], Future[list[int | None]]]] = deque()
+        self._puts = InFlight(pages)
         self._most = max(1, min(BATCH_PAGES, int(SHARE * pages.host.capacity / BATCHES_IN_FLIGHT)))
 
     @property
     def rows_in_flight(self) -> int:
-        return sum(len(rows) for rows, _ in self._puts)
+        return self._puts.rows
 
     @property
     def waiting(self) -> int:
@@ -44,14 +43,13 @@ class PutBehind:
 
     def poll(self) -> None:
         """Take note of what was put, and put more."""
-        while self._puts and self._puts[0][1].done():
-            self._settle(*self._puts.popleft())
+        self._settle()
         while len(self._puts) < BATCHES_IN_FLIGHT and self._may_put and (rows := self._choose()):
             for row in rows:
                 self._pages.pin(row)
             future = self._remote.write([page_write(self._pages, row) for row in rows])
             self._pages.stats.watch(Direction.DEMOTE, "remote", future, written)
-            self._puts.append((rows, future))
+            self._puts.add(rows, future)
 
     @property
     def _may_put(self) -> bool:
@@ -65,9 +63,9 @@ class PutBehind:
                 rows.append(row)
         return rows
 
-    def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
+    def _settle(self, wait: bool = False) -> None:
         index = self._pages.index
-        for row, put in zip(rows, future.result(), strict=True):
+        for row, put in self._puts.settled(wait):
             origin = index.origin(row)
             key, parent = index.key(origin), index.parent[origin]
             if put is not None:
@@ -75,14 +73,10 @@ class PutBehind:
             else:
                 self._pages.remote.offer(key)
                 self._resume_at = time.monotonic() + REFUSED_PAUSE
-            self._pages.unpin(row)
 
     def wait(self) -> None:
         """Until no put touches a page of the arena."""
-        while self._puts:
-            rows, future = self._puts.popleft()
-            future.exception()
-            self._settle(rows, future)
+        self._settle(wait=True)
 
     def flush(self, timeout: float) -> None:
         """Put what waits, for at most `timeout` seconds or until a put is refused."""

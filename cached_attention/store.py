@@ -8,7 +8,7 @@ by `poll`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,12 @@ from cached_attention.transfer.copier import page_copier
 from cached_attention.transfer.jobs import Transfers
 from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
 from cached_attention.transfer.streams import Event
+from cached_attention.uses import Uses
 
 EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
 KEPT = 3600.0
 """Seconds that a conversation is kept on request where there is no time to live."""
-USE_NOTED = 60.0
-"""Seconds that a page's last use may lag behind that of a page after it, in memory and on disk."""
 
 
 class CachedAttentionStore:
@@ -64,7 +63,7 @@ class CachedAttentionStore:
         wait: how long a request is held for pages that come from the disk.
         eviction: which pages leave a tier first where the queue does not decide.
         chain_pages: pages after which the next is saved as if it were the first of a prompt, so that it can be
-            kept without those before it; None: never. See `chains`.
+            kept without those before it; None: never. See `TrailingStore`.
         clock: seconds since the epoch.
 
     Raises:
@@ -102,8 +101,8 @@ class CachedAttentionStore:
         self._can_rotate = rotations is not None
         self._device_pages = device.num_pages
         copier = page_copier(device, self.host, rotations)
-        page_size, sealed = self.layout.page_size, disk is not None or remote is not None
-        self._transfers = Transfers(copier, self.host, device.device, page_size, sealed=sealed)
+        page_size, leaves_memory = self.layout.page_size, disk is not None or remote is not None
+        self._transfers = Transfers(copier, self.host, device.device, page_size, checksums=leaves_memory)
         self.residency = ResidencyFeed()
         if remote is not None:
             remote.open(self.host)
@@ -134,6 +133,7 @@ class CachedAttentionStore:
         self._loads = Loads(self._pages, self._transfers, self.stats)
 
     def _migrate(self) -> None:
+        self._uses = Uses(self._pages, self.disk, self._min_uses, self._clock)
         self._migration: Migration | None = None
         if self.disk is None and self.remote is None:
             return
@@ -210,16 +210,6 @@ class CachedAttentionStore:
         """None of the pages `keys` is on the device: they will be loaded, or computed at their positions."""
         self._aliases.left_device(keys)
 
-    @property
-    def known_pages(self) -> Container[PageKey]:
-        """Pages that may be in a tier; all others are not."""
-        return self._index.known
-
-    def mark_used(self, key: PageKey) -> None:
-        """The page is in use, if it is in a tier: its copies shall not age."""
-        if (row := self._index.find(key)) != NOWHERE:
-            self._mark_used(row)
-
     def holds(self, key: PageKey) -> bool:
         """Whether the page is in some tier of this server."""
         row = self._index.find(key)
@@ -230,14 +220,9 @@ class CachedAttentionStore:
         row = self._index.find(key)
         return row != NOWHERE and any(tier.children[row] for tier in (self._in_host, self._pages.on_disk))
 
-    def is_loadable(self, key: PageKey) -> bool:
-        """Whether the page is in host memory."""
-        row = self._index.find(key)
-        return row != NOWHERE and bool(self._in_host.ready[row])
-
     # The waiting queue
 
-    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None, beyond: int = 0) -> int:
+    def arrive(self, request: str, chain: Chain, page_tokens: int | None = None, on_device: int = 0) -> int:
         """`request`, with the prompt `chain`, waits, for now behind all others; returns what it may get.
 
         What it will ask for is kept, and brought to host memory in the order of the queue. Constant time
@@ -245,10 +230,10 @@ class CachedAttentionStore:
 
         Args:
             page_tokens: what a page saves to compute; tokens per page unless given.
-            beyond: leading pages that the device has. Where there are no others nothing is brought up.
+            on_device: leading pages that the device has. Where there are no others nothing is brought up.
         """
         pages = self.restorable_pages(chain)
-        return self._wait_for(request, chain, pages, page_tokens or self.layout.page_size, beyond)
+        return self._wait_for(request, chain, pages, page_tokens or self.layout.page_size, on_device)
 
     def _wait_for(self, request: str, chain: Chain, pages: int, page_tokens: int, on_device: int) -> int:
         """`request` waits for the first `pages` of `chain`, which are in some tier."""
@@ -336,21 +321,6 @@ class CachedAttentionStore:
         """The chain of a known page; empty where `last` is unknown."""
         return Chain(self._index.path(self._index.find(last)))
 
-    def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
-        """Consecutive pages of a prompt as chains, each of which is kept with its last page.
-
-        One, where there are no `chain_pages` and all are in some tier.
-        """
-        chains: list[Chain] = []
-        before = NOWHERE
-        for key in keys:
-            row = self._index.find(key)
-            if before == NOWHERE or row == NOWHERE or self._index.parent[row] != before:
-                chains.append(Chain())
-            chains[-1].keys.append(key)
-            before = row if self._pages.is_kept(key) else NOWHERE
-        return chains
-
     def tiers_with(self, key: PageKey) -> list[str]:
         """Names of the tiers that the page is in."""
         return self._pages.tiers_with(key)
@@ -369,26 +339,10 @@ class CachedAttentionStore:
         pages = self.loadable_pages(chain)
         if pages:
             row = self._index.find(chain.keys[pages - 1])
-            self._mark_used(row)
+            self._uses.mark(row)
             self._pages.pin(row)
             self._reserved[request] = row
         return pages
-
-    def _mark_used(self, row: int) -> None:
-        """Note the use of `row` now, and of the pages before it where theirs was noted long ago.
-
-        The walk ends at the first page that was noted lately, so a chain is walked once per `USE_NOTED`.
-        """
-        last_use, parent, slot = self._index.last_use, self._index.parent, self._pages.on_disk.slot
-        now = self._clock()
-        long_ago = now - USE_NOTED
-        while row != NOWHERE:
-            used, last_use[row] = last_use[row], now
-            if used >= long_ago:
-                break
-            if slot[row] != NOWHERE and self.disk is not None:
-                self.disk.touch(slot[row], now, self._index.uses[row])
-            row = parent[row]
 
     def end_pass(self) -> None:
         """End of a scheduling pass: what was reserved and not loaded may be evicted again."""
@@ -406,12 +360,12 @@ class CachedAttentionStore:
         request: str,
         keys: Sequence[PageKey],
         device_slots: torch.Tensor,
-        known: Sequence[Event] | None = None,
+        indices_ready: Sequence[Event] | None = None,
     ) -> bool:
         """Queue the pages `keys` (consecutive, reserved in this pass) for the next `start_load`.
 
         `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write; computed after the events
-        in `known`, without it when the load starts. Aliases are rotated to their place.
+        in `indices_ready`, without it when the load starts. Aliases are rotated to their place.
 
         Returns False, and queues nothing, when a page is not in the store.
 
@@ -423,31 +377,13 @@ class CachedAttentionStore:
             return False
         slots = [self._in_host.slot[row] for row in rows]
         deltas = list(map(self._index.delta, rows))
-        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1], known)
+        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1], indices_ready)
         self._aliases.loaded_rotated(request, [key for key, delta in zip(keys, deltas, strict=True) if delta])
-        self._count_use(rows)
+        self._uses.count(rows)
         self.leave(request)
         for name in filter(self._hints.__contains__, map(Hints.name, keys)) if self._hints else ():
             self.leave(self._hints.discard(name))
         return True
-
-    def _count_use(self, rows: Sequence[int]) -> None:
-        now, on_disk = self._clock(), self._pages.on_disk
-        for row in rows:
-            self._index.uses[row] += 1
-            self._index.last_use[row] = now
-            self._pages.soil(row)
-            if self.disk is not None and row in on_disk:
-                self.disk.touch(on_disk.slot[row], now, self._index.uses[row])
-        self._let_follow_to_disk(rows[0])
-
-    def _let_follow_to_disk(self, row: int) -> None:
-        """The pages before `row`, which the device still had, go to disk when it may: it is of no use without."""
-        parent, uses = self._index.parent, self._index.uses
-        least = min(uses[row], self._min_uses)
-        while (row := parent[row]) != NOWHERE and uses[row] < least:
-            uses[row] = least
-            self._pages.soil(row)
 
     def cancel_load(self, request: str) -> bool:
         """Let go of all that is held for `request` but a load that runs; False when no load was queued."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
+from cached_attention.in_flight import InFlight
 from cached_attention.index import NOWHERE
 from cached_attention.stats import Direction, Reason
 from cached_attention.tiers.disk_pages import PageWrite
@@ -59,12 +58,12 @@ class WriteBehind:
         self._disk = disk
         self._min_uses = min_uses
         self._clock = clock
-        self._writes: deque[tuple[list[int], Future[list[int | None]]]] = deque()
+        self._writes = InFlight(pages)
         self._make_room_at = 0.0
 
     @property
     def rows_in_flight(self) -> int:
-        return sum(len(rows) for rows, _ in self._writes)
+        return self._writes.rows
 
     def reserve_is_short(self, held: int = 0) -> bool:
         """Whether fewer host slots than the reserve are free or clean, those of `held` pages left out."""
@@ -76,8 +75,7 @@ class WriteBehind:
 
         `reading`: the disk is wanted for reads. `held`: pages that waiting requests keep in host memory.
         """
-        while self._writes and self._writes[0][1].done():
-            self._settle(*self._writes.popleft())
+        self._settle()
         urgent = self.reserve_is_short(held)
         batches = URGENT_BATCHES if urgent else 0 if reading else BATCHES_IN_FLIGHT
         while len(self._writes) < batches and self._disk.healthy:
@@ -86,7 +84,7 @@ class WriteBehind:
             rows.reverse()  # The head of a chain first: neighbours on disk in the order in which they are read.
             future = self._disk.write([page_write(self._pages, row) for row in rows])
             self._pages.stats.watch(Direction.DEMOTE, "disk", future, written)
-            self._writes.append((rows, future))
+            self._writes.add(rows, future)
 
     def _choose(self) -> list[int]:
         rows: list[int] = []
@@ -95,7 +93,7 @@ class WriteBehind:
             if self._disk.free_slots <= len(rows) and (rows or self._make_room(row)):
                 self._pages.offer(row)
                 break
-            self._pages.launder(row)
+            self._pages.mark_clean(row)
             if self._disk.free_slots <= len(rows):
                 continue  # All that is on disk was used later than this.
             if self._pages.index.uses[row] >= self._min_uses:
@@ -125,22 +123,19 @@ class WriteBehind:
             slots += self._pages.leave_disk(victim)
         return slots
 
-    def _settle(self, rows: list[int], future: Future[list[int | None]]) -> None:
+    def _settle(self, wait: bool = False) -> None:
         unneeded: list[int] = []
-        for row, slot in zip(rows, future.result(), strict=True):
+        for row, slot in self._writes.settled(wait):
             if slot is None:
-                self._pages.soil(row)
+                self._pages.mark_dirty(row)
             else:
                 unneeded += self._pages.settle_on_disk(row, slot)
-            self._pages.unpin(row)
-        self._disk.remove(unneeded)
+        if unneeded:
+            self._disk.remove(unneeded)
 
     def wait(self) -> None:
         """Until the disk touches no page of the arena."""
-        while self._writes:
-            rows, future = self._writes.popleft()
-            future.exception()
-            self._settle(rows, future)
+        self._settle(wait=True)
 
     def flush(self, timeout: float) -> int:
         """Write what is dirty for at most `timeout` seconds; returns the pages that are still dirty."""

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.cached_attention.flags import (
     WITHOUT_DRAFT,
     Flag,
     fold,
+    option_of,
 )
 
 from cached_attention.config import ConfigError
@@ -93,11 +94,11 @@ def _refusal(flag: Flag) -> str | None:
 
 
 def _contradictions() -> str:
-    rows = [f"| `{Flag(name, None, '').option}` | {reason} |" for name, reason in EXCLUSIVE.items()]
-    rows += [f"| `{Flag(name, None, '').option}` above 1 | {reason} |" for name, reason in UNDIVIDED.items()]
+    rows = [f"| `{option_of(name)}` | {reason} |" for name, reason in EXCLUSIVE.items()]
+    rows += [f"| `{option_of(name)}` above 1 | {reason} |" for name, reason in UNDIVIDED.items()]
     apart = "it loads nothing; give it to [those that prefill](deployment.md#prefill-and-decode-apart)"
-    rows += [f"| `{Flag(DISAGGREGATION, None, '').option} decode` | {apart} |"]
-    speculation = f"`{Flag(SPECULATION, None, '').option}`"
+    rows += [f"| `{option_of(DISAGGREGATION)} decode` | {apart} |"]
+    speculation = f"`{option_of(SPECULATION)}`"
     rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it is not supported |")
     rows.append(f"| {speculation} with a draft model, and `{MLA_DEDUP.option}` | its KV is not broadcast |")
     table = "\n".join(["| not together with | because |", "|---|---|", *rows])

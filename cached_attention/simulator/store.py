@@ -178,7 +178,7 @@ class SimulatedStore:
         for row in [index.find(key) for key in chain.keys[:loadable]]:
             index.uses[row] += 1
             index.last_use[row] = now
-            self.pages.soil(row)
+            self.pages.mark_dirty(row)
             for order in self._baselines:
                 if row in order.tier:
                     order.used(row)

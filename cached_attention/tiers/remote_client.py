@@ -60,7 +60,7 @@ def load_mooncake() -> type[Any]:
     try:
         from mooncake.store import MooncakeDistributedStore
     except ImportError as error:
-        raise RemoteError(f"Mooncake does not load ({error}); Debian has libibverbs1 for it") from error
+        raise RemoteError(f"Mooncake does not load ({error}); on Debian: apt-get install libibverbs1") from error
     return MooncakeDistributedStore
 
 
@@ -85,15 +85,7 @@ class RemoteClient:
     def connect(self, memory: Sequence[tuple[int, int]]) -> None:
         """Take part in the store; `memory`: address and bytes of what objects are moved from and to."""
         own_host = self.ping()  # Mooncake's own attempts take a minute and a half.
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
-        try:
-            from mooncake.store import MooncakeDistributedStore
-        except ImportError as error:
-            raise RemoteError(
-                f"Mooncake does not load ({error}); on Debian: apt-get install libibverbs1"
-            ) from error
-        address, store = self._address, MooncakeDistributedStore()
+        address, store = self._address, load_mooncake()()
         code = store.setup(
             address.own_host or own_host,
             address.metadata,

@@ -49,16 +49,16 @@ class Transfers:
 
     Args:
         device: where the engine's pool lies.
-        sealed: saves yield a checksum per page. Only pages that leave memory need one.
+        checksums: saves yield one per page. Only pages that leave memory need it.
     """
 
     def __init__(
-        self, copier: PageCopier, host: HostTier, device: torch.device, page_size: int, *, sealed: bool
+        self, copier: PageCopier, host: HostTier, device: torch.device, page_size: int, *, checksums: bool
     ) -> None:
         self._copier = copier
         self._host = host
         self._page_size = page_size
-        self._sealed = sealed
+        self._checksums = checksums
         self._loads = make_stream(device, "load", Priority.HIGH)
         self._saves = make_stream(device, "save", Priority.LOW)
         self._numbers = make_stream(device, "numbers", Priority.HIGH) if copier.wants_numbers else None
@@ -126,7 +126,7 @@ class Transfers:
         return Step(work, ended)
 
     def _checksum(self, key: PageKey, slot: int) -> int:
-        return page_checksum(key, self._host.record(slot)) if self._sealed else NO_CHECKSUM
+        return page_checksum(key, self._host.record(slot)) if self._checksums else NO_CHECKSUM
 
     def _make_way(self) -> None:
         """Somebody waits for a load, nobody for a save. One that itself waits for a forward needs no way yet."""

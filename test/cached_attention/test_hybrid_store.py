@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
-from cached_attention.hybrid_store import HybridStore
+from cached_attention.hybrid_store import HybridStore, TrailingStore
 from cached_attention.layout import DevicePool
 from cached_attention.policy.waiting import CEILING
-from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 PAGE = 2
@@ -52,9 +51,8 @@ class Hybrid:
         self.open()
 
     def open(self) -> None:
-        states = CachedAttentionStore(
-            self.state_pool, HOST_STATES * self.state_pool.layout.stride, self.disk("states", self.state_pool)
-        )
+        size = HOST_STATES * self.state_pool.layout.stride
+        states = TrailingStore(self.state_pool, size, self.disk("states", self.state_pool), chain_pages=1)
         kv_size = HOST_PAGES * self.kv_pool.layout.stride
         self.store = HybridStore(self.kv_pool, kv_size, self.disk("kv", self.kv_pool), trailing=states)
         for _ in range(20):
@@ -224,16 +222,16 @@ def test_a_page_that_does_not_come_costs_all_after_the_last_state(hybrid: Hybrid
     chain = Chain(keys_of("aaaaaaaa"))
     store = hybrid.store
 
-    def page_tokens(loadable: int, pages: int, beyond: int = 0) -> int:
-        return store._per_page(store._lost_tokens(chain, loadable, pages, beyond), pages - loadable)
+    def page_tokens(loadable: int, pages: int, on_device: int = 0) -> int:
+        return store._per_page(store._lost_tokens(chain, loadable, pages, on_device), pages - loadable)
 
     assert page_tokens(7, 8) == 8 * PAGE
-    assert page_tokens(7, 8, beyond=3) == 5 * PAGE
+    assert page_tokens(7, 8, on_device=3) == 5 * PAGE
     hybrid.save("aa")
     assert page_tokens(7, 8) == 6 * PAGE
     assert page_tokens(2, 8) == PAGE
     assert page_tokens(1, 8) == PAGE * 8 // 7
-    assert page_tokens(2, 2, beyond=6) == PAGE
+    assert page_tokens(2, 2, on_device=6) == PAGE
 
 
 def test_it_is_known_where_prompts_go_on(hybrid: Hybrid) -> None:

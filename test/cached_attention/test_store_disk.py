@@ -19,8 +19,9 @@ from cached_attention.fetch import Fetch
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
 from cached_attention.stats import Direction, Reason
-from cached_attention.store import USE_NOTED, CachedAttentionStore
+from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.uses import USE_NOTED
 
 PAGE = 2
 HOST_PAGES = 5

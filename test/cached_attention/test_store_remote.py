@@ -181,11 +181,11 @@ def test_one_chain_from_three_tiers(replicas: Callable[..., Replica], tmp_path: 
 def test_nothing_is_asked_for_what_the_device_has(replicas: Callable[..., Replica]) -> None:
     first, second = replicas(), replicas()
     first.save("aaaa")
-    second.store.arrive("a", Chain(keys_of("aaaa")), beyond=4)
+    second.store.arrive("a", Chain(keys_of("aaaa")), on_device=4)
     second.store.poll()
     assert second.store.is_ready("a")
     assert second.counters["remote_lookups"] == 0
-    second.store.arrive("a", Chain(keys_of("aaaa")), beyond=2)
+    second.store.arrive("a", Chain(keys_of("aaaa")), on_device=2)
     until(lambda: second.store.poll() or second.store.is_ready("a"), "a fetch hangs")
     assert (second.counters["remote_lookups"], second.counters["fetched"]) == (1, 4), (
         "the device has let go of some"

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
-from cached_attention.hybrid_store import HybridStore
+from cached_attention.hybrid_store import HybridStore, TrailingStore
 from cached_attention.layout import DevicePool
 from cached_attention.policy.waiting import CEILING
-from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 PAGE = 2
@@ -57,9 +56,7 @@ class Windowed:
 
     def open(self) -> None:
         size = HOST_WINDOWS * self.window_pool.layout.stride
-        windows = CachedAttentionStore(
-            self.window_pool, size, self.disk("windows", self.window_pool), chain_pages=CHAIN
-        )
+        windows = TrailingStore(self.window_pool, size, self.disk("windows", self.window_pool), chain_pages=CHAIN)
         kv_size = HOST_PAGES * self.kv_pool.layout.stride
         disk = self.disk("kv", self.kv_pool)
         self.store = HybridStore(self.kv_pool, kv_size, disk, trailing=windows, span=SPAN)
@@ -88,9 +85,9 @@ class Windowed:
         assert self.store.poll() == 1
         return self.store.pop_save()
 
-    def fetch(self, prompt: str, beyond: int = 0) -> Chain:
+    def fetch(self, prompt: str, on_device: int = 0) -> Chain:
         chain = Chain(keys_of(prompt))
-        self.store.arrive(prompt, chain, beyond=beyond)
+        self.store.arrive(prompt, chain, on_device=on_device)
         deadline = time.monotonic() + 20
         while not self.store.is_ready(prompt):
             assert time.monotonic() < deadline, "a fetch hangs"
@@ -155,9 +152,9 @@ def test_a_prefix_can_be_gone_on_from_where_the_windows_before_it_are_kept(windo
     # Of page 5, the one after the fourth, there are none.
     assert list(windowed.store.ends(chain, 8)) == [8, 7, 4, 3, 2, 1]
     assert list(windowed.store.ends(chain, 6)) == [4, 3, 2, 1]
-    assert list(windowed.store.ends(chain, 8, beyond=5)) == [8, 7, 6]
-    assert list(windowed.store.ends(chain, 8, beyond=7)) == [8]
-    assert list(windowed.store.ends(chain, 4, beyond=6)) == []
+    assert list(windowed.store.ends(chain, 8, on_device=5)) == [8, 7, 6]
+    assert list(windowed.store.ends(chain, 8, on_device=7)) == [8]
+    assert list(windowed.store.ends(chain, 4, on_device=6)) == []
     assert windowed.load("aaaaaaaa") == 8
     assert windowed.load("aaaaaaab") == 7
     assert windowed.load("aaaaaabb") == 4
@@ -173,8 +170,7 @@ def test_windows_are_kept_in_short_chains(windowed: Windowed) -> None:
     assert [chain.keys for chain in chains(keys[5:7])] == [keys[5:6], keys[6:7]]
     unknown = keys_of("x")
     assert [chain.keys for chain in chains([*unknown, *keys[:2], *unknown])] == [unknown, keys[:2], unknown]
-    assert windowed.store.chains([]) == []
-    assert [chain.keys for chain in windowed.store.chains(keys)] == [keys]
+    assert chains([]) == []
 
 
 def test_windows_after_a_gap_are_kept_by_themselves(windowed: Windowed) -> None:
@@ -228,7 +224,7 @@ def test_what_is_on_the_device_is_kept_where_there_is_no_more(windowed: Windowed
     trailing = windowed.store.trailing
     row = trailing._index.find(keys_of("aaaa")[-1])
     trailing._index.last_use[row] = 1.0
-    assert windowed.store.arrive("request", Chain(keys_of("aaaab")), beyond=4) == 4
+    assert windowed.store.arrive("request", Chain(keys_of("aaaab")), on_device=4) == 4
     assert trailing._index.last_use[row] > 1.0
     assert trailing._pages.waiting.requests == ["request 0", "request 1"]
 
@@ -237,10 +233,10 @@ def test_nothing_is_brought_up_for_a_request_that_the_device_has_all_of(windowed
     windowed.save("aaaa")
     windowed.restart()
     windowed.io.gate.clear()
-    assert windowed.store.arrive("on the device", Chain(keys_of("aaaa")), beyond=4) == 4
+    assert windowed.store.arrive("on the device", Chain(keys_of("aaaa")), on_device=4) == 4
     windowed.store.poll()
     assert windowed.store.is_ready("on the device")
-    assert windowed.store.arrive("in part", Chain(keys_of("aaaa")), beyond=3) == 4
+    assert windowed.store.arrive("in part", Chain(keys_of("aaaa")), on_device=3) == 4
     windowed.store.poll()
     assert not windowed.store.is_ready("in part")
 
@@ -291,8 +287,8 @@ def test_a_window_whose_chain_was_lost_in_a_crash_is_of_use(windowed: Windowed) 
     windowed.restart()
     chain = Chain(keys_of("aaaaa"))
     assert list(windowed.store.held_ends(chain, 5)) == [3, 2, 1]
-    assert list(windowed.store.held_ends(chain, 5, beyond=4)) == [5]
-    windowed.fetch("aaaaa", beyond=4)
+    assert list(windowed.store.held_ends(chain, 5, on_device=4)) == [5]
+    windowed.fetch("aaaaa", on_device=4)
     windowed.store.check_invariants()
     assert windowed.load("aaaaa", on_device=4) == 5
 

@@ -28,7 +28,7 @@ def fill(pages: Hierarchy, numbers: range) -> None:
 
 def write(pages: Hierarchy, number: int) -> None:
     row = pages.index.find(key(number))
-    pages.launder(row)
+    pages.mark_clean(row)
     pages.settle_on_disk(row, slot=number)
 
 

@@ -40,7 +40,12 @@ class Flag(NamedTuple):
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return option_of(self.name)
+
+
+def option_of(name: str) -> str:
+    """The command line's name of an argument."""
+    return "--" + name.replace("_", "-")
 
 
 ENABLE = Flag(
@@ -196,23 +201,23 @@ def fold(values: MutableMapping[str, Any]) -> None:
         return
     for name, reason in EXCLUSIVE.items():
         if values.get(name):
-            option = Flag(name, None, "").option
-            raise ConfigError(f"{ENABLE.option} cannot be used with {option} ({reason}): leave one of them out.")
+            raise ConfigError(
+                f"{ENABLE.option} cannot be used with {option_of(name)} ({reason}): leave one of them out."
+            )
     for name, reason in UNDIVIDED.items():
         if int(values.get(name) or 1) > 1:
-            option = Flag(name, None, "").option
             raise ConfigError(
-                f"{ENABLE.option} cannot be used with {option} {values[name]} ({reason}): leave it out."
+                f"{ENABLE.option} cannot be used with {option_of(name)} {values[name]} ({reason}): leave it out."
             )
     if values.get(DISAGGREGATION) == "decode":
         raise ConfigError(
-            f"{ENABLE.option} cannot be used with {Flag(DISAGGREGATION, None, '').option} decode (such a server "
+            f"{ENABLE.option} cannot be used with {option_of(DISAGGREGATION)} decode (such a server "
             "loads nothing): give it to the servers that prefill."
         )
     _check_speculation(values.get(SPECULATION), given[MLA_DEDUP])
     if not values.get(AUTO_TRUNCATE):
         about_truncation = {flag: given[flag] for flag in (TRUNCATION_RATIO, SINK_PAGES)}
-        _refuse_lonely(about_truncation, Flag(AUTO_TRUNCATE, None, ""))
+        _refuse_lonely(about_truncation, option_of(AUTO_TRUNCATE))
     config = _config({flag: flag.default if value is None else value for flag, value in given.items()})
     values["enable_unified_cache_external_linker"] = True
     values["unified_cache_external_linker_backend"] = "dynamic"
@@ -229,7 +234,7 @@ def fold(values: MutableMapping[str, Any]) -> None:
 def _check_speculation(algorithm: str | None, mla_dedup: bool | None) -> None:
     if algorithm is None:
         return
-    option = Flag(SPECULATION, None, "").option
+    option = option_of(SPECULATION)
     if algorithm.upper() not in (*WITH_DRAFT, WITHOUT_DRAFT):
         raise ConfigError(
             f"{ENABLE.option} cannot be used with {option} {algorithm}: give {', '.join(WITH_DRAFT)} or "
@@ -314,10 +319,10 @@ def _choice(flag: Flag, text: str, choices: Sequence[str]) -> str:
     return text
 
 
-def _refuse_lonely(given: Mapping[Flag, Any], missing: Flag = ENABLE) -> None:
+def _refuse_lonely(given: Mapping[Flag, Any], missing: str = ENABLE.option) -> None:
     lonely = [flag.option for flag, value in given.items() if value is not None]
     if lonely:
-        raise ConfigError(f"{', '.join(lonely)} has no effect without {missing.option}: add it.")
+        raise ConfigError(f"{', '.join(lonely)} has no effect without {missing}: add it.")
 
 
 def is_enabled(linker_config: dict[str, Any] | None) -> bool:

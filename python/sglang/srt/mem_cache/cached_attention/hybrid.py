@@ -18,9 +18,8 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import format_size
-from cached_attention.hybrid_store import HybridStore
+from cached_attention.hybrid_store import HybridStore, TrailingStore
 from cached_attention.layout import DevicePool
-from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_ranks import Beside, beside
 
@@ -82,7 +81,7 @@ class HybridLinker(CachedAttentionLinker):
 
     def _make_store(self) -> HybridStore:
         policies, size = self._policies(), self._share(self._config.host_size)
-        trailing = CachedAttentionStore(
+        trailing = TrailingStore(
             self._trailing,
             self._rest(self._config.host_size),
             self._open_trailing(),
@@ -198,7 +197,7 @@ class HybridTreeLink(TreeLink):
             pages = self.ranks.agree(store.restorable_pages(chain))
             end = self._common(store.held_ends(chain, pages, on_device), chain, on_device)
             end = end or self._common(store.held_ends(chain, pages), chain, 0)
-        store.arrive(req.rid, chain, beyond=on_device, end=end)
+        store.arrive(req.rid, chain, on_device=on_device, end=end)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
         store = self.cache_linker.store
@@ -216,12 +215,12 @@ class HybridTreeLink(TreeLink):
         if known > end:
             self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
 
-    def _common(self, ends: Iterator[int], chain: Chain, beyond: int) -> int:
-        """The longest of `ends` that every rank has; 0 where that is not `beyond`."""
+    def _common(self, ends: Iterator[int], chain: Chain, on_device: int) -> int:
+        """The longest of `ends` that every rank has; 0 where that is not more than `on_device`."""
         if self.cache.tp_world_size == 1:
             return next(ends, 0)
         here = list(islice(ends, ENDS))
-        return self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=beyond)
+        return self._sync_restorable_prefix(here, num_pages=len(chain.keys), device_hit_pages=on_device)
 
     def replace_pending_offload_node(
         self, ack_id: NodeId, old_node_id: NodeId, new_node_ids: list[NodeId]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
     from sglang.srt.server_args import ServerArgs
 
+    from .radix_cache import CachedAttentionRadixCache
+
 SUPPORTED_SGLANG = "0.5.23"
 TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 SHUTDOWN_SECONDS = 15.0
@@ -184,6 +186,14 @@ def _create_radix_cache(original: Callable[..., Any], ctx: TreeCacheBuildContext
     return cache
 
 
+def _ours(owner: Any) -> CachedAttentionRadixCache | None:
+    """The tree of `owner`, where it is one over a store; these hooks also run in servers without the flag."""
+    from .radix_cache import CachedAttentionRadixCache
+
+    tree = owner.tree_cache
+    return tree if isinstance(tree, CachedAttentionRadixCache) else None
+
+
 def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     """Let requests be known to the store when they arrive, and wait until their pages are in host memory.
 
@@ -191,12 +201,10 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
     their own; LMCache's way of saying so is the one that implies nothing else.
     """
     from .hints import accept_hints
-    from .radix_cache import CachedAttentionRadixCache
     from .reporting import Reporting
     from .truncation import truncation_of
 
-    cache = scheduler.tree_cache
-    if isinstance(cache, CachedAttentionRadixCache):
+    if (cache := _ours(scheduler)) is not None:
         cache.linker.truncation = truncation_of(scheduler, cache)
         scheduler.enable_lmcache = True
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
@@ -211,17 +219,13 @@ def _waiting(scheduler: Any) -> Sequence[Req]:
 
 
 def _truncate(req: Any, scheduler: Any, recv_req: Any, *_args: Any, **_kwargs: Any) -> None:
-    from .radix_cache import CachedAttentionRadixCache
-
-    if isinstance(scheduler.tree_cache, CachedAttentionRadixCache) and recv_req.mm_inputs is None:
-        scheduler.tree_cache.linker.truncate(req)
+    if (cache := _ours(scheduler)) is not None and recv_req.mm_inputs is None:
+        cache.linker.truncate(req)
 
 
 def _order_known(_result: None, policy: Any, *_args: Any, **_kwargs: Any) -> None:
-    from .radix_cache import CachedAttentionRadixCache
-
-    if isinstance(policy.tree_cache, CachedAttentionRadixCache):
-        policy.tree_cache.queue_ordered()
+    if (cache := _ours(policy)) is not None:
+        cache.queue_ordered()
 
 
 def _wait_for_loads(worker: Any, batch: Any) -> None:
@@ -234,32 +238,23 @@ def _wait_for_loads(worker: Any, batch: Any) -> None:
 
 def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> None:
     """`processor`: also the scheduler, of a server that prefills for others."""
-    from .radix_cache import CachedAttentionRadixCache
-
-    if not isinstance(processor.tree_cache, CachedAttentionRadixCache):
+    if (cache := _ours(processor)) is None:
         return
-    processor.tree_cache.prompts_ran(batch.reqs)
+    cache.prompts_ran(batch.reqs)
     if batch.launch_ts and batch.extend_lens:
-        processor.tree_cache.prefill_took(sum(batch.extend_lens), time.monotonic() - batch.launch_ts)
+        cache.prefill_took(sum(batch.extend_lens), time.monotonic() - batch.launch_ts)
 
 
 def _storage_backend(original: Callable[[Any], str], streamer: Any) -> str:
     """What `cached_tokens_details` calls the tiers below host memory."""
-    from .radix_cache import CachedAttentionRadixCache
-
-    ours = isinstance(streamer.tree_cache, CachedAttentionRadixCache)
-    return "CachedAttention" if ours else original(streamer)
+    return original(streamer) if _ours(streamer) is None else "CachedAttention"
 
 
 def _weights_updated(_result: None, updater: Any, *_args: Any) -> None:
-    from .radix_cache import CachedAttentionRadixCache
-
-    if isinstance(updater.scheduler.tree_cache, CachedAttentionRadixCache):
-        updater.scheduler.tree_cache.weights_updated()
+    if (cache := _ours(updater.scheduler)) is not None:
+        cache.weights_updated()
 
 
 def _add_store_state(result: Any, scheduler: Any, *_args: Any) -> None:
-    from .radix_cache import CachedAttentionRadixCache
-
-    if isinstance(scheduler.tree_cache, CachedAttentionRadixCache):
-        result.internal_state["cached_attention"] = scheduler.tree_cache.describe_store()
+    if (cache := _ours(scheduler)) is not None:
+        result.internal_state["cached_attention"] = cache.describe_store()

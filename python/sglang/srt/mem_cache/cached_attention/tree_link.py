@@ -131,7 +131,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         )
 
     def _arrive(self, req: Req, chain: Chain, on_device: int) -> None:
-        self.cache_linker.store.arrive(req.rid, chain, beyond=on_device)
+        self.cache_linker.store.arrive(req.rid, chain, on_device=on_device)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
         """How many pages every rank can restore; this one has `pages`. Up to `on_device` it does not matter."""
