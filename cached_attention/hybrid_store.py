@@ -1,4 +1,4 @@
-"""A store for models that are not all full attention: KV of some layers, and what the others need beside it."""
+"""A store for hybrid models: KV of the full-attention layers, and what the other layers need besides."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from cached_attention.transfer.streams import Event
 
 
 class _Saved(NamedTuple):
-    """What one save has. Each store reports its saves in their order."""
+    """Which of the two stores take part in a save. Each store reports its saves in order."""
 
     pages: bool
     trailing: bool
 
 
 class _Tail(NamedTuple):
-    """What a request that waits needs of the trailing store."""
+    """What a queued request needs from the trailing store."""
 
     keys: Sequence[PageKey]
     chains: dict[str, Chain]
-    """Each waits there under a name of its own: it is kept with its last page."""
+    """By the name under which each is queued there: a chain is kept through its last page."""
 
 
 class TrailingStore(CachedAttentionStore):
-    """What some layers need of the last pages of a prefix: states, or sliding windows.
+    """Pages of which only the last ones of a prefix are needed: states, or sliding windows.
 
-    Its pages are kept in chains of up to `chain_pages`, so that the end of a conversation stays without its
+    They are kept in chains of up to `chain_pages`, so that the end of a conversation can be kept without its
     beginning.
     """
 
     @property
     def known_pages(self) -> Container[PageKey]:
-        """Pages that may be in a tier; all others are not."""
+        """Pages that may be in a tier; no others are."""
         return self._index.known
 
     def mark_used(self, key: PageKey) -> None:
-        """The page is in use, if it is in a tier: its copies shall not age."""
+        """The page, if it is in a tier, is in use: refresh its last use."""
         if (row := self._index.find(key)) != NOWHERE:
             self._uses.mark(row)
 
@@ -54,7 +54,7 @@ class TrailingStore(CachedAttentionStore):
         return row != NOWHERE and bool(self._in_host.ready[row])
 
     def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
-        """Consecutive pages of a prompt as chains, each of which is kept with its last page."""
+        """Split consecutive pages of a prompt into chains, each of which is kept through its last page."""
         chains: list[Chain] = []
         before = NOWHERE
         for key in keys:
@@ -67,44 +67,44 @@ class TrailingStore(CachedAttentionStore):
 
 
 class HybridStore(CachedAttentionStore):
-    """Keeps KV page by page, and in `trailing` what some layers need of the last pages of a prefix only.
+    """Keeps KV page by page, and in `trailing` what some layers need for the last pages of a prefix only.
 
-    A layer with linear attention or Mamba keeps one state per sequence, whatever its length. It cannot be cut: a
-    conversation goes on from the end of a page whose state was saved. A layer with a sliding window reads the
-    tokens before the new ones, as far as its window goes. Both need the KV of the other layers of all pages up to
-    there.
+    A layer with linear attention or Mamba keeps one state per sequence, whatever its length. A state cannot be
+    split, so a conversation resumes at the end of a page whose state was saved. A layer with a sliding window
+    reads only the last tokens before the new ones. Either way the full-attention layers need the KV of all pages
+    up to that point.
 
-    States and windows lie in a store of their own, under the keys of the pages that they follow, or belong to.
-    What the queue will ask for is brought up in both; each evicts by itself.
+    States and windows are in a store of their own, under the keys of the pages that they follow or belong to.
+    Both stores fetch what the queue needs; each evicts independently.
 
     Args:
         trailing: made for the pool of states, or of layers with windows, without a remote tier. This store
             drives and closes it.
-        span: the last pages that are needed of it: 1 for states, as many as a window fills.
-        options: as of `CachedAttentionStore`, which has the other arguments too; no remote tier.
+        span: number of its last pages that a prefix needs: 1 for states, else the pages that cover a window.
+        options: of `CachedAttentionStore`, like the positional arguments; no remote tier.
     """
 
     def __init__(self, *args: Any, trailing: TrailingStore, span: int = 1, **options: Any) -> None:
         self.trailing = trailing
         self.span = span
         self._tails: dict[str, _Tail] = {}
-        """Of waiting requests."""
+        """Per queued request."""
         self._saved: deque[_Saved] = deque()
-        """The saves that have not been popped."""
+        """Saves that have not been popped."""
         super().__init__(*args, **options)
 
     # Looking up
 
     def ends(self, chain: Chain, pages: int, on_device: int = 0) -> Iterator[int]:
-        """Of the prefixes of `chain` with up to `pages` pages those that can be gone on from, longest first.
+        """Lengths in pages, up to `pages`, at which `chain` can be resumed from host memory, longest first.
 
         Args:
-            on_device: pages that the device has, with all that is needed of them.
+            on_device: leading pages that are on the device, with all that resuming there needs.
         """
         return self._ends(chain, pages, on_device, self.trailing.is_loadable)
 
     def held_ends(self, chain: Chain, pages: int, on_device: int = 0) -> Iterator[int]:
-        """Of the prefixes of `chain` with up to `pages` pages those that can be brought up, longest first."""
+        """Like `ends`, from host memory or disk."""
         return self._ends(chain, pages, on_device, self.trailing.holds)
 
     def _ends(self, chain: Chain, pages: int, on_device: int, has: Callable[[PageKey], bool]) -> Iterator[int]:
@@ -117,7 +117,7 @@ class HybridStore(CachedAttentionStore):
         yield from range(on_device + min(there, self.span - 1), on_device, -1)
 
     def _tail(self, chain: Chain, end: int, on_device: int) -> Sequence[PageKey]:
-        """What is needed of the trailing store at `end`."""
+        """Pages of the trailing store that are needed to resume at `end`."""
         return chain.keys[max(0, end - self.span, min(on_device, end)) : end]
 
     # The waiting queue
@@ -130,27 +130,27 @@ class HybridStore(CachedAttentionStore):
         on_device: int = 0,
         end: int | None = None,
     ) -> int:
-        """See `CachedAttentionStore.arrive`; not in constant time, it looks for the last end of `chain`.
+        """See `CachedAttentionStore.arrive`; linear in the length of `chain`, whose last end it looks for.
 
         Args:
             on_device: as for `ends`.
-            end: one of `held_ends` that is to be brought up; the longest unless given.
+            end: the one of `held_ends` to fetch; the longest unless given.
         """
         pages = self._find_end(chain, on_device) if end is None else end
         loadable = min(self.loadable_pages(chain), pages)
         lost = self._lost_tokens(chain, loadable, pages, on_device)
         self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable), on_device)
-        # The whole of it also where the device has some: that may be gone before the request runs.
+        # All of it, even if some is on the device: that may be evicted before the request runs.
         self._wait_for_tail(request, self._tail(chain, pages, 0), lost)
         return pages
 
     def _find_end(self, chain: Chain, on_device: int) -> int:
-        # What is on the device is kept here too: it is in use.
+        # A prefix that is on the device is in use, so its copy here is kept as well.
         pages = self.restorable_pages(chain)
         return next(self.held_ends(chain, pages, on_device), 0) or next(self.held_ends(chain, pages), 0)
 
     def _lost_tokens(self, chain: Chain, loadable: int, pages: int, on_device: int) -> int:
-        """To be computed if no more comes up: without one page a request goes on from the last end before it."""
+        """Tokens to recompute if nothing more is fetched: the request then resumes at the last loadable end."""
         return (
             pages - max(next(self.ends(chain, loadable, on_device), 0), min(on_device, pages))
         ) * self.layout.page_size
@@ -209,7 +209,7 @@ class HybridStore(CachedAttentionStore):
         self.trailing.prefill_took(tokens, seconds)
 
     def reserve_tail(self, request: str, chain: Chain, end: int, on_device: int = 0) -> None:
-        """Keep what is needed of the trailing store at `end`, one of `ends`, until `end_pass`."""
+        """Pin what is needed from the trailing store to resume at `end`, one of `ends`, until `end_pass`."""
         for name, part in self._named(request, self._tail(chain, end, on_device)):
             self.trailing.reserve(name, part)
 
@@ -226,7 +226,11 @@ class HybridStore(CachedAttentionStore):
         device_slots: torch.Tensor,
         indices_ready: Sequence[Event] | None = None,
     ) -> bool:
-        """`queue_load` for what was reserved with `reserve_tail`; the slots are those of its own pool."""
+        """`queue_load` for what `reserve_tail` reserved.
+
+        Args:
+            device_slots: `[len(keys) * trailing page size]`, integer; slots of the trailing store's own pool.
+        """
         size, first = self.trailing.layout.page_size, 0
         for name, chain in self._named(request, keys):
             end = first + len(chain.keys)
@@ -254,7 +258,7 @@ class HybridStore(CachedAttentionStore):
     # Saving
 
     def save(self, run: PageRun | None, after: Sequence[Event] = (), trailing: PageRun | None = None) -> None:
-        """Save pages, what the trailing store has of them, or both. They must stay as they are until reported."""
+        """Save pages, their trailing part, or both; the device pages must stay unchanged until reported."""
         self._saved.append(_Saved(run is not None, trailing is not None))
         if run is not None:
             super().save(run, after)
@@ -283,7 +287,7 @@ class HybridStore(CachedAttentionStore):
     # Life and death
 
     def flush(self, timeout: float) -> int:
-        # Each is of no use without the other: half of the time for the trailing store, the rest for both.
+        # KV and trailing pages are useless without each other, so each gets its share of the time.
         until = time.monotonic() + timeout
         self.trailing.flush(timeout / 2)
         left = super().flush(max(0.0, until - time.monotonic()))

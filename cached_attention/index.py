@@ -21,37 +21,37 @@ _MOST_USES = (1 << 32) - 1
 
 
 class Residency:
-    """One tier's part of the index, by row."""
+    """One tier's columns of the index."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.slot = array("i")
         self.ready = bytearray()
-        """Whether the page's bytes have landed; until then its slot is taken but nothing may read it."""
+        """Whether the page's bytes have landed; until then its slot is taken, but must not be read."""
         self.children = array("i")
-        """Pages in this tier that directly follow the page."""
+        """Number of direct successors in this tier."""
         self.pages = 0
-        """Records; pages that share one count once."""
+        """Number of records; pages that share one count once."""
 
     def __contains__(self, row: int) -> bool:
         return row != NOWHERE and self.slot[row] != NOWHERE
 
 
 class _Rows(dict[PageKey, int]):
-    """Row of each key; a lookup of one that is not there is NOWHERE and makes no entry."""
+    """Row per key; NOWHERE, without a new entry, for unknown keys."""
 
     def __missing__(self, key: PageKey) -> int:
         return NOWHERE
 
 
 class PageIndex:
-    """Pages by key, linked to the page before them.
+    """Pages by key, linked to their predecessors.
 
-    A row lives as long as its page is in a tier, is pinned, is followed by a page that is known, or has an
-    alias: links are never broken, so pinning the last page of a chain keeps the whole chain.
+    A row exists while its page is in a tier, is pinned, has a successor, or has an alias. Links are never broken,
+    so pinning the last page of a chain keeps the whole chain.
 
-    An alias is a row of its own, with its own key and place in a chain, whose bytes are those of another
-    row, its origin. A record leaves a tier with the last of the rows that share it.
+    An alias is a row with its own key and place in a chain that shares the bytes of another row, its origin. A
+    record leaves a tier with the last row that shares it.
     """
 
     def __init__(self, *tiers: str) -> None:
@@ -59,27 +59,27 @@ class PageIndex:
         self.keys: list[PageKey | None] = []
         self.parent = array("i")
         self.position = array("i")
-        """Base position: that of the page's first token when its keys were rotated."""
+        """Base position: position of the page's first token when its keys were rotated."""
         self.last_use = array("d")
         self.checksum = array("Q")
-        """Of the record's bytes and key; means something once the page is ready in a tier, and for no alias."""
+        """Checksum of the record's bytes and key; valid once the page is ready in a tier, and not for aliases."""
         self.uses = array("I")
-        """How often a request came back to the page, its making included."""
+        """Number of times the page was used, including when it was computed."""
         self.kind = bytearray()
-        """Class of the page, see `NextUse`; told by who uses it."""
+        """Class of the page, see `NextUse`; set by the user of the index."""
         self.pins = array("i")
         self._references = array("i")
-        """Tiers that hold the page, pages that follow it, and its aliases: while there are any the row lives."""
+        """Tiers that hold the page, plus its successors and aliases; at zero the row is removed."""
         self._rows = _Rows()
         self.find: Callable[[PageKey], int] = self._rows.__getitem__
-        """The row of a key; NOWHERE where it is not known."""
+        """The row of a key; NOWHERE if unknown."""
         self._free: list[int] = []
         self._origins: dict[int, int] = {}
-        """Of each alias."""
+        """Origin of each alias."""
         self._aliases: dict[int, list[int]] = {}
-        """Of each row that has any."""
+        """Aliases of each origin."""
         self._deltas: dict[int, int] = {}
-        """Of each alias: tokens from its base position to its place."""
+        """Per alias: tokens from its base position to its place."""
         of_tiers: list[tuple[array | bytearray, int]] = [
             (column, NOWHERE) for column in (tier.slot for tier in self.tiers)
         ]
@@ -91,14 +91,14 @@ class PageIndex:
             *((column, 0) for column in (self.pins, self._references)),
             *of_tiers,
         ]
-        """And what they hold in a row that is not in use; they may have more rows than `keys`."""
+        """All columns with their values for unused rows; they may have more rows than `keys`."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def known(self) -> Container[PageKey]:
-        """The keys of all rows, as a dictionary: most that are asked for are not among them."""
+        """The keys of all rows, as a dictionary: for fast lookups of keys that are mostly absent."""
         return self._rows
 
     def rows(self) -> Iterator[int]:
@@ -111,7 +111,7 @@ class PageIndex:
         return key
 
     def path(self, row: int) -> list[PageKey]:
-        """The keys of the chain that ends with `row`; none where it is NOWHERE."""
+        """The keys of the chain that ends with `row`; empty for NOWHERE."""
         keys = []
         while row != NOWHERE:
             keys.append(self.key(row))
@@ -128,7 +128,7 @@ class PageIndex:
         return False
 
     def add(self, key: PageKey, parent: PageKey | None, position: int) -> int:
-        """The row of `key`, made where it is new; learns the link to `parent` where it was unknown."""
+        """The row of `key`, created if new; links it to `parent` if it had no parent."""
         row = self._rows.get(key, NOWHERE)
         if row == NOWHERE:
             row = self._new_row(key)
@@ -138,7 +138,7 @@ class PageIndex:
         return row
 
     def reserve(self, rows: int) -> None:
-        """Make room for so many rows at once: columns that grow in turns leave holes between them in memory."""
+        """Make room for `rows` at once: columns that grow alternately fragment memory."""
         if (missing := rows - len(self.parent)) > 0:
             for column, value in self._columns:
                 cell = bytes([value]) if isinstance(column, bytearray) else array(column.typecode, [value])
@@ -166,9 +166,9 @@ class PageIndex:
             tier.children[parent] += row in tier
 
     def alias(self, key: PageKey, parent: PageKey | None, place: int, origin: int) -> int:
-        """The row of `key`, whose bytes are from now on those of `origin`, which is no alias.
+        """The row of `key`, as an alias of `origin`, which is not an alias itself.
 
-        Neither `key` nor an alias of it is in a tier; its first token is at `place` in its prompt.
+        Neither `key` nor any alias of it is in a tier. Its first token is at `place` in its prompt.
         """
         row = self.add(key, parent, self.position[origin])
         assert not any(row in tier for tier in self.tiers), "a page with bytes of its own cannot be an alias"
@@ -183,7 +183,7 @@ class PageIndex:
         return row
 
     def separate(self, row: int) -> None:
-        """`row`, which is in no tier, is no alias any more."""
+        """Make `row`, which is in no tier, an ordinary row again."""
         origin = self._origins.pop(row, NOWHERE)
         if origin == NOWHERE:
             return
@@ -195,7 +195,7 @@ class PageIndex:
         self.forget_unused(origin)
 
     def _separate_aliases(self, row: int) -> None:
-        """Its aliases, none of which is in a tier, had bytes that it will not have."""
+        """`row` becomes an alias: its own aliases, none of which is in a tier, shared bytes that are gone."""
         self.pins[row] += 1
         for alias in tuple(self._aliases.get(row, ())):
             assert not any(alias in tier for tier in self.tiers), "the bytes of an alias in a tier must stay"
@@ -203,27 +203,27 @@ class PageIndex:
         self.pins[row] -= 1
 
     def origin(self, row: int) -> int:
-        """The row under whose key the bytes of `row` were saved."""
+        """The row under whose key the bytes of `row` were saved: its origin, or itself."""
         return self._origins.get(row, row)
 
     def delta(self, row: int) -> int:
-        """Tokens by which the keys of the page are rotated further where it is loaded."""
+        """Tokens by which the keys of the page are rotated when it is loaded."""
         return self._deltas.get(row, 0)
 
     def sharers(self, row: int) -> Sequence[int]:
-        """The rows that have the bytes of `row`, itself among them."""
+        """All rows that share the bytes of `row`, including itself."""
         origin = self._origins.get(row, row)
         aliases = self._aliases.get(origin)
         return (row,) if aliases is None else (origin, *aliases)
 
     def shares(self, row: int, tier: Residency) -> int:
-        """Another row with the bytes of `row` that is in `tier`; NOWHERE where there is none."""
+        """Another row in `tier` that shares the bytes of `row`; NOWHERE if there is none."""
         if not self.is_shared(row):
             return NOWHERE
         return next((other for other in self.sharers(row) if other != row and other in tier), NOWHERE)
 
     def place(self, row: int, tier: Residency, slot: int) -> None:
-        """`row` is in `tier` now; `slot` is that of the rows that share its bytes there, where there are any."""
+        """Put `row` into `tier`; rows that share its bytes there must have the same `slot`."""
         tier.pages += self.shares(row, tier) == NOWHERE
         tier.slot[row], tier.ready[row] = slot, False
         self._references[row] += 1
@@ -231,7 +231,7 @@ class PageIndex:
             tier.children[parent] += 1
 
     def place_run(self, rows: Sequence[int], tier: Residency, slots: Sequence[int]) -> None:
-        """`place` for rows that share no bytes, many times faster."""
+        """`place` for many rows without shared bytes, much faster."""
         slot, ready, children = tier.slot, tier.ready, tier.children
         references, parents = self._references, self.parent
         for row, at in zip(rows, slots, strict=True):
@@ -252,9 +252,9 @@ class PageIndex:
         last_uses: Sequence[float],
         uses: Sequence[int],
     ) -> list[int]:
-        """`add` and `place` in one go, many times faster.
+        """`add` and `place` for many pages, much faster.
 
-        Returns the slots that were left out because their page is in `tier` already.
+        Returns the slots that were skipped because their page is in `tier` already.
         """
         rows = self._add_many(keys)
         parent_rows = self._find_many(parents)
@@ -290,7 +290,7 @@ class PageIndex:
         return np.fromiter(map(rows.get, keys, repeat(NOWHERE)), np.intc, len(keys))
 
     def _add_many(self, keys: Sequence[PageKey]) -> np.ndarray:
-        """The rows of `keys`, made where they are new."""
+        """The rows of `keys`, created if new."""
         start = len(self.keys)
         new: Sequence[PageKey] = keys
         if not self._rows.keys().isdisjoint(keys) or len(set(keys)) < len(keys):
@@ -303,13 +303,13 @@ class PageIndex:
         return self._find_many(keys)
 
     def leaves(self, tier: Residency) -> Iterator[int]:
-        """Rows of `tier` that no page of it follows, by last use. Walks all rows; the index must not grow."""
+        """Rows without successors in `tier`, by last use. Walks all rows; the index must not grow meanwhile."""
         found = np.flatnonzero((np.asarray(tier.slot) != NOWHERE) & (np.asarray(tier.children) == 0))
         order = np.argsort(np.asarray(self.last_use)[found], kind="stable")
         return map(int, found[order])
 
     def displace(self, row: int, tier: Residency) -> int:
-        """Take the page out of `tier`; returns its slot, which others may share. The row may be gone then."""
+        """Remove the page from `tier`; returns its slot, which others may share. The row may be gone then."""
         slot, tier.slot[row], tier.ready[row] = tier.slot[row], NOWHERE, False
         tier.pages -= self.shares(row, tier) == NOWHERE
         self._references[row] -= 1
@@ -321,9 +321,9 @@ class PageIndex:
         return slot
 
     def displace_run(self, rows: Sequence[int], tier: Residency) -> list[int]:
-        """`displace` for rows each of which is followed by the one before it, and by no other, many times faster.
+        """`displace` for a run of a chain, tail first, much faster.
 
-        None of them shares its bytes.
+        The only successor of each row is the one before it in `rows`, and none shares its bytes.
         """
         slot, ready, children, parents = tier.slot, tier.ready, tier.children, self.parent
         references, pins, uses, last_use = self._references, self.pins, self.uses, self.last_use
@@ -349,11 +349,11 @@ class PageIndex:
         return slots
 
     def is_shared(self, row: int) -> bool:
-        """Whether another row has, or once had, the bytes of `row`."""
+        """Whether `row` is an alias, or has aliases."""
         return row in self._origins or row in self._aliases
 
     def forget_unused(self, row: int) -> None:
-        """Drop the row, and those before it, that nothing refers to any more."""
+        """Remove the row, and its predecessors, as far as nothing refers to them."""
         while row != NOWHERE and not (self._references[row] or self.pins[row]):
             parent = self.parent[row]
             if row in self._origins:

@@ -1,8 +1,8 @@
 """The façade that an engine drives: look up, look ahead, load, save.
 
-One thread, the engine's scheduler, calls the store; none of its calls waits for a transfer except
-`reset`, `close`, `flush` and, without a GPU, `finish_load`. Transfers run on streams of their own and are seen
-by `poll`.
+One thread, the engine's scheduler, calls the store. None of its calls waits for a transfer except `reset`,
+`close`, `flush` and, without a GPU, `finish_load`. Transfers run on streams of their own; `poll` takes note of
+those that have ended.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ from cached_attention.uses import Uses
 EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
 KEPT = 3600.0
-"""Seconds that a conversation is kept on request where there is no time to live."""
+"""Seconds that the hint `keep` lasts if there is no time to live."""
 
 
 class CachedAttentionStore:
     """A hierarchy of page records under one device pool, for one rank.
 
-    Pages in the store are closed under prefixes: a page is admitted only after the one before it,
-    and leaves only after all that follow it. So the length that can be restored is one number, and a
-    pin on the last page protects the chain.
+    The store is closed under prefixes: a page is admitted only after its predecessor and evicted only after
+    its successors. So one number says how much of a prompt can be restored, and a pin on the last page protects
+    the whole chain.
 
     Args:
         device: the engine's KV pool.
         host_size: bytes of host memory, at least one page.
-        disk: a tier just opened, with the pages it holds; the store closes it.
-        remote: a tier shared with other servers, just made; the store opens and closes it.
-        rotations: per layer how its keys are rotated, None where they are not; without, no page is ever loaded
-            at another position than its own.
-        min_uses: a page goes to disk once it was used this often.
-        ttl: seconds after its last use that a page is dropped; None: never.
-        look_ahead: waiting requests whose pages are brought up before they run; at least 1.
-        wait: how long a request is held for pages that come from the disk.
-        eviction: which pages leave a tier first where the queue does not decide.
-        chain_pages: pages after which the next is saved as if it were the first of a prompt, so that it can be
-            kept without those before it; None: never. See `TrailingStore`.
+        disk: a tier that has been opened, with its pages; the store closes it.
+        remote: a new tier shared with other servers; the store opens and closes it.
+        rotations: per layer how its keys are rotated, None for layers without rotation. Without `rotations`,
+            pages are loaded at their own position only.
+        min_uses: write a page to disk after this many uses.
+        ttl: drop pages this many seconds after their last use; None: never.
+        look_ahead: number of queued requests whose pages are fetched before they run; at least 1.
+        wait: how long a request waits for pages from the disk.
+        eviction: order in which pages that no queued request needs leave host memory.
+        chain_pages: start a new chain after this many pages, so that later pages of a prompt can be kept without
+            the earlier ones; None: one chain per prompt. See `TrailingStore`.
         clock: seconds since the epoch.
 
     Raises:
@@ -150,7 +150,7 @@ class CachedAttentionStore:
 
     @property
     def resident_pages(self) -> int:
-        """Pages in host memory, those still on their way included."""
+        """Pages in host memory, including those still being written to it."""
         return self._in_host.pages
 
     def counters(self) -> dict[str, int]:
@@ -167,24 +167,24 @@ class CachedAttentionStore:
 
     @property
     def pins(self) -> int:
-        """Holds on pages: one per reservation, per load, and per page on its way to the host."""
+        """Number of pins: one per reservation, per load, and per page on its way to host memory."""
         return sum(self._index.pins)
 
     @property
     def saving(self) -> int:
-        """Saves that have not ended."""
+        """Number of saves that have not ended."""
         return self._saves.in_flight
 
     # Looking up
 
     def restorable_pages(self, chain: Chain) -> int:
-        """Leading pages of `chain` whose bytes are in some tier. Constant time when nothing changed."""
+        """Number of leading pages of `chain` that are in some tier. Constant time if nothing changed."""
         self._refresh(chain)
         chain.restorable = self._pages.restorable(chain.keys, max(chain.restorable, chain.loadable))
         return chain.restorable
 
     def loadable_pages(self, chain: Chain) -> int:
-        """Leading pages of `chain` that are in host memory. Constant time when nothing changed."""
+        """Number of leading pages of `chain` that are in host memory. Constant time if nothing changed."""
         self._refresh(chain)
         chain.loadable = self._pages.loadable(chain.keys, chain.loadable)
         return chain.loadable
@@ -194,20 +194,20 @@ class CachedAttentionStore:
             chain.epoch, chain.restorable, chain.loadable = self._pages.epoch, 0, 0
 
     def alias(self, chain: Chain, sources: Iterable[Source]) -> None:
-        """Let pages of `chain` that the store lacks be what it has of the same tokens at other positions.
+        """Alias pages of `chain` that the store lacks to pages of the same tokens at other positions.
 
-        Bytes are shared, not copied; they are rotated when they are loaded. Does nothing where the model's
-        keys cannot be rotated.
+        Aliases share the bytes and are rotated when they are loaded. Does nothing if the model's keys cannot be
+        rotated.
 
         Args:
-            sources: nearest position first; per page of the chain the key that its tokens have there, None
-                where they are not there. Made one after the other, as far as they are needed.
+            sources: candidate positions, nearest first. Each has, per page of the chain, the key of the page with
+                the same tokens there, or None. They are consumed lazily, only as far as needed.
         """
         if self._can_rotate:
             self._aliases.extend(chain.keys, sources)
 
     def left_device(self, keys: Sequence[PageKey]) -> None:
-        """None of the pages `keys` is on the device: they will be loaded, or computed at their positions."""
+        """The pages `keys` are not on the device; they will be loaded, or computed at their own positions."""
         self._aliases.left_device(keys)
 
     def holds(self, key: PageKey) -> bool:
@@ -216,27 +216,27 @@ class CachedAttentionStore:
         return row != NOWHERE and (bool(self._in_host.ready[row]) or row in self._pages.on_disk)
 
     def is_followed(self, key: PageKey) -> bool:
-        """Whether a page that comes after this one is in some tier of this server."""
+        """Whether a successor of the page is in some tier of this server."""
         row = self._index.find(key)
         return row != NOWHERE and any(tier.children[row] for tier in (self._in_host, self._pages.on_disk))
 
     # The waiting queue
 
     def arrive(self, request: str, chain: Chain, page_tokens: int | None = None, on_device: int = 0) -> int:
-        """`request`, with the prompt `chain`, waits, for now behind all others; returns what it may get.
+        """`request` with the prompt `chain` is queued, for now behind all others; returns its restorable pages.
 
-        What it will ask for is kept, and brought to host memory in the order of the queue. Constant time
-        when it was said before and nothing changed.
+        Its pages are kept, and fetched into host memory in the order of the queue. Cheap if it was called before
+        and nothing changed.
 
         Args:
-            page_tokens: what a page saves to compute; tokens per page unless given.
-            on_device: leading pages that the device has. Where there are no others nothing is brought up.
+            page_tokens: tokens to compute per page that is not restored; the page size unless given.
+            on_device: leading pages that are on the device. If all restorable pages are, nothing is fetched.
         """
         pages = self.restorable_pages(chain)
         return self._wait_for(request, chain, pages, page_tokens or self.layout.page_size, on_device)
 
     def _wait_for(self, request: str, chain: Chain, pages: int, page_tokens: int, on_device: int) -> int:
-        """`request` waits for the first `pages` of `chain`, which are in some tier."""
+        """`request` is queued and needs the first `pages` of `chain`, which are in some tier."""
         loadable = min(self.loadable_pages(chain), pages)
         if self._learns and request not in self._pages.waiting and not Hints.is_name(request):
             self._pages.note_prompt(request, chain.keys, self._clock())
@@ -248,32 +248,32 @@ class CachedAttentionStore:
         return pages
 
     def await_saves(self, request: str, keys: Sequence[PageKey]) -> None:
-        """Hold `request`, which waits, until those of the pages `keys` that are being saved can be loaded.
+        """Hold the queued `request` until those of the pages `keys` that are being saved can be loaded.
 
-        To be said where these pages are not on the device: while they are saved they are there, but a truncated
-        prompt wants them at other positions. Ends when they could have been computed again.
+        For truncated prompts: the pages that are being saved are on the device, but at other positions. The hold
+        ends when recomputing them would have taken as long.
         """
         page_tokens, seconds = self.layout.page_size, self._decision.computing.seconds
         self._saves.await_landing(request, keys, lambda pages: seconds(pages * page_tokens))
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
-        """Whether nothing is on its way to host memory for a request, or it is quicker to compute it again.
+        """Whether `request` may run: nothing is being fetched for it, or recomputing is expected to be faster.
 
         Args:
-            may_give_up: False where the scheduler has not come to `request` yet. Then it is too early to tell the
-                latter: its pages may come while it waits for others to run.
+            may_give_up: False if the scheduler has not reached `request` yet. Then it is too early to give up its
+                pages: they may arrive while other requests run.
         """
         return self._saves.has_landed(request) and (
             self._migration is None or self._migration.is_ready(request, may_give_up)
         )
 
     def reorder(self, requests: Sequence[str]) -> None:
-        """The waiting requests in the order in which they will run; those not named wait no more."""
+        """The queued requests in the order in which they will run; all others have left the queue."""
         for request in self._pages.waiting.replace([*requests, *self._hints.order()]):
             self.leave(request)
 
     def leave(self, request: str) -> None:
-        """`request` runs or was given up: nothing is held for it any more."""
+        """`request` runs or was aborted: release what is held for it."""
         self._pages.unwant(request, self._clock())
         self._saves.leave(request)
         if self._migration is not None:
@@ -282,13 +282,13 @@ class CachedAttentionStore:
     def expect(self, chain: Chain, seconds: float) -> int:
         """The next turn of the conversation `chain` is expected in `seconds`; returns its restorable pages.
 
-        It waits, behind all requests, until `GRACE` seconds after its time, or until it is loaded.
+        It is queued behind all requests until it is loaded, or until `GRACE` seconds after that time.
         """
         due = self._clock() + seconds
         return self._hint(chain, Hint(due, due + GRACE))
 
     def keep(self, chain: Chain) -> int:
-        """Evict the conversation `chain` only when nothing else is left, for its time to live or an hour."""
+        """Evict the conversation `chain` last, for the time to live, or for an hour if there is none."""
         until = self._clock() + (self._ttl or KEPT)
         return self._hint(chain, Hint(until, until))
 
@@ -301,9 +301,9 @@ class CachedAttentionStore:
         return self.arrive(name, chain) if name in self._hints.order() else 0
 
     def drop(self, chain: Chain) -> int:
-        """Forget the conversation `chain` now, in every tier; returns how many pages were forgotten.
+        """Remove the conversation `chain` from every tier; returns the number of pages removed.
 
-        Pages that others continue, that are loaded or saved at the moment, or that a waiting request wants
+        Pages that other conversations continue, that are being loaded or saved, or that a queued request needs,
         stay.
         """
         if chain.keys:
@@ -318,7 +318,7 @@ class CachedAttentionStore:
         return dropped
 
     def chain_to(self, last: PageKey) -> Chain:
-        """The chain of a known page; empty where `last` is unknown."""
+        """The chain that ends with the page `last`; empty if it is unknown."""
         return Chain(self._index.path(self._index.find(last)))
 
     def tiers_with(self, key: PageKey) -> list[str]:
@@ -330,11 +330,11 @@ class CachedAttentionStore:
         self._decision.computing.observe(tokens, seconds)
 
     def fetched_span(self, request: str) -> Arrived:
-        """What came from the tiers below for `request`, until it lets go."""
+        """What was fetched for `request` from the tiers below; known until it leaves the queue."""
         return Arrived() if self._migration is None else self._migration.fetch.arrived(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
-        """Loadable pages of `chain`, kept until `end_pass`, so that a load of them cannot fail."""
+        """Pin the loadable pages of `chain` until `end_pass`, so that a load cannot fail; returns how many."""
         self._release(request)
         pages = self.loadable_pages(chain)
         if pages:
@@ -345,7 +345,7 @@ class CachedAttentionStore:
         return pages
 
     def end_pass(self) -> None:
-        """End of a scheduling pass: what was reserved and not loaded may be evicted again."""
+        """End of a scheduling pass: unpin what was reserved and not loaded."""
         for request in list(self._reserved):
             self._release(request)
 
@@ -364,10 +364,14 @@ class CachedAttentionStore:
     ) -> bool:
         """Queue the pages `keys` (consecutive, reserved in this pass) for the next `start_load`.
 
-        `device_slots`: `[len(keys) * page_size]`, integer, free for the load to write; computed after the events
-        in `indices_ready`, without it when the load starts. Aliases are rotated to their place.
+        Aliases are rotated to their position.
 
-        Returns False, and queues nothing, when a page is not in the store.
+        Args:
+            device_slots: `[len(keys) * page_size]`, integer; token slots that the load may write.
+            indices_ready: events after which `device_slots` is computed; None: it is by the time the load starts.
+
+        Returns:
+            False, with nothing queued, if a page is not in host memory.
 
         Raises:
             ValueError: the request has a load queued already.
@@ -386,7 +390,7 @@ class CachedAttentionStore:
         return True
 
     def cancel_load(self, request: str) -> bool:
-        """Let go of all that is held for `request` but a load that runs; False when no load was queued."""
+        """Release what is held for `request`, except a running load; False if no load was queued."""
         self._release(request)
         self.leave(request)
         if not self._loads.cancel(request):
@@ -395,7 +399,7 @@ class CachedAttentionStore:
         return True
 
     def ended(self, request: str) -> None:
-        """`request` does not run any more; what the device keeps of it is known to whoever asks the device."""
+        """`request` has ended: only the engine's own cache knows now which of its pages are on the device."""
         self.leave(request)
         self._aliases.ended(request)
 
@@ -404,41 +408,40 @@ class CachedAttentionStore:
         return bool(self._loads.queued)
 
     def start_load(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
-        """Start everything queued, as `batch`; the forward reads layer l after `layers[l]` of what is returned.
+        """Start all queued loads as `batch`; the forward may read layer l after `layers[l]` of the result.
 
-        The copies wait for the events in `after`: forwards that may touch the slots; `LayerWiseLoad` says which.
+        The copies wait for the events in `after`: forwards that may still use the slots, see `LayerWiseLoad`.
         """
         return self._loads.start(batch, after)
 
     def finish_load(self, batch: int, stream: Any = None) -> bool:
-        """The forward of `batch` was launched: let its stream wait for layers that it did not; see `Event.wait`.
+        """The forward of `batch` was launched: let `stream` wait for the remaining layers, see `Event.wait`.
 
-        Returns False when the copies failed: what the forward read is worthless. The pages in host memory are
-        let go once the copies have ended.
+        Returns False if the copies failed; the results of the forward are then invalid. The pages in host memory
+        are unpinned when the copies have ended.
         """
         return self._loads.finish(batch, stream)
 
     # Saving
 
     def lacks_parent(self, run: PageRun) -> bool:
-        """Whether the page before `run` is not in the store: then `run` must start earlier to be saved."""
+        """Whether the page before `run` is not in the store; `run` must then start earlier to be saved."""
         return self._saves.lacks_parent(run)
 
     def save(self, run: PageRun, after: Sequence[Event] = ()) -> None:
-        """Start saving the pages of `run` that are not in the store; the outcome comes through `poll`.
+        """Start saving the pages of `run` that are not in the store; `poll` reports the outcome.
 
-        Takes slots at once, evicting what goes next, and never waits: what finds no slot is
-        declined. The copies wait for the events in `after`. The device pages must stay as they are
-        until the save is reported.
+        Takes host slots immediately, evicting if necessary, and never waits: pages without a slot are declined.
+        The copies wait for the events in `after`. The device pages must not change until the save is reported.
         """
         self._saves.start(run, after)
 
     def pop_save(self) -> bool:
-        """The outcome of the oldest save that `poll` counted: whether all its pages are in the store."""
+        """Whether all pages of the oldest save that `poll` counted are in the store."""
         return self._saves.pop()
 
     def poll(self) -> int:
-        """Take note of all that has ended; returns how many saves wait for `pop_save`."""
+        """Process all transfers that have ended; returns the number of saves that wait for `pop_save`."""
         finished = self._saves.poll()
         self._loads.poll()
         if self._ttl is not None:
@@ -459,13 +462,13 @@ class CachedAttentionStore:
     # Life and death
 
     def flush(self, timeout: float) -> int:
-        """Write to disk what is not there, for at most `timeout` seconds; returns the pages left out."""
+        """Write dirty pages to disk for at most `timeout` seconds; returns the number not written."""
         self._saves.wait()
         self.poll()
         return 0 if self._migration is None else self._migration.flush(timeout)
 
     def reset(self) -> None:
-        """Forget every page in every tier, after waiting for the transfers that run."""
+        """Remove every page from every tier of this server, after waiting for running transfers."""
         self._wait()
         self.stats.left("host", Reason.FLUSH, self._in_host.pages)
         if self._migration is not None:
@@ -474,7 +477,7 @@ class CachedAttentionStore:
         self._start_empty(epoch=self._pages.epoch + 1)
 
     def replace_disk(self, open_disk: Callable[[], DiskTier | None]) -> None:
-        """Forget every page in host memory and go on with another disk tier; the old one keeps its pages."""
+        """Remove every page from host memory and continue with another disk tier; the old one keeps its pages."""
         self._wait()
         if self.disk is not None:
             self.disk.close()
@@ -484,9 +487,9 @@ class CachedAttentionStore:
         self._adopt()
 
     def detach_disk(self) -> None:
-        """Go on without the disk tier, which keeps its pages; those in host memory stay. Walks all pages.
+        """Continue without the disk tier, which keeps its pages; those in host memory stay. Walks all pages.
 
-        What waits for the disk is let go, so this may be called while requests wait or run.
+        Requests stop waiting for the disk, so this may be called while requests are queued or running.
         """
         if self.disk is None or self._migration is None:
             return
@@ -501,7 +504,7 @@ class CachedAttentionStore:
             self._pages.adopt(self.disk.record_columns(), self.disk.pages, self.disk.remove)
 
     def close(self) -> None:
-        """Wait for the transfers that run and stop their threads; the disk keeps what it has."""
+        """Wait for running transfers and stop their threads; the disk keeps its pages."""
         self._wait()
         self._transfers.close()
         for tier in (self.disk, self.remote):
