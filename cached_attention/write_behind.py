@@ -21,7 +21,9 @@ BATCHES_IN_FLIGHT = 2
 RESERVE = 0.1
 """Part of the host slots that is to be free or clean; below it, writes no longer wait for slack."""
 URGENT_BATCHES = 8
-"""In flight while the reserve is short."""
+"""In flight while the reserve is short, and at most if passes are so long that the disk runs dry in between."""
+SHARE = 0.1
+"""Part of the host slots that writes may hold where they are not urgent: such pages cannot be evicted."""
 ROOM_PAUSE = 0.5
 """Seconds before more room is made on a full disk: slots come free once their removal is durable."""
 FLUSH_REPORT = 2.0
@@ -59,6 +61,9 @@ class WriteBehind:
         self._min_uses = min_uses
         self._clock = clock
         self._writes = InFlight(pages)
+        self._depth = BATCHES_IN_FLIGHT
+        share = int(SHARE * pages.host.capacity) // BATCH_PAGES
+        self._deepest = min(URGENT_BATCHES, max(BATCHES_IN_FLIGHT, share))
         self._make_room_at = 0.0
 
     @property
@@ -75,9 +80,9 @@ class WriteBehind:
 
         `reading`: the disk is wanted for reads. `held`: pages that waiting requests keep in host memory.
         """
-        self._settle()
+        self._adapt_depth()
         urgent = self.reserve_is_short(held)
-        batches = URGENT_BATCHES if urgent else 0 if reading else BATCHES_IN_FLIGHT
+        batches = URGENT_BATCHES if urgent else 0 if reading else self._depth
         while len(self._writes) < batches and self._disk.healthy:
             if not (rows := self._choose()):
                 break
@@ -85,6 +90,15 @@ class WriteBehind:
             future = self._disk.write([page_write(self._pages, row) for row in rows])
             self._pages.stats.watch(Direction.DEMOTE, "disk", future, written)
             self._writes.add(rows, future)
+
+    def _adapt_depth(self) -> None:
+        """Enough batches in flight to keep the disk busy until the next pass."""
+        was_writing = len(self._writes) > 0
+        self._settle()
+        if len(self._writes):
+            self._depth = max(BATCHES_IN_FLIGHT, self._depth - 1)
+        elif was_writing:
+            self._depth = min(2 * self._depth, self._deepest)
 
     def _choose(self) -> list[int]:
         rows: list[int] = []

@@ -1,0 +1,78 @@
+"""How much is being written at a time, beside a disk and a clock that tests set."""
+
+from __future__ import annotations
+
+import pytest
+
+from cached_attention.hierarchy import Hierarchy
+from cached_attention.simulator.cost import Cost
+from cached_attention.simulator.disk import SimulatedDisk
+from cached_attention.tiers.host_slots import HostSlots
+from cached_attention.write_behind import (
+    BATCH_PAGES,
+    BATCHES_IN_FLIGHT,
+    RESERVE,
+    SHARE,
+    URGENT_BATCHES,
+    WriteBehind,
+)
+
+LEAST, MOST = BATCH_PAGES * BATCHES_IN_FLIGHT, BATCH_PAGES * URGENT_BATCHES
+LARGE = int(MOST / SHARE)
+"""Host slots of which writes may hold as many as they ever do."""
+
+
+class Writing:
+    """Pages that are wanted on a disk which takes a second for each."""
+
+    def __init__(self, host_slots: int, dirty: int) -> None:
+        self.now = 0.0
+        cost = Cost(page_bytes=1, disk_write=1.0, disk_latency=0.0)
+        self.disk = SimulatedDisk(2 * host_slots, cost, lambda: self.now)
+        self.pages = Hierarchy(HostSlots(host_slots), has_disk=True)
+        self.write_behind = WriteBehind(self.pages, self.disk, 1, lambda: self.now)
+        for page in range(dirty):
+            row = self.pages.admit(f"page {page}".encode(), None, 0)
+            assert row is not None
+            self.pages.index.uses[row] = 1
+            self.pages.land(row, clean=False)
+            self.pages.unpin(row)
+
+    def run_pass(self, seconds: float, reading: bool = False) -> int:
+        """After `seconds`; returns the pages that are being written then."""
+        self.now += seconds
+        self.disk.advance()
+        self.write_behind.poll(reading)
+        return self.write_behind.rows_in_flight
+
+
+def test_where_passes_are_long_more_is_written_at_a_time() -> None:
+    writing = Writing(LARGE, LARGE // 2)
+    assert writing.run_pass(0) == LEAST
+    assert [writing.run_pass(MOST) for _ in range(3)] == [2 * LEAST, MOST, MOST]
+    assert writing.run_pass(BATCH_PAGES / 2) == MOST, "the disk is busy"
+    for _ in range(URGENT_BATCHES + BATCHES_IN_FLIGHT):
+        writing.run_pass(BATCH_PAGES)
+    assert writing.write_behind.rows_in_flight == LEAST
+    writing.pages.check_invariants()
+
+
+def test_they_hold_a_part_of_host_memory_at_most() -> None:
+    writing = Writing(10 * LEAST, 5 * LEAST)
+    assert {writing.run_pass(MOST) for _ in range(4)} == {LEAST}
+
+
+def test_nothing_is_written_while_the_disk_reads_unless_the_reserve_is_short() -> None:
+    writing = Writing(LARGE, LARGE // 2)
+    assert writing.run_pass(0, reading=True) == 0
+    writing = Writing(LARGE, int((1 - RESERVE) * LARGE) + 1)
+    assert writing.run_pass(0, reading=True) == MOST
+
+
+@pytest.mark.parametrize("seconds", [0.0, MOST])
+def test_everything_is_written_in_the_end(seconds: float) -> None:
+    writing = Writing(LARGE, LARGE // 2)
+    while writing.pages.dirty.pages or writing.write_behind.rows_in_flight:
+        writing.run_pass(seconds + 1)
+    assert writing.pages.on_disk.pages == LARGE // 2
+    assert not sum(writing.pages.index.pins)
