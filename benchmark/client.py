@@ -22,10 +22,10 @@ REQUEST_TIMEOUT_S = 1_800.0
 
 @dataclass(frozen=True)
 class TurnRecord:
-    """One answered turn. Times in seconds; `start_s` since the start of the round, the others since the request.
+    """One answered turn. Seconds: `start_s` since the start of the round, `ttft_s` and `e2e_s` since the request.
 
-    `itl_s` has one entry per output token after the first. `cached` is the number of prompt tokens by the tier
-    they came from, as the server reports it; the rest of `prompt_tokens` was computed.
+    `itl_s` has the times between output tokens, one entry per token after the first. `cached` is the number of
+    prompt tokens by the tier they came from, as reported by the server; the rest of `prompt_tokens` was computed.
     """
 
     conversation: int
@@ -51,7 +51,7 @@ class Round:
 
 @dataclass
 class Stream:
-    """What has arrived of one answer."""
+    """What has arrived of one answer so far."""
 
     started: float = field(default_factory=time.perf_counter)
     output_ids: list[int] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Stream:
 
 
 def cached_by_tier(meta: dict[str, Any]) -> dict[str, int]:
-    """Cached prompt tokens by tier from a `meta_info`; a server that names no tiers reports all as device."""
+    """Cached prompt tokens by tier from a `meta_info`; if the server names no tiers, all count as device."""
     details = meta.get("cached_tokens_details")
     if details is None:
         return {"device": meta["cached_tokens"]} if meta.get("cached_tokens") else {}
@@ -103,10 +103,10 @@ def play(
     round_index: int = 0,
     progress: tqdm[Any] | None = None,
 ) -> Round:
-    """Run `conversations` against the server at `url` and return when all are answered.
+    """Run `conversations` against the server at `url`; returns when all are answered.
 
-    At most `concurrency` requests are in flight. Decoding is greedy, `output_tokens` per answer, and each
-    prompt holds the answers the server really gave. ServerError if the server refuses or drops a request.
+    At most `concurrency` requests are in flight. Decoding is greedy, `output_tokens` per answer, and each prompt
+    contains the answers that the server actually gave. ServerError if the server refuses or drops a request.
     """
     session = _Session(url, output_tokens, concurrency, progress)
     started = time.perf_counter()
@@ -131,7 +131,7 @@ class _Session:
             ):
                 tasks = [group.create_task(self._converse(http, one, started)) for one in conversations]
         except ExceptionGroup as failures:
-            # One server gives every request the same trouble: the first says it all.
+            # All requests to one server fail for the same reason: the first failure says enough.
             raise failures.exceptions[0] from None
         return [record for task in tasks for record in task.result()]
 

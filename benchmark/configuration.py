@@ -1,4 +1,4 @@
-"""The configurations that are compared: names and the server arguments they stand for."""
+"""Configurations to compare: names and the server arguments they stand for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmark.workload import WorkloadShape
 
-# Room for the partly filled page of each request and for what the server keeps for itself.
+# Room for the partly filled page of each request and for the server's own use.
 DEVICE_SLACK = 1.1
 
 
@@ -24,7 +24,7 @@ class Pools:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A name and what it adds to the command line of the server."""
+    """A name, and what it adds to the server's command line."""
 
     name: str
     args: tuple[str, ...]
@@ -61,7 +61,7 @@ def configurations(names: Sequence[str], pools: Pools, server_args: Sequence[str
     unknown = [name for name in names if name not in CONFIGURATIONS]
     if unknown or len(set(names)) != len(names) or not names:
         raise ValueError(f"configurations {list(names)}: choose some of {list(CONFIGURATIONS)}, each once")
-    # Without --sleep-on-idle the servers that wait for their round would each spin on a core.
+    # Without --sleep-on-idle, servers waiting for their round would each spin on a core.
     shared = ("--page-size", str(pools.page_size), "--sleep-on-idle", *server_args)
     return [Configuration(name, (*CONFIGURATIONS[name](pools), *shared)) for name in names]
 
@@ -69,8 +69,8 @@ def configurations(names: Sequence[str], pools: Pools, server_args: Sequence[str
 def fitting_pools(
     shape: WorkloadShape, concurrency: int, device_fraction: float, host_gb: int, page_size: int
 ) -> Pools:
-    """Device pools for a workload: the large one holds every conversation of a round, the small one
-    `device_fraction` of them, but always what is in flight."""
+    """Device pools for a workload: the large one holds all conversations of a round, the small one
+    `device_fraction` of them, but at least those in flight."""
     one = _pages(shape.tokens_per_conversation * DEVICE_SLACK, page_size) + page_size
     large = one * shape.conversations
     in_flight = one * min(concurrency, shape.conversations)

@@ -1,10 +1,10 @@
-"""What does a returning user wait when the conversation lies on disk?
+"""How long does a returning user wait when the conversation is on disk?
 
-    python -m benchmark.disk hit      # against computing it again, on the same server
-    python -m benchmark.disk slow     # the same on a disk that takes 200 ms for every read
-    python -m benchmark.disk queue    # 40 conversations return at once: looking ahead, and fetching on admission
+    python -m benchmark.disk hit      # compared with recomputing it, on the same server
+    python -m benchmark.disk slow     # the same, on a disk that takes 200 ms per read
+    python -m benchmark.disk queue    # 40 conversations return at once: look-ahead, and fetching on admission
 
-Conversations are computed once; then the server is restarted, so that each lies on disk and nowhere else.
+Conversations are computed once; then the server is restarted, so that they are on disk and nowhere else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ON_ADMISSION = ("--cached-attention-look-ahead", "1")
 
 @dataclass(frozen=True)
 class Turn:
-    """One answered request: the kind it is, and what it waited for its first token, in seconds."""
+    """One answered request: its kind, and its time to first token in seconds."""
 
     kind: str
     conversation: int
@@ -57,7 +57,7 @@ class Turn:
 
 
 class Bench:
-    """Histories, a directory with their pages, and servers that open it."""
+    """Histories, a directory with their pages, and servers that use it."""
 
     def __init__(self, args: argparse.Namespace, conversations: int) -> None:
         self._args = args
@@ -78,7 +78,7 @@ class Bench:
         args = self._args
         self._pace.parent.mkdir(parents=True, exist_ok=True)
         self._pace.unlink(missing_ok=True)
-        # Room on the device for what runs at once, not for what ran before.
+        # Room on the device for running requests, not for earlier ones.
         device = (args.history + 2 * args.new) * (args.concurrency + 1) // PAGE * PAGE
         command = ["--max-total-tokens", str(device), "--page-size", str(PAGE), "--enable-cache-report"]
         command += ["--max-running-requests", str(args.concurrency), "--enable-cached-attention"]
@@ -119,20 +119,20 @@ class Bench:
         return int(self.state(server)["page_bytes"])
 
     def returning(self, server: Server, kind: str, conversation: int) -> Turn:
-        """The next turn of a conversation that lies on disk."""
+        """The next turn of a conversation that is on disk."""
         return _ask(server, kind, conversation, self.histories[conversation] + self.words(self._args.new))
 
     def fresh(self, server: Server, conversation: int) -> Turn:
-        """A prompt as long as that of a returning turn, of which nothing is known."""
+        """A prompt as long as that of a returning turn, with nothing cached."""
         return _ask(server, "recompute", conversation, self.words(self._args.history + self._args.new))
 
     def all_at_once(self, server: Server, kind: str) -> list[Turn]:
-        """The next turn of every conversation, in order, at the same time."""
+        """The next turns of all conversations, sent in order, all at once."""
         with ThreadPoolExecutor(len(self.histories)) as pool:
             turns = []
             for conversation in range(len(self.histories)):
                 turns.append(pool.submit(self.returning, server, kind, conversation))
-                time.sleep(0.005)  # In this order.
+                time.sleep(0.005)  # Keeps the order.
             bar = tqdm(turns, desc=kind, unit="turn")
             return [turn.result() for turn in bar]
 
@@ -147,7 +147,7 @@ def _ask(server: Server, kind: str, conversation: int, prompt: Sequence[int]) ->
 
 
 def measure_one_by_one(bench: Bench, seconds_per_read: float) -> list[Turn]:
-    """Returning turns and prompts of the same length in turns, one request at a time."""
+    """Alternates between new prompts and returning turns of the same length, one request at a time."""
     bench.fill()
     turns = []
     with bench.server(seconds_per_read=seconds_per_read) as server:
@@ -158,7 +158,7 @@ def measure_one_by_one(bench: Bench, seconds_per_read: float) -> list[Turn]:
 
 
 def measure_queue(bench: Bench, args: argparse.Namespace) -> list[Turn]:
-    """All conversations return at once, each kind of server in turns over the rounds."""
+    """All conversations return at once; each round runs every kind of server."""
     bench.fill()
     turns: list[Turn] = []
     for _ in range(args.rounds):
@@ -252,7 +252,7 @@ def _report(args: argparse.Namespace, turns: Sequence[Turn]) -> None:
 
 
 def _others(console: Console, kinds: dict[str, list[Turn]]) -> None:
-    """What one conversation with a slow read costs all others."""
+    """Effect of one conversation with slow reads on all others."""
     if "one 100x slower" not in kinds:
         return
     means = [
@@ -277,6 +277,6 @@ def _save_figure(path: Path, kinds: dict[str, list[Turn]]) -> None:
 
 
 if __name__ == "__main__":
-    # The servers are in process groups of their own: leave in a way that stops them.
+    # The servers run in process groups of their own: exit in a way that stops them.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Servers of all compared configurations, alive at once and driven one at a time, in rounds."""
+"""Servers of all compared configurations, running at the same time and driven one at a time, in rounds."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from benchmark.server import Server
 from benchmark.workload import WorkloadShape, make_workload
 
 WARM_UP_ROUND = -1
-# Into a file or a pipe, a progress bar is a line at a time: write few of them.
+# In a file or a pipe every redraw of a progress bar is a line: write few of them.
 IS_TERMINAL = sys.stderr.isatty()
 REDRAW_S = 0.1 if IS_TERMINAL else 15.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every configuration runs: the workload, its seed and number of rounds, requests in flight,
+    """What every configuration runs: the workload, its seed and number of rounds, requests in flight, and the
     vocabulary size of the model."""
 
     shape: WorkloadShape
@@ -38,7 +38,7 @@ class Plan:
 class Fleet:
     """One running server per configuration; leaving the context stops them all.
 
-    They start one after the other, because each measures the memory that is free. ServerError if one fails.
+    They start one after another, because each measures free memory. ServerError if one fails.
     """
 
     def __init__(
@@ -75,11 +75,10 @@ class Fleet:
 
 
 def run_rounds(urls: dict[str, str], plan: Plan) -> list[Round]:
-    """Play every round of `plan` on every server of `urls` (by configuration), after a warm-up that is not kept.
+    """Play every round of `plan` on every server of `urls` (by configuration), after an unrecorded warm-up.
 
-    Configurations alternate within a round and change their order from round to round, so that the noise of
-    the machine hits all alike. A round is the same conversations for all of them, and other ones than any
-    other round's.
+    Configurations alternate within a round and change their order from round to round, so that noise of the
+    machine affects all alike. In a round all of them get the same conversations, which occur in no other round.
     """
     turns = plan.shape.total_turns * plan.rounds * len(urls)
     results = []
@@ -94,7 +93,7 @@ def run_rounds(urls: dict[str, str], plan: Plan) -> list[Round]:
 
 
 def schedule(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """(round, configuration) in the order in which they run: each round starts with the next configuration."""
+    """(round, configuration) in execution order: each round starts with the next configuration."""
     for index in range(rounds):
         first = index % len(names)
         for name in (*names[first:], *names[:first]):

@@ -1,4 +1,4 @@
-"""Imported last by what servers are forked from: a full collection in each of them would walk all of SGLang."""
+"""Imported last by the process that servers fork from: a full collection in each would traverse all of SGLang."""
 
 import gc
 

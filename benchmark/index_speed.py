@@ -1,4 +1,4 @@
-"""How many operations per second the index takes, with so many pages in it."""
+"""Operations per second of the index, with a given number of pages in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cached_attention.layout import PageLayout
 from cached_attention.tiers.host import HostTier
 
 CHAIN = 32
-"""Pages of a conversation."""
+"""Pages per conversation."""
 _LAYOUT = PageLayout(1, ((4096,),))
 
 
@@ -21,17 +21,17 @@ _LAYOUT = PageLayout(1, ((4096,),))
 class IndexSpeed:
     operation: str
     pages: int
-    """In the index."""
+    """Pages in the index."""
     per_second: float
 
 
 def measure_index(pages: int, operations: int, rounds: int) -> list[IndexSpeed]:
-    """Medians over `rounds`; every operation is done on `operations` pages of as many chains as there are.
+    """Medians over `rounds`; every operation is done on `operations` pages, of chains of `CHAIN` pages.
 
-    place: a page finds a slot in host memory and is saved there. find: is it there. touch: it is used again.
-    evict: the page whose turn it is leaves.
+    place: a page gets a slot in host memory and is saved there. find: look up whether it is there. touch: record
+    another use. evict: the next page in eviction order leaves.
     """
-    # `operations` slots more than pages: what is placed and evicted comes on top.
+    # `operations` more slots than pages, for those that are placed and evicted in addition.
     hierarchy = Hierarchy(HostTier(_LAYOUT, (pages + operations) * _LAYOUT.stride), has_disk=False)
     source = random.Random(0)
     keys = [source.randbytes(32) for _ in range(pages)]

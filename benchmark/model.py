@@ -1,9 +1,9 @@
-"""Small models with random weights and a tokenizer, made on the spot, for benchmarks and tests.
+"""Small models with random weights and a tokenizer, generated on the spot, for benchmarks and tests.
 
     python -m benchmark.model out/model --size 100m
 
-Greedy decoding gives readable nonsense that never settles on one token and that depends on the whole
-context, so two runs that agree token for token have really read the same KV cache.
+Greedy decoding gives readable nonsense that never settles on one token and depends on the whole context, so two
+runs that agree token for token have really read the same KV cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmark.tokenizer import make_tokenizer, word_ids
 Size = Literal["tiny", "100m"]
 Dtype = Literal["float32", "bfloat16"]
 Architecture = Literal["llama", "deepseek-mla", "gemma3", "mellum", "qwen3.5", "llama-eagle"]
-"""`gemma3`, `mellum`: every other layer has a sliding window, which with the latter SGLang forgets what has left.
+"""`gemma3`, `mellum`: every other layer has a sliding window; with `mellum` SGLang frees the KV that has left it.
 `qwen3.5`: every other layer is a gated delta net. `llama-eagle`: a draft model for a `llama` of this size."""
 
 SPEC_FILE = "benchmark-model.json"
@@ -35,13 +35,13 @@ SLIDING_WINDOW = 96
 """Tokens."""
 # Standard deviation of the attention logits: high enough that a single far token can change the output.
 ATTENTION_SHARPNESS = 3.0
-# Of a gated delta net's heads, before softplus: the first forget in a thousand tokens, the last in twenty.
+# For the heads of a gated delta net, before softplus: the first forgets in a thousand tokens, the last in twenty.
 STATE_DECAYS = (-7.0, -3.0)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama: hidden, intermediate and vocabulary in elements, the others in units."""
+    """Sizes of a Llama: hidden, intermediate and vocabulary in elements; the others are counts."""
 
     hidden: int
     intermediate: int
@@ -60,7 +60,7 @@ SHAPES: dict[Size, Shape] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that decides the bytes of a model directory; `context` in tokens."""
+    """Everything that determines the bytes of a model directory; `context` in tokens."""
 
     size: Size
     context: int
@@ -69,7 +69,7 @@ class Spec:
     seed: int
 
     def marker(self) -> dict[str, object]:
-        """What is written beside the weights, to know them again."""
+        """Written beside the weights, to recognise them later."""
         return {**asdict(self), "shape": asdict(SHAPES[self.size])}
 
 
@@ -81,9 +81,9 @@ def make_model(
     architecture: Architecture = "llama",
     seed: int = 0,
 ) -> Path:
-    """Directory `path` with config, weights and tokenizer; returns it.
+    """Create the directory `path` with config, weights and tokenizer; returns it.
 
-    A complete directory made with the same arguments is reused; anything else in `path` is FileExistsError.
+    A complete directory made with the same arguments is reused; anything else in `path` raises FileExistsError.
     """
     spec = Spec(size, context, dtype, architecture, seed)
     path = Path(path)
@@ -156,7 +156,7 @@ def _config(spec: Spec, shape: Shape) -> PretrainedConfig:
     if spec.architecture.startswith("llama"):
         return AutoConfig.for_model("llama", **grouped, **shared)
     if spec.architecture == "gemma3":
-        # Queries and keys are normalised: the scale makes them sharp, not the weights.
+        # Queries and keys are normalised: the scale makes attention sharp, not the weights.
         sharp = {"query_pre_attn_scalar": round(HEAD_DIM / ATTENTION_SHARPNESS**2)}
         return AutoConfig.for_model("gemma3_text", **grouped, **_sliding_windows(shape), **sharp, **shared)
     if spec.architecture == "mellum":
@@ -213,11 +213,11 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _initialise(model: PreTrainedModel, emitted: list[int], seed: int) -> None:
-    """Unit-variance activations, sharp attention, and logits that only the `emitted` tokens can win."""
+    """Set weights for unit-variance activations, sharp attention, and logits that only `emitted` can win."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    # Gemma and Qwen3.5 add 1 to what norms scale by; Gemma multiplies embeddings by the root of their width.
+    # Gemma and Qwen3.5 add 1 to the scale of norms; Gemma multiplies embeddings by the root of their width.
     gemma, qwen = (model.config.model_type.startswith(name) for name in ("gemma", "qwen3_5"))
     norm, embedding = float(not (gemma or qwen)), model.config.hidden_size**-0.5 if gemma else 1.0
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A real Mooncake store, its master and who lends it memory, for tests and benchmarks of the remote tier."""
+"""A real Mooncake store, with its master and a memory lender, for tests and benchmarks of the remote tier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cached_attention.tiers.remote_client import RemoteError, load_mooncake
 
 START_SECONDS = 60.0
 MESSAGE_BYTES = 2000
-"""Of what a master said that did not start."""
+"""Bytes reported of the output of a master that did not start."""
 LENDER = """
 import sys
 from cached_attention.tiers.remote_address import parse_remote
@@ -32,7 +32,7 @@ sys.stdin.read()
 
 
 def missing() -> str | None:
-    """Why no master and no client can run on this machine; None where they can."""
+    """Why master and client cannot run on this machine; None if they can."""
     try:
         load_mooncake()
     except RemoteError as error:
@@ -41,7 +41,7 @@ def missing() -> str | None:
 
 
 class _Process(ABC):
-    """A process of the store, as long as the context."""
+    """A process of the store that runs for as long as the context is open."""
 
     _process: subprocess.Popen | None = None
 
@@ -72,8 +72,8 @@ class Master(_Process):
     """A master on a free port of this machine, which forgets all objects when it ends.
 
     Args:
-        log: what it says is added to this file; kept nowhere unless given.
-        client_ttl: seconds after which a server that is gone is noticed.
+        log: file to which its output is appended; None: not kept.
+        client_ttl: seconds after which a lost server is noticed.
     """
 
     def __init__(self, log: Path | None = None, client_ttl: int = 10) -> None:
@@ -82,16 +82,16 @@ class Master(_Process):
         self._client_ttl = client_ttl
 
     def url(self, segment: str) -> str:
-        """For `--cached-attention-remote`."""
+        """URL for `--cached-attention-remote`."""
         return f"mooncake://127.0.0.1:{self.port}?segment={segment}"
 
     def start(self) -> None:
-        """Returns when it takes connections.
+        """Start; returns when it accepts connections.
 
         Raises:
-            RuntimeError: it does not start; the message ends with what it said.
+            RuntimeError: it does not start; the message ends with its output.
         """
-        # Their own metrics take a port each, which is theirs only.
+        # Each master serves metrics on a port of its own.
         flags = {"rpc_port": self.port, "rpc_address": "127.0.0.1", "metrics_port": free_port()}
         flags |= {"client_ttl": self._client_ttl, "logtostderr": "true"}
         command = [str(Path(sys.executable).with_name("mooncake_master"))]
@@ -122,16 +122,16 @@ class Master(_Process):
 
 
 class Lender(_Process):
-    """A process that lends `size`, such as 128MB, to the store; it finds a master that was away by itself."""
+    """A process that lends `size`, such as 128MB, to the store; it reconnects after the master was away."""
 
     def __init__(self, master: Master, size: str) -> None:
         self._url = master.url(size)
 
     def start(self) -> None:
-        """Returns when the memory is lent.
+        """Start; returns when the memory is lent.
 
         Raises:
-            RuntimeError: it cannot be.
+            RuntimeError: it could not be lent.
         """
         command = [sys.executable, "-c", LENDER, self._url]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL

@@ -1,6 +1,6 @@
-"""What do returning users wait? Drives conversations against SGLang, over HTTP, and reports.
+"""How long do returning users wait? Drives conversations against SGLang over HTTP and reports.
 
-A server that runs already:
+Against a server that is already running:
 
     python -m benchmark.multiturn --base-url http://127.0.0.1:30000
 
@@ -8,7 +8,7 @@ Stock SGLang, CachedAttention and a device that holds everything, started and co
 
     python -m benchmark.multiturn --compare --model-path out/model
 
-What does CachedAttention cost where nothing can be reused?
+What does CachedAttention cost if nothing can be reused?
 
     python -m benchmark.multiturn --compare --workload zero-hit --configurations stock,cached-attention
 """
@@ -113,7 +113,7 @@ def _shape(args: argparse.Namespace) -> WorkloadShape:
         arrival_rate=args.arrival_rate,
         think_time_s=args.think_time,
     )
-    # Each prompt once, and the server always busy: what counts is how much work it gets done.
+    # Each prompt once, with the server always busy: what counts is throughput.
     return replace(shape, turns=1, arrival_rate=0.0) if args.workload == "zero-hit" else shape
 
 
@@ -148,7 +148,7 @@ def _plan(args: argparse.Namespace, shape: WorkloadShape) -> Plan:
 
 
 def vocabulary_of(model: str) -> int:
-    """Number of tokens that the config of a model names."""
+    """Vocabulary size according to the model's config."""
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
@@ -186,6 +186,6 @@ def _report(args: argparse.Namespace, rounds: list[Round]) -> None:
 
 
 if __name__ == "__main__":
-    # The servers are in process groups of their own: leave in a way that stops them.
+    # The servers run in process groups of their own: exit in a way that stops them.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())

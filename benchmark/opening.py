@@ -1,8 +1,8 @@
-"""How long a server waits for a disk store of many pages, and what it costs in memory.
+"""How long it takes a server to open a disk store of many pages, and how much memory.
 
     python -m benchmark.opening DIRECTORY PAGES [encrypted]    # opens what `make_store` made, prints JSON
 
-The records are of one small page each and were never written: the slot files are sparse.
+Each record is one small page, and was never written: the slot files are sparse.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cached_attention.tiers.disk_index import Changes, DiskIndex
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS, Space
 
 CHAIN = 32
-"""Pages of a conversation: 2,048 tokens in pages of 64."""
+"""Pages per conversation: 2,048 tokens in pages of 64."""
 _PAGE_BYTES = 4096
 _KEY = EncryptionKey(bytes(range(32)))
 _RESET_PEAK = "5"
@@ -41,15 +41,15 @@ _RESET_PEAK = "5"
 
 @dataclass(frozen=True)
 class Opening:
-    """Of one process that opened a store."""
+    """Measurements of one process that opened a store."""
 
     pages: int
     tier_s: float
     """Until the disk tier was open."""
     store_s: float
-    """And then until the store knew every page."""
+    """From then until the store knew every page."""
     peak_bytes: int
-    """Most resident memory meanwhile, above what it was before."""
+    """Peak resident memory meanwhile, above the level before."""
     encrypted: bool = False
 
     @property
@@ -62,7 +62,7 @@ class Opening:
 
 
 def make_store(directory: Path, pages: int, chain: int = CHAIN, *, encrypted: bool = False) -> None:
-    """A store of `pages` pages in conversations of `chain`, in the order in which they were saved."""
+    """Create a store of `pages` pages in conversations of `chain` pages, in the order of saving."""
     tier = _open_tier(directory, pages, encrypted)
     tier.close()
     fingerprint = _fingerprint().encrypted(_KEY.id) if encrypted else _fingerprint()
@@ -83,10 +83,10 @@ def make_store(directory: Path, pages: int, chain: int = CHAIN, *, encrypted: bo
 
 
 def measure(directory: Path, pages: int, encrypted: bool = False) -> Opening:
-    """Open the store in a process of its own.
+    """Open the store in a separate process.
 
     Raises:
-        subprocess.CalledProcessError: it could not.
+        subprocess.CalledProcessError: it failed.
     """
     command = [sys.executable, "-m", "benchmark.opening", str(directory), str(pages), *["encrypted"] * encrypted]
     reply = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -95,7 +95,7 @@ def measure(directory: Path, pages: int, encrypted: bool = False) -> Opening:
 
 def open_here(directory: Path, pages: int, encrypted: bool = False) -> Opening:
     pool = DevicePool([[torch.empty(4, _PAGE_BYTES // 2, dtype=torch.uint8) for _ in "KV"]], page_size=1)
-    CachedAttentionStore(pool, _PAGE_BYTES).close()  # What comes with the first store is no matter of pages.
+    CachedAttentionStore(pool, _PAGE_BYTES).close()  # First-use costs do not depend on pages.
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     started = time.perf_counter()

@@ -1,12 +1,12 @@
-"""What does a user wait for whose conversation has just outgrown the context window?
+"""How long does a user wait whose conversation has just outgrown the context window?
 
     python -m benchmark.model out/small-window --size 100m --context 1024
     python -m benchmark.overflow --model-path out/small-window
 
-Conversations go on over several overflows, on one server. At each overflow the same server also gets what it
-keeps as a prompt of its own, in a namespace that nobody else has: tokens truncated and computed again (the
-paper's TT). And it gets as many other new tokens after what was reused, which is now on the device: the floor,
-since the new tokens must be computed in any case.
+Conversations continue over several overflows, on one server. At each overflow the same server also gets the
+tokens it keeps as a separate prompt, in a namespace of its own: truncated and recomputed (the paper's TT). It
+also gets as many other new tokens after what was reused, which is now on the device: the lower limit, since the
+new tokens must be computed in any case.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Overflow:
     conversation: int
     turn: int
     prompt_tokens: int
-    """Kept, the new ones among them."""
+    """Kept tokens, including the new ones."""
     dropped_tokens: int
     reusable_tokens: int
-    """Kept whole pages that were computed in an earlier turn; the last token of an answer never is."""
+    """Tokens in kept whole pages that were computed in an earlier turn; the last token of an answer never is."""
     cached_tokens: int
     ttft_s: float
     recompute_ttft_s: float
-    """Of the same tokens, none of them cached."""
+    """TTFT of the same tokens, none of them cached."""
     floor_ttft_s: float
-    """Of as many new tokens, all others on the device."""
+    """TTFT of as many new tokens, with all others on the device."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Reply:
 
 
 class Conversations:
-    """Users of one server, each of whom sends its whole history at every turn."""
+    """Users of one server, each of whom sends its whole history in every turn."""
 
     def __init__(self, server: Server, args: argparse.Namespace) -> None:
         self._server = server
@@ -75,12 +75,12 @@ class Conversations:
         return self._words.choices(range(self._vocabulary // 4, self._vocabulary), k=count)
 
     def warm_up(self) -> None:
-        """What is compiled or loaded at first use counts for nobody."""
+        """Whatever is compiled or loaded at first use must not count."""
         for _ in range(2):
             self._ask(self.words(self._args.new), salt="warm-up")
 
     def hold(self, conversation: int) -> list[Overflow]:
-        """All turns of one conversation; returns those that overflowed."""
+        """Run all turns of one conversation; returns those that overflowed."""
         history: list[int] = []
         dropped, overflows = 0, []
         for turn in range(self._args.turns):
@@ -208,6 +208,6 @@ def _save_figure(path: Path, overflows: Sequence[Overflow]) -> None:
 
 
 if __name__ == "__main__":
-    # The server is in a process group of its own: leave in a way that stops it.
+    # The server runs in a process group of its own: exit in a way that stops it.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())

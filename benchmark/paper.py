@@ -3,18 +3,18 @@
     python -m benchmark.paper                          # all four, a quarter of the size
     python -m benchmark.paper --models 13B --think 10 60 300 --policies ours fetching-lru fetching-fifo
 
-What the paper states is in `Shape` and `MODELS`. What it does not state is a parameter here, and is shown: the
-time between turns (--think), how much of a turn is the answer, the speed of the SSD, how fast a model decodes,
-and how much slower than that the machine is in all (--slower). The time that a token of a prompt takes follows
-from the one that is stated (65B on four A100: 360 ms for 2,000 tokens) by the number of parameters and GPUs.
+What the paper states is in `Shape` and `MODELS`. What it does not state is a parameter here, and is reported: the
+time between turns (--think), the share of the answer in a turn, the speed of the SSD, how fast a model decodes,
+and how much slower than that the machine is overall (--slower). The prefill time per token is scaled from the one
+that is stated (65B on four A100: 360 ms for 2,000 tokens) by the number of parameters and GPUs.
 
-`--scale 0.25` simulates a quarter of everything: sessions, arrivals, memory, disk, bandwidth, and a machine of a
-quarter of the speed and batch. Times are given for the whole.
+`--scale 0.25` simulates a quarter of everything: sessions, arrivals, memory, disk, bandwidth, and a machine with
+a quarter of the speed and batch. Times are given for full size.
 
-A turn is a hit if all whole pages of its history were found: `hits`. The paper's item is the whole session, which
-is there or not; here the last page alone may be missing, so `partly` counts each turn by the part that was found.
-Time to first token is from the start of the prefill, as the paper's figures are: they are the inverse of its
-prefill throughput.
+A turn is a hit if all whole pages of its history were found: `hits`. The paper's unit is the whole session, which
+is found or not; here only the last page may be missing, so `partly` counts each turn by the share that was found.
+TTFT is measured from the start of the prefill, like the paper's figures, which are the inverse of its prefill
+throughput.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WARM_UP = 10_000
 BATCH = 24
 PCIE = 26e9
 HBM = 1.6e12
-"""Bytes per second of one A100 that decoding achieves. Not stated."""
+"""Bytes per second that decoding achieves on one A100. Not stated."""
 PREFILL = 360e-3 / 2000 * 4 / 65e9
 """Seconds per token, parameter and 1 / GPU: section 2.3 of the paper."""
 GPU_PRICE, STORAGE_PRICE = 5.0, 128 * 0.0088 + 10240 * 0.000082
@@ -60,25 +60,25 @@ GPU_PRICE, STORAGE_PRICE = 5.0, 128 * 0.0088 + 10240 * 0.000082
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the paper's evaluation, and what was reported for it."""
+    """A model of the paper's evaluation, and the results reported for it."""
 
     name: str
     parameters: float
     gpus: int
-    """For 13B from its cost saving, which fits two; for the others four fit."""
+    """For 13B inferred from its cost saving, which fits two; for the others four fit."""
     kv: float
     """Bytes per token."""
     context: int
     layers: int
     hit_rate: float
     ttft: float
-    """Reduction."""
+    """Share by which it was reduced."""
     throughput: float
     gpu_time: float
     saving: float
 
     def cost(self, page_tokens: int, disk: float, scale: float, slower: float) -> Cost:
-        """Of the machine, `scale` of its size; `disk`: bytes per second each way."""
+        """Cost model of the machine at `scale` of its size; `disk`: bytes per second in each direction."""
         hbm = HBM * self.gpus / slower
         return Cost(
             prefill_token=slower * PREFILL * self.parameters / self.gpus / scale,
@@ -104,34 +104,34 @@ MODELS = {
     )
 }
 PAPER_EVICTION = {"ours": 0.86, "fetching-lru": 0.58, "fetching-fifo": 0.48}
-"""Hit rates of 13B at 128 GB and 10 TB."""
+"""Reported hit rates of 13B at 128 GB and 10 TB."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One simulation, from the warm-up on; times in seconds of the whole machine."""
+    """One simulation, without the warm-up; times in seconds of the machine at full size."""
 
     model: str
     think: float
     policy: str
     hit_rate: float
-    """Turns of which all whole pages of the history were found."""
+    """Share of turns for which all whole pages of the history were found."""
     partly: float
-    """The part of the history that was found, on average over all turns; 0 where there is no history."""
+    """Share of the history that was found, on average over all turns; 0 without a history."""
     possible: float
-    """Turns that have a history."""
+    """Share of turns that have a history."""
     in_time: float
-    """Of the pages found, those in host memory when the turn was first to run."""
+    """Share of the pages found that were in host memory when the turn was first due to run."""
     ttft: float
     prefill_throughput: float
-    """Tokens of prompts per second of prefill."""
+    """Prompt tokens per second of prefill."""
     gpu_time: float
-    """In which the machine was busy, warm-up included."""
+    """Seconds in which the machine was busy, including the warm-up."""
     queue: float
-    """Turns that waited, on average, for a machine of full size."""
+    """Turns that waited, on average, scaled to a machine of full size."""
     wait: float
     seconds: float
-    """That the simulation took of one core."""
+    """CPU seconds of the simulation."""
 
 
 def simulate(args: argparse.Namespace, model: Model, think: float, policy: str) -> Result:
@@ -273,7 +273,7 @@ def _policies_table(results: Sequence[Result]) -> Table:
 
 
 def _models_table(results: Sequence[Result]) -> Table:
-    """Against computing everything again; each figure beside the paper's."""
+    """Improvement over recomputing, each number beside the paper's."""
     table = Table(title="Against recomputing, and what the paper reports", title_justify="left")
     for name in ("model", "think", "TTFT", "paper", "prefill", "paper", "GPU time", "paper", "saving", "paper"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -304,7 +304,7 @@ COLOURS = {"ours": "#0072b2", "fetching-lru": "#8c8c8c", "fetching-fifo": "#cc79
 
 
 def _save_figure(path: Path, results: Sequence[Result]) -> None:
-    """Hit rate over the time between turns, the paper's as dashes."""
+    """Hit rate by time between turns, with the paper's as dashed lines."""
     models = list(dict.fromkeys(one.model for one in results))
     figure = Figure(figsize=(1.5 + 3.2 * len(models), 4), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(models), sharey=True))

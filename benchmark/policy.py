@@ -1,4 +1,4 @@
-"""Which policy keeps what will be asked for again? Replays a trace in virtual time, beside the offline optimum.
+"""Which policy keeps what will be needed again? Replays a trace in virtual time, beside the offline optimum.
 
 Requests run when they arrive:
 
@@ -8,18 +8,18 @@ Under load, with 50, 200 and 500 requests waiting at all times:
 
     python -m benchmark.policy --trace conversation.jsonl --capacity 1000 --queue 50 200 500
 
-On time, on a machine that takes 1.2 times as long for everything:
+Arriving as in the trace, on a machine that takes 1.2 times as long for everything:
 
     python -m benchmark.policy --trace conversation.jsonl --capacity 1000 --slower 1.2
 
 The trace is JSONL in Mooncake's format, with an id per block of 512 tokens. The hit rate counts every block of
-every prompt, first-time blocks included. The gap is that between LRU and the optimum (Belady's, for the same
-order of execution): a policy at LRU's hit rate closes 0% of it.
+every prompt, including blocks seen for the first time. The gap is the one between LRU and the optimum (Belady's,
+for the same execution order): a policy at LRU's hit rate closes 0% of it.
 
-A queue covers a capacity where the pages that would fill it are known: where, on average, as many pages as the
-tier holds are wanted by a request that waited already when they were last used. Only of those can looking ahead
+A queue covers a capacity if the pages that would fill it are known: if, on average, as many pages as the tier
+holds are needed by a request that was already waiting when they were last used. Only for those can look-ahead
 know at that moment that they should stay. `known` counts them. `wanted` counts the distinct pages of all prompts
-in the queue; most of these were never computed before, and need no room until they are.
+in the queue; most of these were never computed before, and need no space until they are.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ ON_ARRIVAL, ON_TIME = "on arrival", "on time"
 
 
 class Cell(NamedTuple):
-    """One simulation: a policy at a capacity of host memory (pages), and how requests come."""
+    """One simulation: a policy, a capacity of host memory (pages), and how requests arrive."""
 
     load: str
     queue: int
-    """Requests that always wait; 0: none, or as they come."""
+    """Requests that always wait; 0: none, or as they arrive."""
     capacity: int
     policy: str
 
@@ -82,17 +82,17 @@ class Result:
     ttft_mean: float
     ttft_p99: float
     disk_bytes: int
-    """Written."""
+    """Bytes written to disk."""
     queue: float
-    """Requests that waited, on average, the one to run included."""
+    """Requests that waited, on average, including the one to run."""
     wanted: float
     """Distinct pages of their prompts."""
     seconds: float
-    """That the simulation took of one core."""
+    """CPU seconds of the simulation."""
 
 
 def known_pages(requests: Sequence[Request], queue: int) -> float:
-    """Pages, on average, whose next user was among the next `queue` requests when they were last used."""
+    """Average number of pages whose next user was among the next `queue` requests when they were last used."""
     last: dict[PageKey, int] = {}
     total = 0
     for place, request in enumerate(requests):
@@ -104,7 +104,7 @@ def known_pages(requests: Sequence[Request], queue: int) -> float:
 
 
 def simulate(args: argparse.Namespace, cell: Cell) -> Result:
-    """In a process of its own, which reads the trace itself."""
+    """Run one simulation, possibly in a separate process, which reads the trace itself."""
     requests = _requests(args.trace)
     cost = _cost(args)
     machine = Machine(
@@ -173,7 +173,7 @@ def _result(cell: Cell, outcome: Outcome, cost: Cost, seconds: float) -> Result:
 
 
 def gap_closed(result: Result, results: Sequence[Result]) -> float:
-    """Part of the way from LRU to the optimum, at the same load and capacity; NaN where either is unknown."""
+    """Share of the gap between LRU and the optimum, at the same load and capacity; NaN if either is unknown."""
     bounds = {
         other.policy: other.hit_rate
         for other in results
@@ -211,7 +211,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.queue and args.slower:
         parser.error("give either --queue or --slower")
     if "optimum" in args.policies and (args.disk or args.schedule_policy != "fcfs"):
-        args.policies.remove("optimum")  # It needs the order of execution beforehand, and knows one tier only.
+        args.policies.remove("optimum")  # It needs the execution order in advance, and knows one tier only.
     args.load = ON_TIME if args.slower else "queue" if args.queue else ON_ARRIVAL
     args.slower = args.slower or 1.0
     return args

@@ -1,7 +1,7 @@
-"""Servers that are up in seconds: forked from a process that has imported SGLang already.
+"""Servers that start in seconds: forked from a process that has already imported SGLang.
 
-Of the start of a small server on a CPU nearly all is the import of SGLang, in three processes. These servers
-run the same program with the same arguments; where the start itself is what matters, use `Server`.
+Nearly all of the time to start a small server on a CPU is the import of SGLang, in three processes. These servers
+run the same program with the same arguments; if the start itself is what matters, use `Server`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METRICS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
 @cache
 def early_environment() -> dict[str, str]:
-    """What the launch of a server puts into the environment for libraries that its workers have yet to load."""
+    """Environment that the launch of a server sets for libraries that its workers have yet to load."""
     return {"OMP_WAIT_POLICY": "PASSIVE", METRICS_DIRECTORY: tempfile.mkdtemp(prefix="sglang-metrics-")}
 
 
@@ -51,7 +51,7 @@ class PreloadedServer(Server):
 
 
 class ForkedProcess:
-    """A `Process` for `Server`."""
+    """A forked process with the interface that `Server` needs."""
 
     def __init__(self, process: ForkServerProcess) -> None:
         self._process = process

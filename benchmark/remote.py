@@ -1,15 +1,15 @@
-"""What does a page cost in the remote tier, and what does that come to with 10, 100 and 1,000 servers?
+"""What does a page cost in the remote tier, and what does that add up to with 10, 100 and 1,000 servers?
 
     python -m benchmark.remote [--page-mib 8] [--pages 32] [--rounds 5] [--encryption] [--output DIR]
 
 Starts a Mooncake master and a process that lends memory, and measures over TCP on this machine:
 
-- put and get of pages, in batches as the store makes them, against one memcpy of the same bytes,
-- with --encryption, the same encrypted, in turns with those in the clear,
-- one lookup, by the number of pages that it asks for,
-- what the master's memory grows by per page, over --objects small ones.
+- put and get of pages, in batches as the store makes them, compared with one memcpy of the same bytes,
+- with --encryption, the same for encrypted pages, alternating with unencrypted ones,
+- one lookup, by the number of pages in it,
+- growth of the master's memory per page, over --objects small pages.
 
-Then works out a fleet from it: see docs/remote.md for the assumptions, which are options. Prints tables and
+Then calculates a fleet from these: see docs/remote.md for the assumptions, which are options. Prints tables and
 saves a figure and the numbers in DIR.
 """
 
@@ -51,33 +51,33 @@ PAGE_TOKENS = 64
 
 @dataclass
 class Costs:
-    """Of one page, in seconds and bytes."""
+    """Costs of one page, in seconds and bytes."""
 
     page_bytes: int
     put: float
     get: float
     memcpy: float
     lookup: dict[int, float] = field(default_factory=dict)
-    """Seconds of one call, by the pages that it asks for."""
+    """Seconds per call, by the number of pages in it."""
     master_bytes: float = 0.0
-    """Memory of the master."""
+    """Memory of the master per page."""
     sealed: dict[str, float] = field(default_factory=dict)
-    """`put` and `get` of an encrypted one."""
+    """`put` and `get` of an encrypted page."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one server does."""
+    """Load of one server."""
 
     requests: float
-    """Per second."""
+    """Requests per second."""
     new_tokens: int
-    """Of a request, prompt and answer, that no page holds yet."""
+    """Tokens of a request, prompt and answer, that no page holds yet."""
     history_tokens: int
     moved: float
     """Share of the requests whose history comes from another server."""
     lent: int
-    """Bytes."""
+    """Bytes of memory that it lends."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,18 @@ class FleetCosts:
     servers: int
     index_pages: float
     index_bytes: float
-    """Of the master."""
+    """Memory of the master."""
     calls: float
-    """Per second, at the master."""
+    """Calls per second at the master."""
     put_bytes: float
-    """Per second and server, out and in alike."""
+    """Per second and server, as much outgoing as incoming."""
     get_bytes: float
 
     @classmethod
     def of(cls, servers: int, load: Load, costs: Costs) -> Self:
         pages = servers * load.lent / costs.page_bytes
         new, old = load.new_tokens / PAGE_TOKENS, load.history_tokens / PAGE_TOKENS
-        # A put takes two calls (begin, end), a get one, each for up to 16 pages; a request asks once.
+        # A put takes two calls (begin, end), a get one, each for up to 16 pages; a request has one lookup.
         calls = load.requests * (1 + 2 * -(-new // 16) + load.moved * -(-old // 16))
         return cls(
             servers,
@@ -109,7 +109,7 @@ class FleetCosts:
 
 
 class Bench:
-    """A member that lends nothing, so that every page crosses to the lender's process."""
+    """A member that lends nothing, so that every page moves to or from the lender's process."""
 
     def __init__(
         self, master: Master, page_bytes: int, pages: int, segment: int, key: EncryptionKey | None = None
@@ -127,7 +127,7 @@ class Bench:
             time.sleep(0.01)
 
     def put(self, first: int) -> float:
-        """Seconds."""
+        """Seconds that it takes."""
         writes = [self._write(first, slot) for slot in range(self.pages)]
         begun = time.perf_counter()
         done = self.tier.write(writes).result()
@@ -136,7 +136,7 @@ class Bench:
         return seconds
 
     def get(self, first: int) -> float:
-        """Seconds, the check of every page included."""
+        """Seconds that it takes, including the check of every page."""
         buffers = [self.host.slot_bytes(slot) for slot in range(self.pages)]
         reads = [PageRead(key(first + slot), -1, 0, buffer) for slot, buffer in enumerate(buffers)]
         begun = time.perf_counter()
@@ -197,14 +197,14 @@ def measure(page_bytes: int, pages: int, rounds: int, *, encryption: bool = Fals
         lookups = {
             asked: statistics.median(bench.lookup(asked) for _ in range(10 * rounds)) for asked in LOOKUP_PAGES
         }
-    # The first round connects.
+    # The first round includes connecting.
     one = {name: statistics.median(found[1:]) / pages for name, found in seconds.items()}
     sealed = {name: one[f"sealed {name}"] for name in ("put", "get") if encryption}
     return Costs(page_bytes, one["put"], one["get"], one["memcpy"], lookups, sealed=sealed)
 
 
 def master_bytes(objects: int) -> float:
-    """What the master grows by per object."""
+    """Bytes by which the master's memory grows per object."""
     pages = 1000
     with Master() as master:
         bench = Bench(master, 64, pages, segment=max(64 << 20, 1024 * objects))

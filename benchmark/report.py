@@ -64,7 +64,7 @@ def multiturn_table(summaries: Sequence[Summary], agreements: Sequence[Agreement
 
 
 def zero_hit_table(rounds: Sequence[Round]) -> Table:
-    """Medians over the rounds; ratios are taken within a round, against the first configuration."""
+    """Medians over the rounds; ratios are relative to the first configuration in the same round."""
     groups = by_configuration(rounds)
     reference = next(iter(groups))
     table = Table(title=f"Distinct prompts ({len(groups[reference])} rounds)", title_justify="left")
@@ -103,7 +103,7 @@ def mismatch_lines(agreements: Sequence[Agreement]) -> list[str]:
 
 
 def tiers(summaries: Sequence[Summary]) -> list[str]:
-    """Tiers that served any prompt token, fastest first as the server names them, "computed" last."""
+    """Tiers that served any prompt token, as the server names them, fastest first and "computed" last."""
     order = {"device": 0, "host": 1, "disk": 2, "remote": 3, "storage": 4, COMPUTED: 9}
     seen = {tier for summary in summaries for tier in summary.origin}
     return sorted(seen, key=lambda tier: (order.get(tier, 5), tier))
@@ -112,7 +112,7 @@ def tiers(summaries: Sequence[Summary]) -> list[str]:
 def write_json(
     path: Path, parameters: Mapping[str, Any], rounds: Sequence[Round], **sections: Sequence[Any]
 ) -> None:
-    """Everything that was asked, summarised and recorded, with versions and machine."""
+    """Write parameters, summaries and records, with versions and machine."""
     content = {
         "parameters": dict(parameters),
         "machine": machine(),
@@ -124,7 +124,7 @@ def write_json(
 
 
 def machine() -> dict[str, Any]:
-    """Versions of what was measured and the size of what it ran on."""
+    """Versions of the measured packages, and the size of the machine."""
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),

@@ -2,13 +2,13 @@
 
     python -m benchmark.scheduling      # 1,000 waiting requests of 160 pages each, a million pages in the index
 
-A pass is all that a scheduling pass of SGLang asks of the store: the queue as it stands and in its new order,
-what has arrived from disk, more of it asked for, whether each waiting request may run, and a hold on the pages of
-those that are admitted. As many arrive as are admitted; what an arrival costs is a row of its own. A quarter of
-the requests has its pages on disk only and waits for them, since the model is slow; they are fetched meanwhile.
-Between two passes the thread calls small tensor operations for as long as a decode step takes, as a forward that
-launches kernels; reads end meanwhile, on other threads. Then host memory is full, and pages leave it so that
-others find room.
+A pass is everything that a scheduling pass of SGLang asks of the store: the queue as it is and in its new order,
+what has arrived from disk, further fetches, whether each waiting request may run, and a hold on the pages of
+those that are admitted. As many requests arrive as are admitted; the cost of an arrival is a row of its own. A
+quarter of the requests have their pages on disk only and wait for them, since the model is slow; they are fetched
+meanwhile. Between two passes the thread runs small tensor operations for as long as a decode step takes, like a
+forward that launches kernels; reads finish meanwhile, on other threads. Finally host memory is full, and pages
+are evicted to make room for others.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ PAGE_BYTES, PAGE_TOKENS = 4096, 64
 FORWARD = 0.01
 """Seconds from one pass to the next."""
 ADMITTED = 4
-"""Requests that a pass admits, and that arrive after it."""
+"""Requests admitted in a pass, and arriving after it."""
 SHUFFLED = 10
-"""Every so many passes the order of the queue is another one."""
+"""Passes after which the order of the queue changes."""
 ON_DISK = 0.25
-"""Part of the waiting requests."""
+"""Share of the waiting requests that have their pages on disk only."""
 BOUND_MEDIAN, BOUND_P99, BOUND_EVICT = 1e-3, 5e-3, 2e-3
-"""Seconds: of a pass or an arrival, and for a thousand pages that leave."""
+"""Seconds per pass or arrival, and per thousand evicted pages."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Cost:
 
 
 class Queue:
-    """A store of many pages and requests that wait for some of them."""
+    """A store of many pages, and requests that wait for some of them."""
 
     def __init__(self, directory: Path, args: argparse.Namespace) -> None:
         self._args = args
@@ -95,7 +95,7 @@ class Queue:
         self._arrived = 0
         self.waiting: list[tuple[str, Chain]] = []
         self.arrivals: list[float] = []
-        """Seconds that the store took of each."""
+        """Seconds that the store took for each."""
         for keys in first:
             self._arrive(keys)
 
@@ -117,7 +117,7 @@ class Queue:
         store.close()
 
     def _place(self, keys: Sequence[bytes]) -> None:
-        """As if they had been asked for and saved long ago, and are on disk as well."""
+        """Add pages as if they had been requested and saved long ago, and were on disk as well."""
         pages = self.store._pages
         pages.note_prompt("earlier", keys, time.time())
         pages.next_use.ran("earlier", time.time())
@@ -138,7 +138,7 @@ class Queue:
         self.waiting.append((name, chain))
 
     def run_pass(self, number: int) -> float:
-        """Returns the seconds that the store took of it."""
+        """Run one pass; returns the seconds that the store took."""
         self._forward()
         before = [name for name, _ in self.waiting]
         if number % SHUFFLED == 0:
@@ -167,13 +167,13 @@ class Queue:
             self._hidden + torch.nn.functional.silu(self._hidden @ self._weight) @ self._weight
 
     def evict(self, pages: int) -> float:
-        """Seconds until `pages` pages have left host memory; as many new ones take their slots afterwards."""
+        """Seconds to evict `pages` pages from host memory; as many new ones take their slots afterwards."""
         seconds = _timed(lambda: self.store._pages.make_room(pages, None))
         self.fill_up()
         return seconds
 
     def fill_up(self) -> None:
-        """Until no host slot is free and nothing waits."""
+        """Add pages until no host slot is free; nothing is waiting then."""
         self.store.reorder([])
         self.store.end_pass()
         while free := self.store.host.free_slots:

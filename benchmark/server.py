@@ -32,14 +32,14 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """Port that nothing listens on at the moment of the call."""
+    """A port that nothing listens on at the moment of the call."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Process(Protocol):
-    """What `Server` uses of a `subprocess.Popen`."""
+    """The part of `subprocess.Popen` that `Server` uses."""
 
     pid: int
 
@@ -53,10 +53,10 @@ class Process(Protocol):
 class Server:
     """SGLang serving `model` on a free port, in a process group of its own.
 
-    `args` are added to the command line as they are; a float32 model is served in float32 unless they hold
-    --dtype. `env` is laid over the present environment.
-    `log` takes stdout and stderr (default: a new temporary file). The constructor starts the process;
-    entering the context, or `wait_ready()`, waits until it answers. Requests may come from many threads.
+    `args` are appended to the command line unchanged; a float32 model is served in float32 unless they contain
+    --dtype. `env` is added to the current environment. `log` receives stdout and stderr (default: a new temporary
+    file). The constructor starts the process; entering the context, or `wait_ready()`, waits until it answers.
+    Requests may come from many threads.
     """
 
     def __init__(
@@ -139,10 +139,10 @@ class Server:
         sampling_params: Mapping[str, Any] | None = None,
         **request: Any,
     ) -> Any:
-        """The JSON of /generate: a dict with `text`, `output_ids`, `meta_info`; a list of them for a batch.
+        """Response JSON of /generate: a dict with `text`, `output_ids`, `meta_info`; a list of them for a batch.
 
-        Greedy and blind to EOS unless `sampling_params` says otherwise. `request` holds any other field of
-        the request (`rid`, `extra_key`, `return_logprob`, ...). ServerError carries the server's refusal.
+        Greedy and ignoring EOS unless `sampling_params` says otherwise. `request` holds any other fields of the
+        request (`rid`, `extra_key`, `return_logprob`, ...). ServerError carries the server's refusal.
         """
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
         field = "text" if _is_text(prompt) else "input_ids"
@@ -156,8 +156,8 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics (needs --enable-metrics).
 
-        Every sample is under its full name, `name{label="value",...}` with labels sorted, and the sum
-        over all label sets is under the bare name.
+        Every sample is stored under its full name, `name{label="value",...}` with labels sorted, and the sum over
+        all label sets under the bare name.
         """
         totals: dict[str, float] = {}
         for name, labels, value in self._samples():
@@ -193,7 +193,7 @@ class Server:
             return stream.read().decode(errors="replace")
 
     def stop(self) -> None:
-        """End the server and everything it started; harmless when called again."""
+        """Stop the server and everything it started; may be called again."""
         family = self._family()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -201,7 +201,7 @@ class Server:
         self._kill()
 
     def kill(self) -> None:
-        """End the server as a crash would: SIGKILL to all of its processes at once."""
+        """Stop the server like a crash: SIGKILL to all of its processes at once."""
         self._family()
         self._kill()
 
@@ -244,8 +244,8 @@ def _temporary_log() -> Path:
 
 
 def _own_dtype(model: Path, args: Sequence[str]) -> list[str]:
-    """Keep a float32 model float32: SGLang's default would serve it in float16, slowly on a CPU and with
-    rounding that turns near-ties between tokens."""
+    """Keep a float32 model in float32: SGLang's default would serve it in float16, slowly on a CPU and with
+    rounding that flips near-ties between tokens."""
     config = model / "config.json"
     if "--dtype" in args or not config.is_file():
         return []

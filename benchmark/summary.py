@@ -1,4 +1,4 @@
-"""What the records of a benchmark say: latencies, throughput, where tokens came from, whether outputs agree."""
+"""Statistics of a benchmark's records: latencies, throughput, origin of tokens, agreement of outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPUTED = "computed"
 
 @dataclass(frozen=True)
 class Latency:
-    """Mean and percentiles of some times, in seconds; all NaN when there were none."""
+    """Mean and percentiles of durations, in seconds; all NaN if there are none."""
 
     mean: float
     p50: float
@@ -51,7 +51,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A turn whose prompt was the same as the reference's and whose answer was not, from token `position` on."""
+    """A turn with the same prompt as the reference's but another answer, from token `position` on."""
 
     configuration: str
     round: int
@@ -62,7 +62,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Answers of one configuration against the reference's, on equal prompts."""
+    """Answers of one configuration compared with the reference's, on equal prompts."""
 
     configuration: str
     compared: int
@@ -70,7 +70,7 @@ class Agreement:
 
 
 def summarise(rounds: Sequence[Round], first_measured_turn: int = 1) -> Summary:
-    """Summary of the rounds of one configuration; latencies are of turns from `first_measured_turn` on."""
+    """Summary of the rounds of one configuration; latencies are those of turns from `first_measured_turn` on."""
     turns = [turn for one in rounds for turn in one.turns]
     measured = [turn for turn in turns if turn.turn >= first_measured_turn]
     wall = sum(one.wall_s for one in rounds)
@@ -108,7 +108,7 @@ def by_configuration(rounds: Iterable[Round]) -> dict[str, list[Round]]:
 def agreement(rounds: Sequence[Round], reference: Sequence[Round]) -> Agreement:
     """Compare the rounds of one configuration with the same rounds of the reference.
 
-    A conversation is followed up to its first mismatch: after it the prompts differ.
+    A conversation is compared up to its first mismatch: after it the prompts differ.
     """
     expected = {(one.index, turn.conversation, turn.turn): turn for one in reference for turn in one.turns}
     compared = 0
@@ -140,11 +140,11 @@ def total_throughput(one: Round) -> float:
 
 
 def paired_ratios(rounds: Sequence[Round], reference: Sequence[Round]) -> list[float]:
-    """Throughput of each round over that of the reference's round with the same index."""
+    """Throughput of each round relative to the reference's round with the same index."""
     expected = {one.index: total_throughput(one) for one in reference}
     return [total_throughput(one) / expected[one.index] for one in rounds]
 
 
 def median_throughput(rounds: Sequence[Round]) -> float:
-    """Median over the rounds, in tokens per second."""
+    """Median throughput over the rounds, in tokens per second."""
     return statistics.median(total_throughput(one) for one in rounds)

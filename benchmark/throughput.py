@@ -1,4 +1,4 @@
-"""What a tier's own classes move per second, and what the same bytes take without them, in turns."""
+"""Throughput of a tier's own classes, measured alternately with moving the same bytes without them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from cached_attention.transfer.copier import page_copier
 from cached_attention.write_behind import BATCH_PAGES, URGENT_BATCHES
 
 IO_THREADS = 4
-"""Of the disk tier, which is its default; reads have one more."""
+"""Write threads of the disk tier (its default); reads have one more."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides the bytes of a token."""
+    """Model dimensions that determine the bytes of a token."""
 
     layers: int = 32
     kv_heads: int = 8
@@ -43,7 +43,7 @@ class ModelShape:
 
     @property
     def component_bytes(self) -> int:
-        """Of one token's keys, or values, in one layer."""
+        """Bytes of one token's keys, or values, in one layer."""
         return self.kv_heads * self.head_dim * self.dtype_bytes
 
     @property
@@ -66,13 +66,13 @@ class Comparison:
     page_tokens: int
     page_bytes: int
     moved_bytes: int
-    """In each round."""
+    """Bytes moved in each round."""
     ours_s: list[float] = field(default_factory=list)
     raw_s: list[float] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
-        """Of our throughput to the raw one, within each round."""
+        """Ratios of our throughput to the raw one, within each round."""
         return [raw / ours for ours, raw in zip(self.ours_s, self.raw_s, strict=True)]
 
     @property
@@ -89,16 +89,16 @@ class Comparison:
 
 
 class Contest(NamedTuple):
-    """Two ways to move the same bytes, by direction: ours, and the raw one."""
+    """Two ways to move the same bytes in one direction: ours, and the raw one."""
 
     ours: Callable[[], None]
     raw: Callable[[], None]
     before_ours: Callable[[], None] = lambda: None
-    """Not timed."""
+    """Preparation, not timed."""
     before_raw: Callable[[], None] = lambda: None
 
     def run(self, comparison: Comparison, rounds: int) -> Iterator[None]:
-        """Measure in turns, the first one alternating, after a round that does not count; yields per round."""
+        """Time both sides, with alternating order, after an unrecorded warm-up round; yields per round."""
         for number in range(-1, rounds):
             seconds = {}
             sides = {"ours": (self.before_ours, self.ours), "raw": (self.before_raw, self.raw)}
@@ -117,10 +117,10 @@ class Contest(NamedTuple):
 class HostBench:
     """A device pool in ordinary memory, an arena of the same size, and the copier between them.
 
-    The raw side is one memcpy of all of it, between the same memory, page after page in order.
+    The raw side is one memcpy of the whole, between the same memory, in order.
 
     Args:
-        size: bytes; beyond the CPU's caches.
+        size: bytes; larger than the CPU's caches.
     """
 
     def __init__(self, shape: ModelShape, page_tokens: int, size: int) -> None:
@@ -157,13 +157,13 @@ class HostBench:
 class DiskBench:
     """A disk tier and, beside it, a file of the same size on the same file system.
 
-    `fill` is into preallocated space that was never written, `write` into space that was, `read` in the order
-    of the slots. The raw side moves the same bytes from the same memory with calls of the same size from as
-    many threads, and calls fdatasync as long as writes come in and once at the end, as the tier does. It
-    keeps no index. The tier allocates its space while it fills it; the raw file has it from the start.
+    `fill` writes to preallocated space that was never written, `write` to space that was, and `read` reads in the
+    order of the slots. The raw side moves the same bytes from the same memory with calls of the same size from as
+    many threads, and calls fdatasync as long as writes come in and once at the end, like the tier. It keeps no
+    index. The tier allocates its space while it fills it; the raw file has it from the start.
 
     Args:
-        directory: made, and removed by `close`.
+        directory: created, and removed by `close`.
         size: bytes; the directory takes about twice as many, and some more for the index.
         encryption: key of the tier's store.
     """
@@ -224,7 +224,7 @@ class DiskBench:
         )
 
     def _start_empty(self) -> None:
-        """A store that has no page gives its space back when it is closed."""
+        """Start with an empty store: it frees its space when it is closed without pages."""
         self._forget()
         self._tier.close()
         self._tier = self._open()
@@ -240,7 +240,7 @@ class DiskBench:
         self._saved = []
 
     def _write(self) -> None:
-        """As write-behind does when host memory is short."""
+        """Write like write-behind does when host memory is short."""
         waiting: deque[Future[list[int | None]]] = deque()
         first = 0
         while first < len(self._writes):
@@ -272,7 +272,7 @@ class EncryptionBench:
     """A disk tier that encrypts, and beside it one that does not, on the same file system.
 
     Args:
-        directory: made, and removed by `close`.
+        directory: created, and removed by `close`.
         size: bytes; memory takes twice as many, the directory four times.
     """
 
@@ -297,7 +297,7 @@ class EncryptionBench:
 
 
 class RawFile:
-    """A preallocated file, moved with plain calls."""
+    """A preallocated file, read and written with plain calls."""
 
     def __init__(self, path: Path, size: int, direct: bool) -> None:
         self._path, self._size, self._direct = path, size, direct
@@ -305,7 +305,7 @@ class RawFile:
         self.make()
 
     def make(self) -> None:
-        """Anew, never written."""
+        """Create the file anew; nothing is written to it."""
         self.close()
         flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0)
         self._fd = os.open(self._path, flags, 0o600)
@@ -350,7 +350,7 @@ class RawFile:
 
     @contextmanager
     def _syncing(self) -> Iterator[threading.Event]:
-        """Calls fdatasync whenever the event was set since the call before, on a thread of its own."""
+        """Call fdatasync, on a separate thread, whenever the event was set since the previous call."""
         written, ended = threading.Event(), threading.Event()
 
         def sync() -> None:

@@ -1,16 +1,17 @@
-"""Do the tiers give what memory and disk can give, and what does their index cost?
+"""Do the tiers reach the bandwidth of memory and disk, and what does their index cost?
 
     python -m benchmark.tiers [--directory DIR] [--output DIR] [--encryption]
 
-- host: save and load between a device pool in ordinary memory and the arena, against one memcpy of the same
+- host: save and load between a device pool in ordinary memory and the arena, compared with one memcpy of the same
   bytes.
-- disk: fill (new space), write (space used before) and read, against plain pwritev, preadv and fdatasync calls
-  of the same size and depth on the same file system, around the page cache where it can be.
-- encrypted, with --encryption: the disk tier with encryption against the same without, and opening such a store.
-- open: seconds and peak memory until a server knows every page of a store, in a process of its own.
+- disk: fill (new space), write (space used before) and read, compared with plain pwritev, preadv and fdatasync
+  calls of the same size and depth on the same file system, bypassing the page cache where possible.
+- encrypted, with --encryption: the disk tier with encryption compared with the same without, and opening such a
+  store.
+- open: seconds and peak memory until a server knows every page of a store, in a separate process.
 - index: operations per second.
 
-The two sides of a comparison run in turns, and the ratio is the median of the rounds' ratios. DIR is emptied.
+The two sides of a comparison alternate, and the ratio is the median of the rounds' ratios. DIR is emptied.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from benchmark.throughput import Comparison, DiskBench, EncryptionBench, HostBen
 from cached_attention.permissions import make_private
 
 BOUNDS = {"host": 0.85, "disk": 0.90, "encrypted": 0.60}
-"""Least ratio to the raw limit, or to the disk tier that does not encrypt."""
+"""Lowest ratio to the raw limit, or to the disk tier without encryption."""
 AGAINST = {"host": "one memcpy", "disk": "plain preadv and pwritev", "encrypted": "the same tier in the clear"}
 BOUND_FROM = 1 << 20
-"""Bytes of a page; smaller ones have none."""
+"""Bytes of a page; smaller pages have no bound."""
 MOST_OPENING_S = 5.0
 MOST_BYTES_PER_PAGE = 300
 BOUND_PAGES = 1_000_000
@@ -55,7 +56,7 @@ COLOURS = {"save": "#0072b2", "load": "#009e73", "fill": "#cc79a7", "write": "#0
 @dataclass
 class Result:
     direct: bool = True
-    """Whether disk I/O went around the page cache."""
+    """Whether disk I/O bypassed the page cache."""
     comparisons: list[Comparison] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
     index: list[IndexSpeed] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A tokenizer made on the spot: no download, every text can be encoded, every emitted token is a word."""
+"""A tokenizer generated on the spot: no download, every text can be encoded, every emitted token is a word."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SPACE = "\u0120"  # how byte-level BPE writes a space
 def make_tokenizer(vocabulary: int, context: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with `vocabulary` tokens: 256 bytes, the special tokens, syllables, two-syllable words.
 
-    Any text can be encoded; every token that the models emit is a whole word with its leading space, so
-    decoding and encoding again gives the same tokens.
+    Any text can be encoded; every token that the models emit is a whole word with its leading space, so decoding
+    and re-encoding gives the same tokens.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ def make_tokenizer(vocabulary: int, context: int) -> PreTrainedTokenizerFast:
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [first + second for first, second in merges]
     room = vocabulary - len(tokens)
-    # A stride coprime to the number of words takes them from all over the alphabet.
+    # A stride coprime to the number of words picks them from all over the alphabet.
     for word in (words[index * 1_237 % len(words)] for index in range(room)):
         merges.append((SPACE + word[:2], word[2:]))
         tokens.append(SPACE + word)

@@ -42,14 +42,14 @@ from benchmark.truncation.training import Recipe, Trained, train
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained and what is read. `length`: of a conversation, in tokens."""
+    """What is trained and what is read. `length`: tokens of a conversation."""
 
     recipe: Recipe
     length: int
     each: int
-    """Conversations from one held-out document, at most."""
+    """Most conversations from one held-out document."""
     document_share: int
-    """Of so many documents one is used."""
+    """One in this many documents is used."""
 
 
 FULL = Setting(
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Trains or loads, reads, prints and writes; ValueError where the arguments do not fit one another."""
+    """Train or load, read, print and write; ValueError if the arguments do not fit together."""
     setting = QUICK if args.quick else FULL
     steps = args.steps or setting.recipe.steps
     recipe = Recipe(**{**vars(setting.recipe), "steps": steps, "seed": args.seed})
@@ -158,9 +158,9 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def truncation_plan(shape: Shape, page_size: int, sink_pages: int) -> Plan:
-    """Half of the trained context is the window that overflows, so that the other half can serve as the ceiling.
+    """The window that overflows is half of the trained context, so that all of it can serve as the ceiling.
 
-    Half of the window goes at a time: `--cached-attention-truncation-ratio 0.5`.
+    Half of the window is dropped at a time: `--cached-attention-truncation-ratio 0.5`.
     """
     window = shape.window // 2
     if page_size < 1 or (window // 2) % page_size:
@@ -171,7 +171,7 @@ def truncation_plan(shape: Shape, page_size: int, sink_pages: int) -> Plan:
 
 
 def trained_model(path: Path, recipe: Recipe, documents: list[Document], device: str) -> Trained:
-    """The model in `path`, or a new one that is then kept there; ValueError if another was kept there."""
+    """The model in `path`, or a new one that is saved there; ValueError if `path` holds another one."""
     if not path.exists():
         trained = train(recipe, documents, device)
         trained.save(path)
@@ -185,7 +185,7 @@ def trained_model(path: Path, recipe: Recipe, documents: list[Document], device:
 
 
 def training(trained: Trained, documents: list[Document]) -> dict[str, Any]:
-    """What there is to say about how the model came to be; the losses thinned to a readable number."""
+    """How the model was trained; losses are thinned to a readable number."""
     held_out = [document for document in documents if document.held_out]
     steps = np.linspace(0, len(trained.losses) - 1, min(LOSSES_KEPT, len(trained.losses))).astype(int)
     return {

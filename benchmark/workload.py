@@ -1,4 +1,4 @@
-"""Seeded multi-turn conversations: the same seed gives the same conversations, to every configuration."""
+"""Seeded multi-turn conversations: the same seed gives every configuration the same conversations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkloadShape:
-    """Sizes of a workload. Lengths in tokens, `arrival_rate` in conversations per second (0: all at once),
-    `think_time_s` the mean pause between an answer and the next turn.
+    """Sizes of a workload. Lengths are in tokens, `arrival_rate` is in conversations per second (0: all at once),
+    `think_time_s` is the mean pause between an answer and the next turn.
 
     The first prompt of a conversation has `history + new` tokens, each later one adds the answer and `new` more.
     """
@@ -42,7 +42,7 @@ class WorkloadShape:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user adds in one turn: token ids, sent `think_s` seconds after the answer before."""
+    """What the user adds in one turn: token ids, sent `think_s` seconds after the previous answer."""
 
     tokens: tuple[int, ...]
     think_s: float

@@ -1,4 +1,4 @@
-"""What a store did lately, in one line for the log. Numbers only: nothing of a prompt."""
+"""One log line that sums up a store's recent activity. Numbers only, no prompt content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PERIOD = 60.0
 
 @dataclass(frozen=True)
 class _Counts:
-    """What is told of, as it stood at one moment."""
+    """Snapshot of the counters that are reported."""
 
     plain: Counter[str]
     hits: Counter[str]
@@ -40,18 +40,18 @@ class _Counts:
         return cls(Counter(plain), Counter(stats.hit_tokens), Counter(gone), Counter(moved))
 
     def since(self, before: Self) -> Self:
-        """Only what has grown."""
+        """Increase of each counter since `before`; those that did not grow are left out."""
         return type(self)(
             self.plain - before.plain, self.hits - before.hits, self.gone - before.gone, self.moved - before.moved
         )
 
 
 class Activity:
-    """One line per `PERIOD`, none where nothing happened.
+    """At most one line per `PERIOD`; none if nothing happened.
 
     Args:
-        page_bytes: of one page.
-        clock: seconds.
+        page_bytes: size of one page.
+        clock: returns seconds.
     """
 
     def __init__(self, stats: StoreStats, page_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,7 +62,7 @@ class Activity:
         self._since = clock()
 
     def poll(self) -> str | None:
-        """The line, when it is time and there is something to tell."""
+        """The next line, if it is due and there is anything to report."""
         seconds = self._clock() - self._since
         if seconds < PERIOD:
             return None

@@ -1,4 +1,4 @@
-"""What an operator sets, parsed and checked once."""
+"""Operator settings, parsed and validated once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Z]*)", re.IGNORECASE)
 
 DEFAULT_PAGE_SIZE = 64
-"""Tokens per page where the operator gave no `--page-size`."""
+"""Tokens per page unless the operator gives `--page-size`."""
 
 
 DEFAULT_LOOK_AHEAD = 1024
-"""Waiting requests; what they hold is bounded by the host tier's size as well."""
+"""Number of waiting requests; the pages held for them are also bounded by the size of the host tier."""
 
 DEFAULT_TRUNCATION_RATIO = 0.5
 DEFAULT_SINK_PAGES = 1
@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 def parse_size(flag: str, text: str | int | float, available: int) -> int:
-    """Bytes meant by `text`: `"8GB"`, `"512MiB"`, a number of bytes, or a share such as `"0.5"`.
+    """Size in bytes given by `text`: `"8GB"`, `"512MiB"`, a number of bytes, or a share such as `"0.5"`.
 
     A number from 0 to 1 is a share of `available` (bytes free on this machine now).
 
@@ -55,7 +55,7 @@ _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Z]?)", re.IGNORECASE)
 
 
 def parse_duration(flag: str, text: str | int | float) -> float:
-    """Seconds meant by `text`: `"1h"`, `"90s"`, `"30m"`, `"2d"` or a number of seconds.
+    """Duration in seconds given by `text`: `"1h"`, `"90s"`, `"30m"`, `"2d"` or a number of seconds.
 
     Raises:
         ConfigError: not a duration.
@@ -67,7 +67,7 @@ def parse_duration(flag: str, text: str | int | float) -> float:
 
 
 def format_size(size: float) -> str:
-    """`size` (bytes) in words, in powers of ten: 1500000000 -> '1.5 GB'."""
+    """Format `size` (bytes) with a decimal unit: 1500000000 -> '1.5 GB'."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(size) < 1000:
             return f"{size:.3g} {unit}"
@@ -76,16 +76,16 @@ def format_size(size: float) -> str:
 
 
 class Wait(StrEnum):
-    """How long a request is held for pages that are on their way from the disk, a few seconds at most."""
+    """How long a request is held for pages being fetched from disk, a few seconds at most."""
 
     MEASURED = "measured"
-    """While that is expected to be quicker than to compute them again: the lowest TTFT."""
+    """As long as fetching is expected to be faster than recomputing: lowest TTFT."""
     COMPLETE = "complete"
-    """Until they are there: the least work for the device."""
+    """Until all of them have been fetched: least work for the device."""
 
 
 def parse_share(flag: str, text: str | float) -> float:
-    """Share of a whole meant by `text`, such as `"0.5"`.
+    """Share of a whole given by `text`, such as `"0.5"`.
 
     Raises:
         ConfigError: not a number above 0 and below 1.
@@ -100,42 +100,42 @@ def parse_share(flag: str, text: str | float) -> float:
 
 
 class Eviction(StrEnum):
-    """Which pages that no waiting request wants leave a tier first."""
+    """Eviction order of pages that no waiting request needs."""
 
     LEARNT = "learnt"
-    """Those expected to be used again latest, by the gaps between the turns seen so far."""
+    """Latest expected next use first, learnt from the gaps between past turns."""
     LRU = "lru"
-    """Those used longest ago."""
+    """Least recently used first."""
 
 
 @dataclass(frozen=True)
 class CachedAttentionConfig:
-    """Settings of one server, plain values only, so that they travel to every process as JSON."""
+    """Settings of one server; plain values only, so that they reach every process as JSON."""
 
     host_size: int
     """Bytes of host memory for pages, over all ranks of the machine."""
     disk_path: str | None = None
     """Directory of the disk tier; None: no disk tier."""
     disk_size: int = 0
-    """Bytes that the disk tier never exceeds, over all ranks of the machine."""
+    """Upper limit of the disk tier in bytes, over all ranks of the machine."""
     encryption_key: str | None = None
-    """Where the key of disk and remote tier is, see `cached_attention.encryption.key_place`; None: no key."""
+    """Location of the key for disk and remote tier, see `cached_attention.encryption.key_place`; None: no key."""
     remote: str | None = None
-    """URL of a store that is shared with other servers, see `parse_remote`; None: no remote tier."""
+    """URL of a store shared with other servers, see `parse_remote`; None: no remote tier."""
     disk_min_uses: int = 1
-    """A page is written to disk once it was used this often."""
+    """Number of uses after which a page is written to disk."""
     look_ahead: int = DEFAULT_LOOK_AHEAD
-    """Waiting requests whose pages are brought to host memory before they run."""
+    """Number of waiting requests whose pages are fetched to host memory before they run."""
     wait: Wait = Wait.MEASURED
     """How long a request waits for pages from the disk."""
     eviction: Eviction = Eviction.LEARNT
-    """Which pages leave a tier first where the queue does not decide."""
+    """Eviction order of a tier's pages where the queue does not decide."""
     ttl: float = 3600.0
-    """Seconds after its last use that a page is dropped; 0: never."""
+    """Seconds since its last use after which a page is dropped; 0: never."""
     truncation_ratio: float = DEFAULT_TRUNCATION_RATIO
-    """Share of the context window by which a prompt that outgrew it is shortened at a time."""
+    """Share of the context window dropped at a time from a prompt that outgrew it."""
     sink_pages: int = DEFAULT_SINK_PAGES
-    """Pages at the start of such a prompt that stay."""
+    """Pages kept at the start of such a prompt."""
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> CachedAttentionConfig:

@@ -1,4 +1,4 @@
-"""The operator's key for what lies on disk or with others: where it comes from, and what is derived from it."""
+"""The operator's key for encrypting the disk and remote tiers: where it comes from, and keys derived from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "CACHED_ATTENTION_ENCRYPTION_KEY"
 IN_ENVIRONMENT = "environment"
-"""As the place of a key: in `KEY_VARIABLE`. Files have absolute paths."""
+"""Key location that stands for `KEY_VARIABLE`; a key file's location is its absolute path."""
 KEY_BYTES = 32
 FORMS = f"{KEY_BYTES} random bytes, as they are, as 64 hexadecimal digits or in base64"
 MAKE_ONE = "`openssl rand -base64 32` makes a key"
@@ -29,7 +29,7 @@ _BASE64 = re.compile(rb"[0-9a-zA-Z+/_-]{43}=?")
 
 
 class EncryptionKey:
-    """A secret of 32 bytes. Never encrypts anything itself: every use has a key derived for it.
+    """A 32-byte secret. Never encrypts anything itself: a separate key is derived for each purpose.
 
     Raises:
         ConfigError: not 32 bytes, or AES-GCM is not installed.
@@ -41,30 +41,30 @@ class EncryptionKey:
         _require_cryptography()
         self._secret = secret
         self.id = self.derive(b"key id")[:8].hex()
-        """Names the key, and says nothing about it: 16 hexadecimal digits."""
+        """Identifies the key without revealing it: 16 hexadecimal digits."""
 
     def __repr__(self) -> str:
         return f"EncryptionKey(id={self.id})"
 
     def derive(self, purpose: bytes) -> bytes:
-        """32 bytes that only this key and `purpose` give (HKDF-SHA256)."""
+        """Derive the 32-byte key for `purpose` (HKDF-SHA256)."""
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
         return HKDF(SHA256(), KEY_BYTES, salt=None, info=b"cached-attention: " + purpose).derive(self._secret)
 
     def cipher(self, purpose: bytes) -> AESGCM:
-        """AES-256-GCM under a key for `purpose` only."""
+        """AES-256-GCM with the key derived for `purpose`."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         return AESGCM(self.derive(purpose))
 
 
 def key_place(flag: str, path: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Where the operator's key is: a file's absolute path, `IN_ENVIRONMENT`, or None.
+    """Location of the operator's key: a file's absolute path, `IN_ENVIRONMENT`, or None.
 
     Raises:
-        ConfigError: in two places.
+        ConfigError: both a file and the environment variable are given.
     """
     if path is None:
         return IN_ENVIRONMENT if KEY_VARIABLE in environment else None
@@ -76,10 +76,10 @@ def key_place(flag: str, path: str | None, environment: Mapping[str, str] = os.e
 
 
 def read_key(place: str, environment: Mapping[str, str] = os.environ) -> EncryptionKey:
-    """The key at `place`, see `key_place`. Neither the log nor an error says any part of it.
+    """Read the key at `place`, see `key_place`. Neither logs nor errors contain any part of it.
 
     Raises:
-        ConfigError: there is none, it is not a key, or others than its owner can get at the file.
+        ConfigError: the key is missing or malformed, or its file is unreadable or accessible to other users.
     """
     if place != IN_ENVIRONMENT:
         return EncryptionKey(_parse(f"the key file {place}", _read_file(Path(place))))

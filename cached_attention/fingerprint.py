@@ -1,4 +1,4 @@
-"""What decides, besides its tokens, whether the bytes of a page may be used again."""
+"""What decides, besides the tokens, whether a page's bytes may be reused."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 FORMAT_VERSION = 1
-"""Of the page record and of the stores that hold it: any change that old bytes do not survive."""
+"""Version of the page record and the stores that hold it; changes when old bytes become unusable."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Equal fingerprints: pages are interchangeable. Anything else: they must never meet.
+    """Pages with equal fingerprints are interchangeable; others must never be mixed.
 
-    All values are plain JSON. A weight update in place must change `weights`.
+    All values are plain JSON. An in-place weight update must change `weights`.
     """
 
     model: str
-    """Name or path, as the operator gave it."""
+    """Name or path, as given by the operator."""
     weights: str
     """Identity of the weights: revision, digest, or a count of updates."""
     kv_dtype: str
     page_size: int
     """Tokens per page."""
     component_bytes: tuple[tuple[int, ...], ...]
-    """Per layer, per component (K and V, or a latent): bytes of one page on this rank."""
+    """Bytes of one page on this rank, per layer and component (K and V, or a latent)."""
     ranks: Mapping[str, int]
     """Which part of the model this rank holds, e.g. `{"tp_rank": 0, "tp_size": 2}`."""
     rope: Mapping[str, Any]
-    """Parameters of the rotation that the stored keys went through."""
+    """Parameters of the rotation applied to the stored keys."""
     other: Mapping[str, Any] = field(default_factory=dict)
-    """What else the engine knows to matter, e.g. KV scales or the attention backend."""
+    """Anything else that the engine knows to matter, e.g. KV scales or the attention backend."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -43,15 +43,15 @@ class Fingerprint:
 
     @property
     def encryption(self) -> str | None:
-        """Id of the key that the store is encrypted with; None: it is not."""
+        """Id of the key that the store is encrypted with; None: not encrypted."""
         return self.other.get("encryption")
 
     def encrypted(self, key_id: str) -> Fingerprint:
-        """Of the same pages in a store of their own, encrypted with this key."""
+        """Fingerprint for a separate store of the same pages, encrypted with this key."""
         return replace(self, other={**self.other, "encryption": key_id})
 
     def to_json(self) -> str:
-        """Canonical: equal fingerprints give equal text."""
+        """Canonical JSON: equal fingerprints give equal text."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -74,11 +74,11 @@ class Fingerprint:
 
     @property
     def name(self) -> str:
-        """Short name, fit for a directory."""
+        """Short name, usable as a directory name."""
         return self.digest()[:16]
 
     def describe(self) -> dict[str, str]:
-        """In words, one line per property."""
+        """Human-readable properties."""
         layers = self.component_bytes
         return {
             "model": self.model,

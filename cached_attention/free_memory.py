@@ -1,4 +1,4 @@
-"""Host memory that may still be taken, by the machine and by the container or unit that runs the process."""
+"""Free host memory, on the machine and within the container or systemd unit of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 
 class _Files(NamedTuple):
-    """What a version of control groups calls its limit, its use, and cache that it gives back."""
+    """Names by which a version of control groups calls the limit, the usage and the reclaimable cache."""
 
     limit: str
     used: str
@@ -22,9 +22,9 @@ _V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that are free on this machine, or within the tightest control group around this process if less.
+    """Bytes free on this machine, or within the tightest control group around this process if that is less.
 
-    `root`: where `proc` and `sys` are mounted.
+    `root`: directory in which `proc` and `sys` are mounted.
     """
     return min([psutil.virtual_memory().available, *_left_in_groups(root)])
 
@@ -44,7 +44,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _left_along(mount: Path, path: str, files: _Files) -> Iterator[int]:
-    """Of the group and of those around it; inside a container only `mount` itself may be there."""
+    """Bytes left in the group and in each group around it; inside a container only `mount` itself may exist."""
     group = Path(path.lstrip("/"))
     for directory in (mount / place for place in (group, *group.parents)):
         try:
@@ -52,5 +52,5 @@ def _left_along(mount: Path, path: str, files: _Files) -> Iterator[int]:
             used = int((directory / files.used).read_text())
             stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
-            continue  # Not there, or "max": no limit.
+            continue  # Missing, or "max": no limit.
         yield max(0, limit - used + int(stat.get(files.cache, 0)))

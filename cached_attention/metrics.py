@@ -1,4 +1,4 @@
-"""What a server tells of its store under `/metrics`: names, meanings, and where each value comes from."""
+"""Metrics of the store that a server publishes under `/metrics`: names, meanings, and where values come from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 PREFIX = "sglang:cached_attention_"
 OWN_TIERS = ("host", "disk")
-"""Of this server alone, so that it knows how full they are."""
+"""Tiers that belong to this server alone, so that it knows how full they are."""
 LOWER_TIERS = ("disk", "remote")
-"""Below host memory, fastest first."""
+"""Tiers below host memory, fastest first."""
 
 Values = Mapping[tuple[str, ...], float]
-"""Per combination of label values."""
+"""Value per combination of label values."""
 
 
 class Kind(StrEnum):
@@ -29,22 +29,22 @@ class Kind(StrEnum):
 
 
 class Reading(NamedTuple):
-    """One look at a store."""
+    """Counters of a store at one moment."""
 
     stats: StoreStats
     counters: Mapping[str, int]
     """See `CachedAttentionStore.counters`."""
     page_bytes: int
     has_had: frozenset[str]
-    """Tiers that the server was started with, or had since."""
+    """Tiers that the server was started with or has had since."""
 
     def fill(self, key: str, scale: int = 1) -> Values:
-        """By own tier: the counter `{tier}_{key}` times `scale`; 0 for a tier that is gone."""
+        """Per own tier: the counter `{tier}_{key}` times `scale`; 0 for a tier that no longer exists."""
         own = (tier for tier in OWN_TIERS if tier in self.has_had)
         return {(tier,): self.counters.get(f"{tier}_{key}", 0) * scale for tier in own}
 
     def below(self, key: str) -> Values:
-        """As `fill`, of the tiers below host memory."""
+        """Like `fill`, for the tiers below host memory."""
         return {(tier,): self.counters.get(f"{tier}_{key}", 0) for tier in self.has_had if tier in LOWER_TIERS}
 
 
@@ -54,7 +54,7 @@ class Metric:
 
     Args:
         name: without prefix; counters end in `_total`.
-        read: its values; of a histogram, nothing: its observations come one by one.
+        read: its values; none for a histogram, whose observations are recorded one by one.
     """
 
     name: str
@@ -204,11 +204,11 @@ METRICS: tuple[Metric, ...] = (
 
 
 def read(store: CachedAttentionStore, has_had: frozenset[str]) -> Reading:
-    """Constant time; on the thread that calls the store."""
+    """Runs in constant time, on the thread that calls the store."""
     return Reading(store.stats, store.counters(), store.layout.page_bytes, has_had)
 
 
 def tiers_of(store: CachedAttentionStore) -> frozenset[str]:
-    """Host memory, and the tiers below that the store has now."""
+    """Host memory, and the lower tiers that the store has now."""
     below = {"disk": store.disk, "remote": store.remote}
     return frozenset({"host", *(tier for tier, opened in below.items() if opened is not None)})

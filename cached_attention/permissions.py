@@ -1,4 +1,4 @@
-"""Directories that nobody else can write to: what lies in them is trusted."""
+"""Directories that nobody else can write to, so that their contents can be trusted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def make_private(directory: Path) -> None:
-    """Make `directory`, and what is missing above it, with mode 0700; leave the modes of what is there.
+    """Create `directory` and its missing parents with mode 0700; leave the modes of existing ones.
 
     Raises:
-        PermissionError: it is there, and others can write to it.
-        OSError: it cannot be made.
+        PermissionError: it exists, and others can write to it.
+        OSError: it cannot be created.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     for path in reversed(missing):
@@ -23,10 +23,10 @@ def make_private(directory: Path) -> None:
 
 
 def check_private(directory: Path) -> None:
-    """Raises PermissionError where others than this user and root can write to `directory`.
+    """Raise PermissionError if users other than this one and root can write to `directory`.
 
-    It is refused, not mended: what others put there is not known, and the directory may serve them. Root, who
-    is often alone in a container with a directory of its host, may use directories that others own.
+    It is refused rather than repaired: what others put there is unknown, and they may need the directory. Root,
+    often alone in a container with a directory of the host, may use directories that others own.
     """
     status, user = os.stat(directory), os.geteuid()
     if user != 0 and status.st_uid not in (user, 0):
@@ -40,7 +40,7 @@ def check_private(directory: Path) -> None:
 
 
 def close_to_others(fd: int) -> None:
-    """Take the modes of group and others from what this process has open."""
+    """Remove the permissions of group and others from an open file."""
     mode = stat.S_IMODE(os.fstat(fd).st_mode)
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         os.fchmod(fd, mode & stat.S_IRWXU)

@@ -1,4 +1,4 @@
-"""What a store counts. Counts only grow, for as long as the store lives; `reset` empties tiers, not counts."""
+"""Counters of a store. They only grow while the store lives; `reset` empties tiers, not counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Direction(StrEnum):
-    """Of pages, seen from host memory; the tier that goes with it is the lower one of the two."""
+    """Direction of a page transfer, seen from host memory; the tier named with it is the lower of the two."""
 
     SAVE = "save"
     """From the device to host memory."""
@@ -31,72 +31,72 @@ class Reason(StrEnum):
     """Why pages left a tier."""
 
     ROOM = "room"
-    """Others needed it."""
+    """Their space was needed for other pages."""
     TTL = "ttl"
     """Not used for longer than the time to live."""
     HINT = "hint"
     """A client said that the conversation is over."""
     DAMAGE = "damage"
-    """What was read back is not what was written, or could not be read."""
+    """The data read back is not what was written, or could not be read."""
     FLUSH = "flush"
     """The whole cache was emptied."""
 
 
 @dataclass
 class Flow:
-    """What moved between two tiers, in one direction."""
+    """Transfers between two tiers in one direction."""
 
     pages: int = 0
     transfers: int = 0
     seconds: float = 0.0
-    """From when each transfer was asked for until it had landed, added up; transfers may overlap."""
+    """Sum over the transfers of the time from request to completion; transfers may overlap."""
 
 
 class Observer(Protocol):
-    """Is told of single durations, in seconds, as they are counted. To be quick."""
+    """Notified of each duration, in seconds, as it is counted. Must be quick."""
 
     def transferred(self, direction: Direction, tier: str, seconds: float) -> None:
-        """Any thread."""
+        """Called on any thread."""
 
     def load_waited(self, seconds: float) -> None:
-        """The thread that calls the store."""
+        """Called on the thread that calls the store."""
 
 
 @dataclass
 class StoreStats:
-    """Counts since the store was made, in pages unless said otherwise."""
+    """Counts since the store was created, in pages unless said otherwise."""
 
     saved: int = 0
     declined: int = 0
-    """Not saved: host memory was full of pages in use, or the page before was not in the store."""
+    """Pages not saved: host memory was full of pages in use, or the preceding page was not in the store."""
     failed: int = 0
     """Saves whose copy failed."""
     fetched: int = 0
     lost: int = 0
-    """Damaged, foreign or unreadable when they were read back."""
+    """Pages that were damaged, foreign or unreadable when read back."""
     recomputed: int = 0
-    """Computed again because waiting for them was not worth it."""
+    """Pages recomputed because waiting for them would have taken longer."""
     given_up: int = 0
-    """Requests that so decided."""
+    """Requests that recomputed rather than waited."""
     prompts: int = 0
     """Requests whose prompt ran."""
     prompt_tokens: int = 0
     hit_tokens: Counter[str] = field(default_factory=Counter)
-    """Of those, by the tier that they came from, `device` included; the rest was computed."""
+    """Prompt tokens that were not computed, by the tier they came from, including `device`."""
     truncated_prompts: int = 0
     truncated_tokens: int = 0
     load_waits: int = 0
     """Batches that had pages to load."""
     load_wait: float = 0.0
-    """Seconds that they waited for layers: the part of loading that computing did not hide."""
+    """Seconds that they waited for layers: the part of loading not hidden by computation."""
     gone: Counter[tuple[str, Reason]] = field(default_factory=Counter)
-    """Pages that left a tier, and why."""
+    """Pages that left a tier, per tier and reason."""
     flows: defaultdict[tuple[Direction, str], Flow] = field(default_factory=lambda: defaultdict(Flow))
     observer: Observer | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def counters(self) -> dict[str, int]:
-        """What every store counts."""
+        """Counters that every store has."""
         return {
             "loaded": self.flows[Direction.LOAD, "host"].pages,
             "saved": self.saved,
@@ -111,7 +111,7 @@ class StoreStats:
             self.gone[tier, reason] += pages
 
     def prompt_ran(self, tokens: int, hits: dict[str, int]) -> None:
-        """A prompt of `tokens` tokens runs; `hits`: how many of them came from which tier."""
+        """Count a prompt of `tokens` tokens that runs; `hits`: cached tokens per tier."""
         self.prompts += 1
         self.prompt_tokens += tokens
         self.hit_tokens.update(hits)
@@ -121,16 +121,16 @@ class StoreStats:
         self.truncated_tokens += tokens
 
     def load_waited(self, seconds: float) -> None:
-        """The forward of a batch has waited so long, in all, for pages of its layers."""
+        """Count a batch whose forward waited this long in total for pages of its layers."""
         self.load_waits += 1
         self.load_wait += seconds
         if self.observer is not None:
             self.observer.load_waited(seconds)
 
     def watch(self, direction: Direction, tier: str, future: Future[T], moved: Callable[[T], int]) -> Future[T]:
-        """Count a transfer that was just begun when it ends, on the thread that ends it; returns `future`.
+        """Count a transfer that has just begun, once it ends, on the thread that ends it; returns `future`.
 
-        `moved`: pages, from the future's result. What failed or moved nothing is not counted.
+        `moved`: pages, from the future's result. Transfers that failed or moved nothing are not counted.
         """
         started = time.monotonic()
 
@@ -142,7 +142,7 @@ class StoreStats:
         return future
 
     def transferred(self, direction: Direction, tier: str, pages: int, seconds: float) -> None:
-        """Pages have landed, `seconds` after that was asked for. Any thread."""
+        """Count pages that arrived `seconds` after they were requested. Any thread."""
         with self._lock:
             flow = self.flows[direction, tier]
             flow.pages += pages

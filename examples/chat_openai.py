@@ -1,4 +1,4 @@
-"""A chat of several turns through the OpenAI client, and what each turn took from the cache.
+"""Multi-turn chat through the OpenAI client; prints what each turn took from the cache.
 
 python examples/chat_openai.py --base-url http://127.0.0.1:30000
 python examples/chat_openai.py --message "Who are you?" --message "And who am I?"
@@ -27,16 +27,16 @@ MESSAGES = [
 
 
 def cached_tokens(answer: ChatCompletion) -> dict[str, int]:
-    """Cached prompt tokens by tier; SGLang sends them in a field that OpenAI's schema does not have."""
+    """Cached prompt tokens by tier; SGLang sends them in a field outside OpenAI's schema."""
     extension: dict[str, Any] = (answer.model_extra or {}).get("sglext") or {}
     details = extension.get("cached_tokens_details") or {}
     return {tier: tokens for tier, tokens in details.items() if isinstance(tokens, int)}
 
 
 def chat(client: OpenAI, messages: list[str], max_tokens: int) -> list[int]:
-    """Ask one message after the other in one conversation; returns the cached prompt tokens of each turn."""
-    # Nothing marks the conversation as one: the server recognises it by its beginning. So the client sends the
-    # whole conversation each time, unchanged, and only the new message has to be computed.
+    """Send the messages one after another in one conversation; returns the cached prompt tokens of each turn."""
+    # Nothing identifies the conversation: the server recognises it by its prefix. So the client sends the whole
+    # conversation each time, unchanged, and only the new message has to be computed.
     conversation: list[ChatCompletionMessageParam] = [{"role": "system", "content": SYSTEM}]
     reused = []
     for message in messages:

@@ -2,8 +2,8 @@
 
     python examples/engine.py --model-path out/model
 
-The device pool is made too small for all conversations, so that each one is gone from the device when its next
-turn comes, and returns from host memory.
+The device pool is too small for all conversations, so that each one has been evicted from the device when its
+next turn arrives, and is loaded from host memory.
 """
 
 # mypy sees this repository's part of the sglang package only.
@@ -24,12 +24,12 @@ CONVERSATIONS = 6
 TURNS = 3
 HISTORY_TOKENS = 600
 NEW_TOKENS = 32
-# Two conversations of the six, with their answers.
+# Two of the six conversations, with their answers.
 DEVICE_TOKENS = 2 * 1_024
 
 
 def play(engine: sgl.Engine, vocabulary: int, output_tokens: int) -> list[dict[str, int]]:
-    """Run all turns; returns the cached prompt tokens by tier of each turn, summed over the conversations."""
+    """Run all turns; returns for each turn the cached prompt tokens by tier, summed over the conversations."""
     source = random.Random(0)
     words = range(vocabulary // 4, 3 * vocabulary // 4)
     prompts: list[list[int]] = [source.choices(words, k=HISTORY_TOKENS) for _ in range(CONVERSATIONS)]
@@ -66,7 +66,7 @@ def main() -> int:
         cached_attention_host_size=args.host_size,
         cached_attention_disk_path=args.disk_path,
         cached_attention_disk_size=args.disk_path and args.disk_size,
-        # Offline, less to compute counts for more than an early first token.
+        # Offline, saving computation matters more than an early first token.
         cached_attention_wait="complete",
         max_total_tokens=DEVICE_TOKENS,
         # SGLang's own default would serve a float32 model in float16.

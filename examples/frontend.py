@@ -1,9 +1,9 @@
-"""A program in SGLang's frontend language: a conversation that forks and goes on.
+"""A program in SGLang's frontend language: a conversation that forks and continues.
 
     python examples/frontend.py --base-url http://127.0.0.1:30000
 
-Forks share their beginning, so the server computes it once. With CachedAttention it stays available after the
-device has dropped it, however long the program thinks between two calls.
+Forks share a prefix, so the server computes it once. With CachedAttention it stays available after the device has
+evicted it, however long the program pauses between two calls.
 """
 
 # mypy sees this repository's part of the sglang package only.

@@ -1,4 +1,4 @@
-"""An agent that calls a tool says when it will be back, so that its conversation is in host memory by then.
+"""An agent tells the server when its tool call will return, so that its conversation is in host memory by then.
 
 python examples/hint.py --base-url http://127.0.0.1:30000
 
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Client:
-    """JSON over HTTP to one server."""
+    """Client for one server: JSON over HTTP."""
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         self._base_url = base_url.rstrip("/")
@@ -39,7 +39,7 @@ class Client:
         return answer
 
     def expect(self, conversation: str, seconds: float) -> None:
-        """The conversation whose last response has the id `conversation` goes on in `seconds`."""
+        """Announce that the conversation whose last response has the id `conversation` continues in `seconds`."""
         self.post("/cached_attention/hint", {"conversation": conversation, "expect_in_s": seconds})
 
     def drop(self, messages: list[dict[str, str]]) -> None:

@@ -4,7 +4,7 @@
         '{"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5667"}'
     python examples/kv_events.py --base-url http://127.0.0.1:30000
 
-Prints a line per data-parallel rank whenever its picture has changed. What the events mean: `docs/kv-events.md`.
+Prints a line per data-parallel rank whenever its picture has changed. For the events see `docs/kv-events.md`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ REPLAY_SECONDS = 10.0
 
 @dataclass
 class Picture:
-    """What one publisher's events say is stored: per medium the hashes of blocks.
+    """Blocks that are stored according to one publisher's events: block hashes per medium.
 
-    `whole`: nothing was missed. Otherwise it lacks blocks until SGLang stores them again or CachedAttention
+    `whole`: no event was missed. Otherwise blocks are missing until SGLang stores them again or CachedAttention
     repeats them, and `stored` errs on the side of recomputing.
     """
 
@@ -60,13 +60,13 @@ class Subscriber:
     """Keeps the picture of one publisher: joins late, notices lost messages and restarts, and asks for replays.
 
     Args:
-        replay_endpoint: without, what was missed is not asked for.
+        replay_endpoint: if None, missed messages are not asked for.
     """
 
     def __init__(self, endpoint: str, replay_endpoint: str | None = None, topic: str = "") -> None:
         self.picture = Picture()
         self._time = 0.0
-        """Of the last message that was applied."""
+        """Time of the last message that was applied."""
         self._next = 0
         """Number of the first message that was not applied."""
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
@@ -78,18 +78,18 @@ class Subscriber:
         self._live.connect(endpoint)
 
     def join(self) -> None:
-        """Ask for what was published before; `poll` does for what is published from now on."""
+        """Ask for messages published before; `poll` does so for those published from now on."""
         self._catch_up()
 
     def poll(self, seconds: float) -> bool:
-        """Apply what comes within `seconds`, and all that waits already; returns whether anything came."""
+        """Apply messages that arrive within `seconds` or already wait; returns whether there were any."""
         came = False
         while self._live.poll(0 if came else int(seconds * 1000)):
             _topic, number, payload = self._live.recv_multipart()
             self._take(int.from_bytes(number), payload)
             came = True
         while self._lost.poll(0):
-            # Perhaps it is another server that will be there, whose numbers start at 0 again.
+            # It may be another server that comes back, with numbers starting at 0 again.
             self._lost.recv_multipart()
             self._begin_anew()
         return came
@@ -111,7 +111,7 @@ class Subscriber:
         self._next += 1
 
     def _is_old(self, payload: bytes) -> bool:
-        """Whether it came by a replay before. Numbers start at 0 again where the server was started anew."""
+        """Whether the message was replayed before. Numbers start at 0 again when the server was restarted."""
         return bool(self._decoder.decode(payload).ts <= self._time)
 
     def _begin_anew(self) -> None:
@@ -119,7 +119,7 @@ class Subscriber:
         self._next = 0
 
     def _lose_track(self, number: int) -> None:
-        """Messages before `number` are gone for good. What they removed must not be believed to be stored."""
+        """Messages before `number` are lost for good. Blocks that they removed must not count as stored."""
         self.picture.clear(whole=False)
         self._next = number
 
@@ -131,10 +131,10 @@ class Subscriber:
                 self._apply(payload)
 
     def _replayed(self, first: int) -> Iterator[tuple[int, bytes]]:
-        """The messages from `first` on that the publisher still has."""
+        """Messages from `first` on that the publisher still has."""
         if self._replay_endpoint is None:
             return
-        # A REQ socket would take one answer only.
+        # A REQ socket would accept one answer only.
         asking: zmq.Socket[bytes]
         with zmq.Context.instance().socket(zmq.DEALER) as asking:
             asking.setsockopt(zmq.LINGER, 0)
@@ -152,7 +152,7 @@ class Subscriber:
 
 
 def subscribers(base_url: str) -> list[Subscriber]:
-    """One for each data-parallel rank, at the addresses that the server names.
+    """One per data-parallel rank, at the addresses that the server reports.
 
     Raises:
         ValueError: the server publishes no KV events.

@@ -1,8 +1,8 @@
-"""A disk that fails: put this directory on a server's PYTHONPATH and name a file in FAILING_DISK.
+"""A failing disk: put this directory on a server's PYTHONPATH and name a file in FAILING_DISK.
 
 The file says which calls fail and how, as JSON: `{"calls": ["preadv"], "errno": "EIO"}`; with `"seconds": 0.5`
-they take that long first, and without `errno` they only take long. Without the file the disk is well. It is read
-at every call, so that a disk can fail and heal. Knows nothing of CachedAttention: it wraps functions of `os`.
+they take that long first, and without `errno` they only take long. Without the file nothing fails. It is read at
+every call, so that a disk can fail and recover. Independent of CachedAttention: it wraps functions of `os`.
 """
 
 import errno

@@ -1,10 +1,10 @@
-"""Runs one experiment and says of each bound whether it holds.
+"""Runs one experiment and reports for each bound whether it holds.
 
     python -m benchmark.gpu kernels
     python -m benchmark.gpu server --shape llama-2-13b --parts first-token
 
-Without a GPU every experiment runs on a tiny model, to show that it runs: its numbers are no claim. Writes
-OUTPUT/EXPERIMENT.json, and OUTPUT/table.md with a line per experiment.
+Without a GPU every experiment runs on a tiny model, to show that it works: its numbers are no claim. Writes
+OUTPUT/EXPERIMENT.json, and OUTPUT/table.md with one line per experiment.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _experiment(name: str) -> ModuleType:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when every bound was measured and holds, or when there is no GPU whose bounds they are."""
+    """0 if every bound was measured and holds, or if there is no GPU for the bounds to apply to."""
     setting = parse(arguments)
     outcome = Outcome(setting.name, setting.device)
     try:
@@ -78,6 +78,6 @@ def _report(outcome: Outcome, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Servers are in process groups of their own: leave in a way that stops them.
+    # The servers run in process groups of their own: exit in a way that stops them.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())

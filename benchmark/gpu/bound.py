@@ -1,4 +1,4 @@
-"""What must be shown, and what was measured of it."""
+"""Bounds on measured numbers, and whether they hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Bound:
         name: what is measured, and where.
         limit: in `unit`.
         at_least: whether the number must reach the limit, rather than stay within it.
-        unit: printed after both; `x` for a ratio.
+        unit: printed after number and limit; `x` for a ratio.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Bound:
     unit: str = "x"
 
     def judge(self, measured: float | None) -> Verdict:
-        """`measured`: None where the experiment did not come to it."""
+        """`measured`: None if the experiment did not get that far."""
         return Verdict(self, measured)
 
 
@@ -34,7 +34,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool | None:
-        """None when nothing was measured. A number that is not one (NaN) never passes."""
+        """None if nothing was measured. NaN never passes."""
         if self.measured is None:
             return None
         limit = self.bound.limit
@@ -50,5 +50,5 @@ class Verdict:
         return f"{bound.name}: {measured}({sign} {bound.limit:g}{bound.unit}) {self.word}"
 
     def entry(self) -> dict[str, Any]:
-        """For JSON."""
+        """Entry for JSON."""
         return {**asdict(self.bound), "measured": self.measured, "passed": self.passed}

@@ -1,8 +1,8 @@
-"""What does a returning user wait for when the conversation lies on disk?
+"""How long does a returning user wait when the conversation is on disk?
 
-Each conversation is computed, the server restarted, so that its pages lie on disk and nowhere else, and its next
-turn is compared with a prompt of the same length that is computed: `benchmark.disk hit`, with a model of the
-chosen shape. What the machine's disk reads per second decides; each row says how many bytes came from it.
+Each conversation is computed and the server restarted, so that its pages are on disk and nowhere else. Then its
+next turn is compared with a prompt of the same length that has to be computed: `benchmark.disk hit`, with a model
+of the chosen shape. The read bandwidth of the machine's disk decides; each row has the bytes read from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmark.gpu.outcome import Outcome
 from benchmark.gpu.setting import Setting
 
 TTFT = Bound("TTFT of a conversation on disk to computing it again", 1.0)
-"""No better is promised of a disk nobody knows: ours computes what it expects to compute sooner."""
+"""No better is promised for an unknown disk: CachedAttention computes what it expects to compute faster."""
 SIZES = {
     "llama-3-8b": (16_384, "--conversations=6 --history=8192 --host-size=12GB --disk-size=12GB"),
     "llama-2-13b": (8_192, "--conversations=4 --history=4096 --host-size=20GB --disk-size=20GB"),

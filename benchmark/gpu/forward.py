@@ -1,4 +1,4 @@
-"""The prefill of a Llama over a KV pool, in plain torch: enough of a model to see what a load hides behind."""
+"""Prefill of a Llama over a KV pool in plain torch: enough of a model to see how much of a load it hides."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Layer(NamedTuple):
 
 
 class Llama:
-    """Random weights, one conversation, whose tokens lie in the first slots of the pool, in order.
+    """Random weights and one conversation, whose tokens are in the first slots of the pool, in order.
 
     Args:
-        tokens: slots of the pool.
+        tokens: number of slots of the pool.
     """
 
     def __init__(self, setting: Setting, tokens: int, page_size: int) -> None:
@@ -65,7 +65,7 @@ class Llama:
     def prefill(
         self, tokens: torch.Tensor, first: int, ready: Callable[[int], None] = lambda layer: None
     ) -> torch.Tensor:
-        """Compute `tokens` at positions `first` and on, over what the pool has before them.
+        """Compute `tokens` at positions from `first` on, attending to what the pool has before them.
 
         `ready(layer)` is called before a layer's KV is read.
 
@@ -93,7 +93,7 @@ class Llama:
         q, k, v = (
             side.transpose(0, 1).unsqueeze(0) for side in (self._turn(q, positions), keys[:seen], values[:seen])
         )
-        # The last token sees all of them, those before it less.
+        # The last token attends to all of them, earlier ones to fewer.
         bias = causal_lower_right(len(x), seen)
         grouped = shape.heads != shape.kv_heads
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)

@@ -1,7 +1,7 @@
-"""Do pages move bit for bit, and how much of what a pinned copy moves per second?
+"""Do pages move bit for bit, and at what share of a pinned copy's bandwidth?
 
-Saves and loads go through a store, as an engine drives it. The limit is one copy of the same bytes between pinned
-memory and the device, in turns with ours.
+Saves and loads go through a store, driven as an engine drives it. The reference is one copy of the same bytes
+between pinned memory and the device, alternating with ours.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _row(comparison: Comparison) -> dict[str, Any]:
 
 
 class Moves:
-    """A pool of noise, a store below it, and copies of the same bytes without either.
+    """A pool of random values, a store below it, and plain copies of as many bytes.
 
     Args:
-        size: bytes that are moved; a whole number of pages of it is.
+        size: bytes to move, rounded down to whole pages; at least two pages are moved.
     """
 
     def __init__(self, setting: Setting, page_size: int, size: int) -> None:
@@ -82,7 +82,7 @@ class Moves:
         self._flat = torch.zeros(self.moved_bytes, dtype=torch.uint8, device=self._device)
 
     def check(self, outcome: Outcome) -> int:
-        """Save in one order, load in another; returns how many bytes are not what torch makes of them."""
+        """Save in one order, load in another; returns how many bytes differ from torch's result."""
         before = self._kv.clone()
         self._rename()
         self.stored.save(self._keys, self._source)
@@ -147,5 +147,5 @@ class Moves:
 
 
 def rotation(head_dim: int, theta: float = THETA) -> Rotation:
-    """Of Llama: halves of a head turn together."""
+    """Llama's rotation: the two halves of a head form the pairs."""
     return Rotation(tuple(theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)))

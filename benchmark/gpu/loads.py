@@ -1,4 +1,4 @@
-"""What servers are given to do, by the shape of the model."""
+"""Workloads for the servers, by the shape of the model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from benchmark.workload import WorkloadShape
 
 PAGE = 64
 SMALL_DEVICE = 0.3
-"""Part of the tokens of a round of conversations that the small device pool holds."""
+"""Share of the tokens of a round of conversations that the small device pool holds."""
 
 
 @dataclass(frozen=True)
 class Load:
     """Lengths in tokens, host memory in gigabytes.
 
-    `first_token` is what a hit in host memory is held to, at `history` tokens and the worst of `news`: a hit on
-    the device, or, where it is about what is saved, computing again.
+    `first_token` is the bound on a hit in host memory, at `history` tokens and the worst of `news`: relative to a
+    device hit, or, if it is about what is saved, to recomputing.
     """
 
     context: int
@@ -35,7 +35,7 @@ class Load:
     rounds: int
 
     def pools(self) -> Pools:
-        """A device pool too small for the conversations, but large enough for all that runs at once."""
+        """A device pool too small for the conversations, but large enough for everything that runs at once."""
         pools = fitting_pools(self.multiturn, self.concurrency, SMALL_DEVICE, self.host_gb, PAGE)
         return replace(pools, small_device=max(pools.small_device, *self._at_once()))
 

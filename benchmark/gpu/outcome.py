@@ -1,4 +1,4 @@
-"""What an experiment found: its JSON file, and its line in the table of all of them."""
+"""Results of an experiment: its JSON file, and its line in the table of all experiments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = ("sglang-kernel", "flashinfer-python", "transformers", "triton")
 
 @dataclass
 class Outcome:
-    """Grows while the experiment runs; saved after each part, so that a run that is cut short leaves what it has.
+    """Grows while the experiment runs; saved after each part, so that an interrupted run keeps what it has.
 
     `rows` hold one measurement each: lengths in tokens and bytes, times in seconds.
     """
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def is_claim(self) -> bool:
-        """Whether the numbers are of a GPU; those of a CPU show only that the experiment runs."""
+        """Whether the numbers are from a GPU; those from a CPU only show that the experiment runs."""
         return self.device != "cpu"
 
     @property
@@ -51,7 +51,7 @@ class Outcome:
         self.verdicts += verdicts
 
     def save(self, directory: Path) -> Path:
-        """Write `EXPERIMENT.json` into `directory`, and `table.md` anew from all such files there."""
+        """Write `EXPERIMENT.json` into `directory`, and rewrite `table.md` from all such files there."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.experiment}.json"
         path.write_text(json.dumps(self._content(), indent=1, default=str) + "\n")
@@ -60,7 +60,7 @@ class Outcome:
         return path
 
     def line(self) -> str:
-        """Of the table; `TABLE_HEAD` comes before it."""
+        """Line of the table below `TABLE_HEAD`."""
         bounds = "; ".join(map(str, self.verdicts)) or "none"
         return f"| {self.experiment} | {describe(self.device)} | {self.began:%Y-%m-%d} | {bounds} |"
 
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def describe(device: str) -> str:
-    """The name of the GPU, or what a CPU's numbers are."""
+    """Name of the GPU, or a note that a CPU's numbers are no claim."""
     return torch.cuda.get_device_name(device) if device != "cpu" else NOT_A_CLAIM
 
 

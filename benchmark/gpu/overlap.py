@@ -1,11 +1,11 @@
-"""What does a returning turn wait for when its history is loaded while the model already computes?
+"""How long does a returning turn wait when its history is loaded while the model is already computing?
 
-One request at a time, a prefill in plain torch over a store's pool, four ways: the history is on the device; it
-is loaded layer by layer under the forward; it is loaded first, then the forward runs; it is computed again.
+One request at a time, a prefill in plain torch over a store's pool, in four ways: the history is on the device;
+it is loaded layer by layer during the forward; it is loaded first, then the forward runs; it is recomputed.
 
-`floor_s` of a point is what no engine gets below unless its load starts before the forward could: the longer of
-the forward alone and of a pinned copy of the history's bytes, measured in the same run. Where the copy takes
-longer than the forward, a hit in host memory cannot equal one on the device: the outcome says so.
+`floor_s` of a point is the lower limit for any engine, unless its load starts before the forward could: the
+longer of the forward alone and of a pinned copy of the history's bytes, measured in the same run. If the copy
+takes longer than the forward, a hit in host memory cannot equal one on the device: the outcome says so.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Grid:
     histories: tuple[int, ...]
     news: tuple[int, ...]
     hit_history: int
-    """Where a hit in host memory is held to one on the device, for every number of new tokens."""
+    """History for which a host hit is compared with a device hit, with every number of new tokens."""
     reduction_at: tuple[int, int] | None
-    """History and new tokens where a hit in host memory is held to computing again."""
+    """History and new tokens for which a host hit is compared with recomputing."""
     rounds: int
 
 
@@ -112,7 +112,7 @@ class Turns:
         self._flat = torch.zeros(size, dtype=torch.uint8, device=setting.device)
 
     def measure(self, history: int, new: int, rounds: int) -> dict[str, Any]:
-        """The row of one point: medians over the rounds, the ways in turns, after a round that does not count."""
+        """The row of one point: medians over the rounds, with alternating ways, after a warm-up round."""
         ways = self._ways(history, new)
         seconds: dict[str, list[float]] = {way: [] for way in (*WAYS, "copy")}
         exposed: list[list[float]] = []
@@ -151,7 +151,7 @@ class Turns:
         }
 
     def _time(self, way: Callable[[], torch.Tensor], name: str, history: int) -> tuple[float, torch.Tensor]:
-        """The history is on the device as it was saved, or, where it is to be loaded, wiped out."""
+        """Seconds and logits of one way; the history is first put on the device for a device hit, else wiped."""
         if name == DEVICE:
             self.stored.load(*self._part(history))
         else:
@@ -171,7 +171,7 @@ class Turns:
         return logits
 
     def _exposed(self, question: torch.Tensor, history: int) -> list[float]:
-        """Seconds that each layer waited, in a run of its own: the marks take time themselves."""
+        """Seconds that each layer waited, in a separate run: the marks take time themselves."""
         marks: list[tuple[Mark, Mark]] = []
 
         def marked(arrival: Arrival) -> Callable[[int], None]:

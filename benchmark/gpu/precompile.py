@@ -1,10 +1,10 @@
-"""FlashInfer's kernels for Hopper, compiled where there is no GPU, for the bundle of `pack.sh`.
+"""Compiles FlashInfer's kernels for Hopper without a GPU, for the bundle of `pack.sh`.
 
     python -m benchmark.gpu.precompile out/modules
     PRECOMPILED=out/modules benchmark/gpu/pack.sh out/bundle
 
-Those that SGLang asks for to serve the Llamas of the experiments: prefill over paged KV, and decode, in bfloat16
-with heads of 128. What is missing in a bundle is compiled on the GPU machine at first use.
+These are the kernels that SGLang needs to serve the Llamas of the experiments: prefill over paged KV, and decode,
+in bfloat16 with heads of 128. Kernels missing from a bundle are compiled on the GPU machine at first use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_ROPE = 0
 
 
 def prepare(scratch: Path) -> None:
-    """Environment of FlashInfer's JIT; to be set before FlashInfer is imported."""
+    """Set the environment of FlashInfer's JIT; call before FlashInfer is imported."""
     home = toolkit()
     scratch.mkdir(parents=True, exist_ok=True)
     stubs = scratch / "stubs"

@@ -1,13 +1,12 @@
-"""What does a user get from real servers: stock SGLang that computes again, stock SGLang with HiCache, and ours?
+"""What does a user get from real servers: stock SGLang that recomputes, stock SGLang with HiCache, and ours?
 
-Parts: `first-token` (a hit on the device, one in host memory, and none, one request at a time, on our server),
-`multiturn`, `zero-hit` (nothing can be reused), `decode` (gaps between the tokens of long answers while other
-prompts are computed and saved), `equality` (our answers, token for token, against a server whose device holds
-everything).
+Parts: `first-token` (a device hit, a host hit and a miss, one request at a time, on our server), `multiturn`,
+`zero-hit` (nothing can be reused), `decode` (gaps between the tokens of long answers while other prompts are
+computed and saved), `equality` (our answers, token for token, against a server whose device holds everything).
 
-Weights are random (--load-format dummy), but for `equality`, whose model is small and made so that every answer
-depends on all of its context. Servers that are compared are alive at once and take turns; where the GPU does not
-hold all of them, ours meets the others a few at a time.
+Weights are random (--load-format dummy), except for `equality`, whose model is small and made so that every
+answer depends on all of its context. Servers that are compared run at the same time and alternate; if the GPU
+cannot hold all of them, ours is compared with a few of the others at a time.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ FIRST_TOKEN, MULTITURN, ZERO_HIT, DECODE, EQUALITY = PARTS = (
 SEED = 0
 START_S = 300.0
 BESIDE = 6 << 30
-"""Bytes of GPU memory that a server takes besides weights and KV: context, CUDA graphs, activations."""
+"""Bytes of GPU memory that a server needs besides weights and KV: context, CUDA graphs, activations."""
 LONG_TALKS = WorkloadShape(6, 3, history=1_500, new=48, output=24)
 SHORT_TALKS = WorkloadShape(3, 2, history=300, new=16, output=8)
-"""Of `equality`, on a GPU and without: half of them fit the device, so that they come back from host memory."""
+"""For `equality`, on a GPU and without: the device holds half of them, so they return from host memory."""
 EXACT_ARGS = ("--attention-backend=triton", *FOR_GPU)
-"""FlashInfer has no modules for the small model's heads until it compiles some."""
+"""FlashInfer has no modules for the small model's heads until it compiles them."""
 
 TTFT = Bound("TTFT of returning turns to HiCache's", 1.0)
 THROUGHPUT = Bound("multi-turn throughput to HiCache's", 1.0, at_least=True)
@@ -69,7 +68,7 @@ def run(setting: Setting, outcome: Outcome) -> None:
 
 
 def _add_what_is_missing(setting: Setting, load: Load, outcome: Outcome) -> None:
-    """Bounds of the parts that were asked for and could not be measured."""
+    """Add the bounds of requested parts that could not be measured."""
     bounds = {
         FIRST_TOKEN: (load.first_token,),
         MULTITURN: (TTFT, THROUGHPUT),
@@ -83,7 +82,7 @@ def _add_what_is_missing(setting: Setting, load: Load, outcome: Outcome) -> None
 
 
 def compare(setting: Setting, load: Load, outcome: Outcome) -> None:
-    """All parts that are a matter of time."""
+    """Run all parts that measure time."""
     pools = load.pools()
     for number, names in enumerate(groups(others(setting), room(setting, pools))):
         chosen = configurations(names, pools, setting.server_args)
@@ -96,13 +95,13 @@ def compare(setting: Setting, load: Load, outcome: Outcome) -> None:
 
 
 def others(setting: Setting) -> list[str]:
-    """Whom ours meets in the parts that run. HiCache needs a GPU."""
+    """Configurations that ours is compared with in the parts that run. HiCache needs a GPU."""
     hicache = [HICACHE] if setting.on_gpu and setting.runs(MULTITURN) else []
     return [STOCK, *hicache] if any(map(setting.runs, (MULTITURN, ZERO_HIT, DECODE))) else []
 
 
 def groups(others: Sequence[str], most: int) -> list[list[str]]:
-    """Ours beside all of `others`, never more than `most` servers at once.
+    """Groups of at most `most` servers that compare ours with each of `others`.
 
     Raises:
         ValueError: `most` is too small for a comparison.
@@ -116,7 +115,7 @@ def groups(others: Sequence[str], most: int) -> list[list[str]]:
 
 
 def room(setting: Setting, pools: Pools) -> int:
-    """Servers that the device holds at once."""
+    """Number of servers that fit on the device."""
     if not setting.on_gpu:
         return len(PARTS)
     free, _ = torch.cuda.mem_get_info()
@@ -148,7 +147,7 @@ def measure_in_turns(setting: Setting, load: Load, urls: dict[str, str], outcome
 
 def measure_first_tokens(setting: Setting, load: Load, pools: Pools, url: str, outcome: Outcome) -> None:
     prompts = Prompts(url, setting.shape.vocabulary, pools.small_device, PAGE, SEED)
-    for new in load.news:  # Not kept: what is compiled at first use counts for nobody.
+    for new in load.news:  # Warm-up: compiling at first use must not count.
         list(prompts.first_tokens(load.history, new))
     samples = [
         sample
@@ -162,7 +161,7 @@ def measure_first_tokens(setting: Setting, load: Load, pools: Pools, url: str, o
 
 
 def worst_first_token(samples: Sequence[FirstToken], load: Load) -> float | None:
-    """What the bound is about, of medians; None where a history was never in the tier where it was wanted."""
+    """The number that the bound is about, from medians; None if a history was never in the intended tier."""
     numbers = []
     for new in load.news:
         times = [
@@ -196,7 +195,7 @@ def judge_zero_hit(rounds: Sequence[Round], outcome: Outcome) -> None:
 
 
 def judge_gaps(rounds: Sequence[Round], outcome: Outcome) -> None:
-    """Both servers compute the same prompts meanwhile; only ours saves them. The first round does not count."""
+    """Both servers meanwhile compute the same prompts; only ours saves them. The first round does not count."""
     group = by_configuration(one for one in rounds if one.index)
     gaps = {name: [_gaps(one) for one in of_one] for name, of_one in group.items()}
     outcome.rows += [_row(DECODE, one) | {"gap_s": _spread(_gaps(one))} for one in rounds]
@@ -231,7 +230,7 @@ def _row(part: str, one: Round) -> dict[str, Any]:
 
 
 def compare_answers(setting: Setting, outcome: Outcome) -> None:
-    """One request at a time, so that both servers compute the same batches, on the same cached prefixes."""
+    """Compare answers, one request at a time: both servers compute the same batches on the same prefixes."""
     models = setting.output / "models"
     if setting.on_gpu:
         model, shape = make_model(models / "telling-100m", "100m", 4_096, "bfloat16"), LONG_TALKS
@@ -254,6 +253,6 @@ def judge_answers(rounds: Sequence[Round], outcome: Outcome) -> None:
     outcome.notes.append(
         f"equality: {found.compared} answers, {from_host} prompt tokens of them from host memory"
     )
-    # Nothing came back from host memory: then equal answers say nothing.
+    # If nothing came back from host memory, equal answers prove nothing.
     outcome.add(EQUAL.judge(len(found.mismatches) if from_host else None))
     outcome.add(TELLING.judge(len(set(answers)) / len(answers)))

@@ -1,4 +1,4 @@
-"""What an experiment runs on: the device, the shape of the model, and sizes that suit both."""
+"""Setting of an experiment: the device, the shape of the model, and sizes that suit both."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHAPES = {
     "llama-2-13b": Shape(hidden=5_120, intermediate=13_824, layers=40, heads=40, kv_heads=40, vocabulary=32_000),
     "tiny": Shape(hidden=128, intermediate=256, layers=3, heads=4, kv_heads=2, vocabulary=512),
 }
-"""Sizes of the models by name; `tiny` is for machines without a GPU."""
+"""Model shapes by name; `tiny` is for machines without a GPU."""
 FOR_GPU = (
     "--dtype=bfloat16",
     "--sampling-backend=pytorch",
-    # Sizes of batches that are captured; the default captures 58 of them for prefill and takes a minute.
+    # Batch sizes to capture; the default captures 58 for prefill, which takes a minute.
     "--cuda-graph-max-bs-decode=32",
     "--cuda-graph-backend-prefill=disabled",
     "--mem-fraction-static=0.85",
@@ -36,7 +36,7 @@ class Setting:
         device: `cuda` or `cpu`.
         shape_name: a key of `SHAPES`.
         output: directory of results, logs and models.
-        parts: of the experiment, in order; empty: all of them.
+        parts: parts of the experiment, in order; empty: all of them.
     """
 
     experiment: str
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of the results: each shape and each choice of parts has its own."""
+        """Name of the results, different for each shape and each choice of parts."""
         return "-".join((self.experiment, self.shape_name, *self.parts))
 
     @property
@@ -68,12 +68,12 @@ class Setting:
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token, in all layers."""
+        """KV bytes of one token in all layers."""
         return 2 * self.shape.layers * self.shape.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def weight_bytes(self) -> int:
-        """Of the matrices."""
+        """Bytes of the weight matrices."""
         shape = self.shape
         attention = shape.hidden * self.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
         layer = attention + 3 * shape.hidden * shape.intermediate
@@ -81,7 +81,7 @@ class Setting:
 
     @property
     def server_args(self) -> tuple[str, ...]:
-        """For a server of `model`: random weights, no tokenizer."""
+        """Arguments for a server of `model`: random weights, no tokenizer."""
         return (
             "--load-format=dummy",
             "--skip-tokenizer-init",
@@ -92,7 +92,7 @@ class Setting:
         return not self.parts or part in self.parts
 
     def model(self, context: int) -> Path:
-        """A directory with the config of a Llama of this shape and a window of `context` tokens; no weights."""
+        """Directory with the config of a Llama of this shape and a window of `context` tokens; no weights."""
         directory = self.output / "models" / f"{self.shape_name}-{context}"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(self._config(context), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Moments in the work of a device."""
+"""Timestamps in the work of a device."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Mark = float | torch.cuda.Event
 
 
 class Stopwatch:
-    """Marks when the device comes to a place in its work; on a GPU that is later than when Python does."""
+    """Marks when the device reaches a point in its work; on a GPU that is later than when Python does."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._on_gpu = device != "cpu"
 
     def synchronize(self) -> None:
-        """Return when the device has nothing left to do."""
+        """Wait until the device has nothing left to do."""
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
 
@@ -30,7 +30,7 @@ class Stopwatch:
 
     @staticmethod
     def seconds(start: Mark, end: Mark) -> float:
-        """Between two marks; to be asked after `synchronize`."""
+        """Seconds between two marks; call after `synchronize`."""
         if isinstance(start, float) and isinstance(end, float):
             return end - start
         assert isinstance(start, torch.cuda.Event)

@@ -1,4 +1,4 @@
-"""A store under a KV pool, driven as an engine drives it: pages saved, pages loaded, layers waited for."""
+"""A store under a KV pool, driven as by an engine: saves pages, loads pages, waits for layers."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from cached_attention.transfer.streams import Event
 
 SAVE_TIMEOUT_S = 120.0
 TO_BATCH_S = 200e-6
-"""From a load's queueing to its start an engine makes its batch; page numbers come to the host meanwhile."""
+"""Between queueing and starting a load an engine builds its batch; meanwhile page numbers reach the host."""
 POLL_S = 5e-5
-"""Between polls, as an engine does other things: a tight loop would take the interpreter from the transfer."""
+"""Between polls, as an engine does other work: a tight loop would take the interpreter from the transfer."""
 
 
 class Arrival:
-    """Who waits for the layers of one load. This is all that a forward knows of it."""
+    """Waits for the layers of one load; all that a forward knows of the load."""
 
     def __init__(self, load: LayerWiseLoad) -> None:
         self._layers = load.layers
 
     def wait(self, layer: int) -> None:
-        """Let the current stream wait until `layer` is there; without streams, the thread."""
+        """Make the current stream wait until `layer` has arrived; without streams, the thread."""
         self._layers[layer].wait()
 
 
 class StoredPages:
     """A store whose pages all come from one pool.
 
-    Chains of keys, and slots, are made ahead: an engine has them before it asks.
+    Key chains and slots are made in advance, because an engine has them before it calls the store.
 
     Args:
-        pages: room in host memory.
+        pages: capacity of host memory.
         rotations: as the store takes them; needed for `moved_chain`.
     """
 
@@ -60,17 +60,17 @@ class StoredPages:
         self._store.close()
 
     def forget(self) -> None:
-        """Everything that was saved."""
+        """Forget everything that was saved."""
         self._store.reset()
 
     def new_chain(self, pages: int) -> list[bytes]:
-        """Keys of a conversation that nobody had before."""
+        """Keys of a new conversation."""
         name = f"conversation {next(self._numbers)}"
         return [sha256(f"{name}/{page}".encode()).digest() for page in range(pages)]
 
     def moved_chain(self, keys: list[bytes], drop: int) -> list[bytes]:
-        """The saved chain `keys` without its first `drop` pages: those after them come so much earlier, and
-        their keys are rotated when they are loaded."""
+        """Chain of the saved pages `keys` without the first `drop`: the remaining pages move to earlier
+        positions, and their keys are rotated when they are loaded."""
         chain = Chain(self.new_chain(len(keys) - drop))
         self._store.alias(chain, [keys[drop:]])
         return chain.keys
@@ -82,7 +82,7 @@ class StoredPages:
         return (first + torch.arange(size)).flatten().to(self._pool.device)
 
     def save(self, keys: list[bytes], slots: torch.Tensor) -> None:
-        """Save what is in `slots` as the pages `keys`; returns when all bytes are in host memory."""
+        """Save the contents of `slots` as the pages `keys`; returns when all bytes are in host memory."""
         self._store.save(PageRun(None, 0, keys, slots))
         deadline = time.monotonic() + SAVE_TIMEOUT_S
         while not self._store.poll():
@@ -93,7 +93,7 @@ class StoredPages:
             raise RuntimeError(f"the store declined some of {len(keys)} pages")
 
     def start_load(self, keys: list[bytes], slots: torch.Tensor) -> tuple[int, Arrival]:
-        """Start loading the pages `keys` into `slots`; the number is for `finish_load`."""
+        """Start to load the pages `keys` into `slots`; the returned number is for `finish_load`."""
         number = next(self._numbers)
         request = f"request {number}"
         reserved = self._store.reserve(request, Chain(keys))
@@ -106,7 +106,7 @@ class StoredPages:
         return number, arrival
 
     def _on_stream(self) -> list[Event]:
-        """What the load waits for: all that the current stream was given."""
+        """What the load waits for: all work queued on the current stream."""
         if self._pool.device.type == "cpu":
             return []
         event = torch.cuda.Event()
@@ -114,7 +114,7 @@ class StoredPages:
         return [event]
 
     def finish_load(self, number: int) -> None:
-        """To be called when all layers were waited for.
+        """Call after all layers were waited for.
 
         Raises:
             RuntimeError: the copies failed.
@@ -135,5 +135,5 @@ class StoredPages:
 def make_store(
     pool: DevicePool, pages: int, rotations: Sequence[Rotation | None] | None = None
 ) -> CachedAttentionStore:
-    """The one place where the store, and with it the transfer engine, is made."""
+    """Makes the store, and with it the transfer engine; nothing else here does."""
     return CachedAttentionStore(pool, pages * pool.layout.stride, rotations=rotations)

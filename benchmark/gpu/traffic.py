@@ -1,4 +1,4 @@
-"""Requests whose history lies where it is wanted, and answers that are written while others arrive."""
+"""Requests whose history is in the intended tier, and long answers generated while other prompts arrive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICE, HOST, RECOMPUTE = "device hit", "host hit", "recompute"
 
 @dataclass(frozen=True)
 class FirstToken:
-    """TTFT, in seconds, of one request that had the server for itself."""
+    """TTFT, in seconds, of one request that had the server to itself."""
 
     kind: str
     new: int
@@ -26,10 +26,10 @@ class FirstToken:
 
 
 class Prompts:
-    """Sends prompts to the server at `url`, one at a time, and says where their history was.
+    """Sends prompts to the server at `url`, one at a time, and reports where their history was.
 
     Args:
-        pool: tokens that its device holds; computing as many pushes everything else off it.
+        pool: tokens that its device holds; computing that many evicts everything else from it.
     """
 
     def __init__(self, url: str, vocabulary: int, pool: int, page_size: int, seed: int) -> None:
@@ -38,7 +38,7 @@ class Prompts:
         self._random = random.Random(seed)
 
     def first_tokens(self, history: int, new: int) -> Iterator[FirstToken]:
-        """One hit on the device, one in host memory, and the prompts computed in between."""
+        """One device hit, one host hit, and the prompts computed in between."""
         words = self._words(history)
         _, on_device = self._turns(words, self._words(new))
         yield self._note(DEVICE, new, on_device)
@@ -56,7 +56,7 @@ class Prompts:
         return play(self._url, [conversation], output_tokens=1, concurrency=1).turns
 
     def _note(self, kind: str, new: int, turn: TurnRecord) -> FirstToken:
-        """`kind` is what was meant; a history that was elsewhere makes it another kind."""
+        """`kind` is what was intended; if the history was elsewhere, another kind is recorded."""
         whole = (turn.prompt_tokens - new - 1) // self._page_size * self._page_size
         tier = {DEVICE: "device", HOST: "host"}.get(kind)
         as_meant = turn.cached.get(tier, 0) >= whole if tier else not turn.cached
@@ -66,13 +66,13 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Long answers, and prompts that nobody sent before arriving while they are written."""
+    """Long answers, and new prompts that arrive while they are generated."""
 
     answers: WorkloadShape
     arrivals: WorkloadShape
 
     def play(self, url: str, name: str, index: int, seed: int, vocabulary: int) -> Round:
-        """The records of the long answers; the server computes, and saves, the others meanwhile."""
+        """Records of the long answers; the server computes, and saves, the other prompts meanwhile."""
         shapes = (self.answers, self.arrivals)
         rounds = [make_workload(shape, seed + 1 + i, index, vocabulary) for i, shape in enumerate(shapes)]
         with ThreadPoolExecutor(2) as pool:

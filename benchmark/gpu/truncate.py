@@ -1,6 +1,6 @@
-"""What does a user wait for whose conversation has just outgrown the context window?
+"""How long does a user wait whose conversation has just outgrown the context window?
 
-The first turn after an overflow, against the same tokens truncated and computed again (the paper's TT), on one
+The first turn after an overflow, compared with the same tokens truncated and recomputed (the paper's TT), on one
 server: `benchmark.overflow`, with a model of the chosen shape.
 """
 

@@ -1,12 +1,12 @@
-"""Does a server stay right, and small, under many clients, while its tiers fail and heal?
+"""Does a server stay correct, and small, under many clients, while its tiers fail and recover?
 
     python -m benchmark.model out/tiny --size tiny
     python -m benchmark.load --model-path out/tiny --clients 500 --minutes 10 [--encrypt] [--remote 128MB]
 
-Clients hold conversations, give requests up, close connections and give hints; an operator looks at the server,
-calls what operators call, and once empties the whole cache; the disk fails in several ways, and of a remote store
-the master and who lends it memory are killed in turn. Every tenth answer is compared, afterwards, with that of a
-server that keeps everything on the device.
+Clients hold conversations, abort requests, close connections and send hints; an operator inspects the server,
+uses its endpoints for operators, and once empties the whole cache; the disk fails in several ways, and of a
+remote store the master and the process that lends it memory are killed alternately. Every tenth answer is
+afterwards compared with that of a server that keeps everything on the device.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from benchmark.workload import WorkloadShape
 
 PAGE = ("--page-size", "64")
 START_S = 900.0
-"""On a busy machine."""
+"""Generous, for a busy machine."""
 CLIENT_TTL = 3
-"""Seconds after which a Mooncake master forgets who is gone, so that an outage ends in good time."""
+"""Seconds after which a Mooncake master forgets clients that are gone, so that an outage ends soon."""
 DRIFT = 0.75
-"""Of the time that the disk is well, so is the remote store, so that their outages meet in every way."""
+"""Healthy time of the remote store relative to the disk's, so that their outages overlap in every way."""
 FEWEST_LOOKS = 10
-"""At the server, for a line through its memory."""
+"""Samples of the server needed to fit a line through its memory."""
 SHOWN = 5
-"""Wrong answers and failures that are printed."""
+"""Most wrong answers and failures that are printed."""
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -103,7 +103,7 @@ def _make_key(path: Path) -> Path:
 
 
 def _remote_store(args: argparse.Namespace, stack: ExitStack) -> tuple[RemoteTrouble, str]:
-    """A Mooncake store on this machine, and its URL; the server and a second process lend it memory."""
+    """A Mooncake store on this machine, and its URL; the server and another process lend it memory."""
     log = args.output.parent / "logs" / "load-master.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     master = stack.enter_context(Master(log, CLIENT_TTL))
@@ -143,7 +143,7 @@ async def _load(
 
 
 async def _beside(work: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
-    """Run `work`, with `others` for as long as it takes; what any of them raises is raised."""
+    """Run `work`, and `others` until it ends; an exception in any of them is raised."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(other) for other in others]
         await work
@@ -259,7 +259,7 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    # The server is in a process group of its own: leave in a way that stops it.
+    # The server runs in a process group of its own: exit in a way that stops it.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     with suppress(KeyboardInterrupt):
         sys.exit(main())

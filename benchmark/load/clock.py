@@ -1,4 +1,4 @@
-"""Time that counts."""
+"""A clock that leaves out stalls."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 TICK = 0.5
 """Seconds."""
 STALL = 5.0
-"""A tick that comes later than this is not a busy loop, but a machine that was suspended or a process stopped."""
+"""A tick later than this is due not to a busy loop, but to a suspended machine or a stopped process."""
 
 
 class Clock:
-    """Seconds since it was made, without those in which clients and server alike were stopped."""
+    """Seconds since creation, except those in which both clients and server were stopped."""
 
     def __init__(self) -> None:
         self.lost = 0.0
@@ -22,7 +22,7 @@ class Clock:
         return time.perf_counter() - self._started - self.lost
 
     async def run(self) -> None:
-        """Until it is cancelled; without it every second counts."""
+        """Run until cancelled; without it no second is left out."""
         while True:
             before = time.perf_counter()
             await asyncio.sleep(TICK)

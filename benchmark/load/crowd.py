@@ -1,4 +1,4 @@
-"""Clients that hold conversations with one server, all at once, and behave as clients do."""
+"""Clients that hold conversations with one server concurrently and behave like real clients."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SALTS = (None, None, None, "tenant-a")
 """Namespaces of conversations: most share one."""
 OUTLOOKS: tuple[dict[str, Any], ...] = ({"expect_in_s": 2.0}, {"keep": True}, {"drop": True})
 ABANDONED_ANSWER = 100
-"""Tokens that a request asks for that is then given up."""
+"""Tokens that a request asks for before it is aborted."""
 
 
 @dataclass(frozen=True)
 class Habits:
-    """Of every client: what it does before a turn, with which probability."""
+    """Habits of every client: probabilities of what it does before a turn."""
 
     abort: float = 0.15
     hint: float = 0.1
     system_prompts: int = 8
-    """Conversations begin with one of so many, of `system_tokens` tokens each."""
+    """Conversations begin with one of this many system prompts, of `system_tokens` tokens each."""
     system_tokens: int = 128
     vocabulary: int = 1_024
 
@@ -39,7 +39,7 @@ class Crowd:
     """`clients` users of one server.
 
     Args:
-        shape: of each conversation; `conversations` is 1.
+        shape: shape of each conversation; `conversations` is 1.
     """
 
     def __init__(self, wire: Wire, shape: WorkloadShape, habits: Habits, clients: int, seed: int = 0) -> None:
@@ -47,12 +47,12 @@ class Crowd:
         self.shape = shape
         self.habits = habits
         self.may_ask = asyncio.Event()
-        """Clear it, and no client begins another turn."""
+        """While it is cleared, no client begins another turn."""
         self.may_ask.set()
         self.asking = 0
-        """Clients that wait for an answer."""
+        """Clients that are waiting for an answer."""
         self.hints: list[dict[str, Any]] = []
-        """All that were given."""
+        """All hints that were given."""
         self._seed = seed
         words = random.Random(seed)
         tokens = range(habits.vocabulary // 4, 3 * habits.vocabulary // 4)
@@ -61,7 +61,7 @@ class Crowd:
         self._conversations = itertools.count()
 
     async def live(self, seconds: float) -> None:
-        """Hold conversations; returns when the last turn that was begun within `seconds` is answered."""
+        """Hold conversations; returns when the last turn begun within `seconds` is answered."""
         clock = self.wire.clock
         until = clock.now() + seconds
         async with asyncio.TaskGroup() as group:
@@ -69,13 +69,13 @@ class Crowd:
                 group.create_task(client.live(lambda: clock.now() < until))
 
     async def forget_hints(self) -> None:
-        """Nothing is waited for any more on account of a hint."""
+        """Withdraw all hints, so that the server waits for nothing because of one."""
         for conversation in self.hints:
             await self.wire.call(HINT, conversation | {"drop": True})
         self.hints.clear()
 
     def begin(self) -> tuple[list[int], Conversation]:
-        """A system prompt, and a conversation that nobody else has."""
+        """A system prompt, and a conversation that no other client has."""
         number = next(self._conversations)
         (conversation,) = make_workload(self.shape, self._seed, number, self.habits.vocabulary)
         return list(self._systems[number % len(self._systems)]), conversation
@@ -85,7 +85,7 @@ class _Client:
     def __init__(self, crowd: Crowd, dice: random.Random) -> None:
         self._crowd, self._wire, self._dice = crowd, crowd.wire, dice
         self._latency = 1.0
-        """Seconds of the last answer."""
+        """Duration of the last answer in seconds."""
 
     async def live(self, goes_on: Callable[[], bool]) -> None:
         while goes_on():
@@ -117,7 +117,7 @@ class _Client:
             self._crowd.asking -= 1
 
     async def _change_my_mind(self, history: list[int], salt: str | None) -> None:
-        """A request that is given up in the queue, while it is computed or while it is answered."""
+        """Send a request and abort it while it is queued, computed or answered."""
         rid = uuid.UUID(int=self._dice.getrandbits(128)).hex
         longer = [*history, *self._dice.choices(history, k=30)]
         request = asyncio.create_task(self._wire.give_up(longer, ABANDONED_ANSWER, rid=rid, cache_salt=salt))

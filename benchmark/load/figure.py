@@ -1,4 +1,4 @@
-"""A load test over time, as PNG."""
+"""Plots a load test over time, as PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmark.load.outcome import Outcome
 from benchmark.load.watch import Sample
 
 SLICE = 15.0
-"""Seconds that answers are counted over."""
+"""Seconds over which answers are counted."""
 BLUE, ORANGE, RED, GREEN = "#0072b2", "#e69f00", "#d55e00", "#009e73"
 
 
@@ -77,7 +77,7 @@ def _disk(axes: Axes, samples: Sequence[Sample]) -> None:
 
 
 def stretches(samples: Sequence[Sample], holds: Callable[[Sample], bool]) -> Iterator[tuple[float, float]]:
-    """Start of every stretch of samples for which `holds` is true, and of the sample after it."""
+    """Start of every stretch of samples for which `holds` is true, and time of the sample after it."""
     start = None
     for sample in samples:
         if holds(sample):

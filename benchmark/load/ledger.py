@@ -1,4 +1,4 @@
-"""What came back from a server under load."""
+"""Results from a server under load."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 EVERY = 10
-"""One answer of so many is kept, to be compared with the reference."""
+"""One in this many answers is kept for comparison with the reference."""
 
 
 class Answer(NamedTuple):
     """One answered turn; `at` in seconds since the start, `ttft` and `e2e` since the request.
 
-    `cached`: prompt tokens by the tier they came from, as the server reports it.
-    `stalled`: everything stood still meanwhile, see `Clock`, so that its times say nothing.
+    `cached`: prompt tokens by the tier they came from, as reported by the server.
+
+    `stalled`: clients and server were stopped meanwhile, see `Clock`, so its times mean nothing.
     """
 
     at: float
@@ -26,7 +27,7 @@ class Answer(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """An answer to be compared."""
+    """An answer kept for comparison."""
 
     prompt: list[int]
     output_ids: list[int]
@@ -37,11 +38,11 @@ class Ledger:
     answers: list[Answer] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """By path and HTTP status; a stream that ends in an error counts as that."""
+    """By path and HTTP status; a stream that ends in an error counts with the status of the error."""
     aborts: Counter[str] = field(default_factory=Counter)
-    """By what became of a request that its client gave up."""
+    """Requests aborted by their client, by outcome."""
     failures: Counter[str] = field(default_factory=Counter)
-    """What nobody asked for: dropped connections, aborts by the server, damage."""
+    """Unexpected failures: dropped connections, aborts by the server, damage."""
 
     def answered(self, answer: Answer, prompt: list[int], output_ids: list[int]) -> None:
         if len(self.answers) % EVERY == 0:

@@ -1,4 +1,4 @@
-"""What a load test found, and whether that is good."""
+"""Results of a load test, and whether they are good enough."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmark.load.watch import Sample
 from benchmark.report import machine
 
 FLAT = 0.02
-"""Share of the resident memory by which it may grow over the whole run, at the pace of the second half."""
+"""Share by which resident memory may grow over the whole run, at the pace of the second half."""
 
 
 class Check(NamedTuple):
@@ -31,11 +31,11 @@ class Check(NamedTuple):
 def growth(samples: Sequence[Sample], process: str | None = None) -> float:
     """Bytes by which resident memory would grow over the whole run at the pace of its second half.
 
-    The pace is the slope of the least-squares line through the samples. The first half is left out: there pools
-    fill up and code is used for the first time.
+    The pace is the slope of the least-squares line through the samples. The first half is left out, because pools
+    fill up and code runs for the first time in it.
 
     Args:
-        process: of this one only.
+        process: count this process only; None: all.
     """
     seconds = np.array([sample.at for sample in samples])
     sizes = np.array([_resident(sample, process) for sample in samples], dtype=float)
@@ -51,18 +51,18 @@ def _resident(sample: Sample, process: str | None) -> int:
 
 
 def resident(samples: Sequence[Sample]) -> float:
-    """Mean bytes of all processes in the second half."""
+    """Mean resident bytes of all processes in the second half."""
     return float(np.mean([_resident(s, None) for s in samples if s.at >= samples[-1].at / 2]))
 
 
 def outages(healthy: Iterable[bool]) -> tuple[int, int]:
-    """How often a tier was seen to go out of service, and to come back."""
+    """How often a tier was seen to go out of service and to come back."""
     pairs = list(itertools.pairwise(healthy))
     return sum(was and not now for was, now in pairs), sum(now and not was for was, now in pairs)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """By name; empty where there are no values."""
+    """Quantiles by name; empty if there are no values."""
     levels = {"P50": 0.5, "P90": 0.9, "P99": 0.99, "max": 1.0}
     return {} if not values else {name: float(np.quantile(values, level)) for name, level in levels.items()}
 
@@ -76,12 +76,12 @@ class Outcome:
     faults: int
     flushed: int
     stalled: float
-    """Seconds that did not count."""
+    """Seconds left out by the clock."""
     comparison: Comparison
     hits: dict[str, int]
-    """Prompt tokens by the tier that they came from, as the server counts them: aborted requests included."""
+    """Prompt tokens by the tier they came from, as counted by the server, including aborted requests."""
     remote_faults: int | None = None
-    """None: without a remote tier."""
+    """None: no remote tier."""
 
     @property
     def ttft(self) -> dict[str, float]:

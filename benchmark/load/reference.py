@@ -1,4 +1,4 @@
-"""Answers of a server that keeps everything on the device, beside those that were given under load."""
+"""Compares answers given under load with those of a server that keeps everything on the device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from benchmark.client import REQUEST_TIMEOUT_S
 from benchmark.load.ledger import Kept
 
 TIE = 1e-4
-"""Nats. Tokens whose log-probabilities in float32 are closer than this are told apart by rounding, which
-depends on what is computed together."""
+"""Nats. If the float32 log-probabilities of two tokens differ by less than this, rounding decides between them,
+and rounding depends on what is computed together."""
 AT_ONCE = 16
 
 
@@ -22,12 +22,12 @@ AT_ONCE = 16
 class Comparison:
     compared: int = 0
     ties: int = 0
-    """Answers that differ from a token on that the reference itself finds as likely as its own."""
+    """Answers whose first differing token is as likely for the reference as its own."""
     wrong: list[str] = field(default_factory=list)
 
 
 async def compare(url: str, kept: Sequence[Kept]) -> Comparison:
-    """Ask the server at `url` for every answer of `kept` again."""
+    """Ask the server at `url` again for every answer of `kept`, and compare."""
     result = Comparison()
     slots = asyncio.Semaphore(AT_ONCE)
     bar = tqdm(total=len(kept), desc="answers compared", unit="answer")
@@ -66,7 +66,7 @@ async def _check(http: aiohttp.ClientSession, one: Kept, result: Comparison) -> 
 
 
 async def _gap(http: aiohttp.ClientSession, tokens: list[int], right: int, said: int) -> float:
-    """By how much `right` is more likely after `tokens` than `said`, in nats."""
+    """How much more likely `right` is than `said` after `tokens`, in nats."""
     asked = {"return_logprob": True, "token_ids_logprob": [right, said]}
     reply = await _generate(http, tokens, 1, **asked)
     (scores,) = reply["meta_info"]["output_token_ids_logprobs"]

@@ -1,4 +1,4 @@
-"""Tiers that fail now and then, and heal."""
+"""Tiers that fail from time to time, and recover."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 
 class DiskTrouble:
-    """Faults in turn, for a server that was started with `env`.
+    """Injects one fault after another into a server that was started with `env`.
 
     Args:
-        rule: file through which the server is told; made and removed here.
+        rule: file that tells the server about the fault; created and removed here.
         calm, outage: seconds without a fault, and with one.
     """
 
     def __init__(self, rule: Path, calm: float, outage: float) -> None:
         self.fault = ""
-        """The one that is there now, or none."""
+        """Current fault, or empty."""
         self.faults = 0
-        """So far."""
+        """Faults so far."""
         self._rule = rule
         self._calm, self._outage = calm, outage
 
     @property
     def env(self) -> dict[str, str]:
-        """Of the server."""
+        """Environment of the server."""
         return {"PYTHONPATH": str(FAILING_DISK), "FAILING_DISK": str(self._rule)}
 
     async def run(self) -> None:
-        """Until it is cancelled; then the disk is well."""
+        """Run until cancelled; the disk works again afterwards."""
         try:
             for name in itertools.cycle(FAULTS):
                 await asyncio.sleep(self._calm)
@@ -65,22 +65,22 @@ class DiskTrouble:
 
 
 class RemoteTrouble:
-    """A running store whose parts are killed in turn, and started again: the master, then who lends memory.
+    """A running store whose parts are killed and restarted alternately: the master and the memory lender.
 
     Args:
-        calm, outage: seconds with all of it, and without a part.
+        calm, outage: seconds with all parts running, and with one killed.
     """
 
     def __init__(self, master: Master, lender: Lender, calm: float, outage: float) -> None:
         self.fault = ""
-        """The part that is away now, or none."""
+        """The part that is down now, or empty."""
         self.faults = 0
-        """So far."""
+        """Faults so far."""
         self._parts: dict[str, Master | Lender] = {"master away": master, "lender away": lender}
         self._calm, self._outage = calm, outage
 
     async def run(self) -> None:
-        """Until it is cancelled; then all of it is there."""
+        """Run until cancelled; all parts run again afterwards."""
         try:
             for name in itertools.cycle(self._parts):
                 await asyncio.sleep(self._calm)

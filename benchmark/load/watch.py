@@ -1,4 +1,4 @@
-"""An operator who looks at a server under load, and does what operators do."""
+"""An operator who inspects a server under load and does what operators do."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmark.load.trouble import DiskTrouble, RemoteTrouble
 from cached_attention.metrics import PREFIX
 
 REST_S = 180.0
-"""A server that nobody asks is at rest within this time."""
+"""A server without requests comes to rest within this time."""
 MOVING = ("saving", "dirty", "writing", "remote_unshared", "pins", "waiting")
-"""Counts of the store that are zero at rest."""
+"""Counters of the store that are zero at rest."""
 HEALTH = ("disk_healthy", "remote_healthy")
-"""1 at rest; of a tier that there is not, nothing."""
+"""1 at rest; missing for a tier that does not exist."""
 ADMIN = ("/metrics/", "/health", "/flush_cache", "/get_server_info", "/v1/models")
-"""Called in turns. A flush is refused, with 400, while requests run."""
+"""Called in rotation. A flush is refused, with status 400, while requests run."""
 
 
 class Sample(NamedTuple):
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     """Counters of the store."""
     remote_fault: str = ""
     remote_healthy: bool = True
-    """Also where there is no remote tier."""
+    """True also without a remote tier."""
 
 
 class Watch:
@@ -62,7 +62,7 @@ class Watch:
         self._interval = interval
 
     async def run(self, on_sample: Callable[[Sample], object] = lambda _: None) -> None:
-        """Until it is cancelled."""
+        """Run until cancelled."""
         for path in itertools.cycle(ADMIN):
             sample = await self.look()
             if sample is not None:
@@ -71,7 +71,7 @@ class Watch:
             await asyncio.sleep(self._interval)
 
     async def look(self) -> Sample | None:
-        """None where the server did not answer, which counts as a failure, as damage does."""
+        """Take a sample; None if the server did not answer, which counts as a failure, as does damage."""
         state = await self._state()
         if state is None:
             return None
@@ -91,7 +91,7 @@ class Watch:
         return sample
 
     async def flush(self) -> None:
-        """Let the clients pause, and empty every tier; then they go on."""
+        """Pause the clients and empty every tier; then let them continue."""
         self._crowd.may_ask.clear()
         try:
             while self._crowd.asking:
@@ -103,7 +103,7 @@ class Watch:
             self._crowd.may_ask.set()
 
     async def rest(self) -> dict[str, Any]:
-        """State of the store once nothing moves; what still does after `REST_S` is a failure."""
+        """State of the store at rest; whatever still changes after `REST_S` is a failure."""
         deadline = time.monotonic() + REST_S
         while True:
             state = await self._state() or {}
@@ -117,7 +117,7 @@ class Watch:
             await asyncio.sleep(0.5)
 
     async def hits(self) -> dict[str, int]:
-        """Prompt tokens by the tier that they came from, since the server started."""
+        """Prompt tokens by the tier they came from, since the server started."""
         _, text = await self._wire.call("/metrics/")
         hits: dict[str, int] = {}
         for family in text_string_to_metric_families(text):

@@ -1,4 +1,4 @@
-"""Requests over HTTP whose outcome is counted, whatever it is."""
+"""HTTP requests whose outcome is counted, whatever it is."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LOST = (aiohttp.ClientError, TimeoutError, ServerError)
 
 
 class Wire:
-    """Connections to the server at `url`, one for each request; a context.
+    """Connections to the server at `url`, one per request; a context manager.
 
-    SGLang closes a connection that was idle for 5 s. A client that is slow to notice, as all of these are where
-    there are few cores, would send its next request into one that is gone.
+    SGLang closes a connection that was idle for 5 s. A client that is slow to notice, as all of these are on a
+    machine with few cores, would send its next request over a closed connection.
     """
 
     def __init__(self, url: str, ledger: Ledger) -> None:
@@ -40,7 +40,7 @@ class Wire:
         await self._http.close()
 
     async def ask(self, tokens: list[int], answer: int, **request: Any) -> list[int] | None:
-        """The greedy answer of `answer` tokens; None where there was none, which counts as a failure."""
+        """The greedy answer of `answer` tokens; None if there was none, which counts as a failure."""
         lost = self.clock.lost
         try:
             stream = await self._stream(tokens, answer, request)
@@ -68,7 +68,7 @@ class Wire:
         )
 
     async def give_up(self, tokens: list[int], answer: int, **request: Any) -> None:
-        """The same for a request that the client may abort meanwhile: no answer is no failure."""
+        """Like `ask`, for a request that the client may abort meanwhile: a missing answer is not a failure."""
         try:
             stream = await self._stream(tokens, answer, request)
         except LOST as failure:
@@ -78,7 +78,7 @@ class Wire:
         self.ledger.aborts["aborted" if reason.get("type") == "abort" else "finished first"] += 1
 
     async def call(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
-        """Status and text of a GET, or of a POST of `body` as JSON; 0 and the reason where there was none."""
+        """Status and text of a GET, or of a POST of `body` as JSON; 0 and the reason if there was no response."""
         method = "GET" if body is None else "POST"
         try:
             async with self._http.request(method, path, json=body, timeout=ADMIN_TIMEOUT) as response:
@@ -90,7 +90,7 @@ class Wire:
         return response.status, text
 
     async def _stream(self, tokens: list[int], answer: int, request: Mapping[str, Any]) -> Stream | None:
-        """None where the server refused, which is counted as a failure."""
+        """None if the server refused, which counts as a failure."""
         sampling = {"temperature": 0, "max_new_tokens": answer, "ignore_eos": True}
         body = {"input_ids": tokens, "sampling_params": sampling, "stream": True, **request}
         stream = Stream()
@@ -99,7 +99,7 @@ class Wire:
             if status == 200:
                 async for event in events(response):
                     stream.add(event)
-                # A stream that has begun cannot change its status: it says it at its end.
+                # A stream that has begun cannot change its status: it reports it at its end.
                 status = (stream.meta.get("finish_reason") or {}).get("status_code") or 200
             else:
                 self._fail(f"/generate answered {status}: {(await response.text())[:200]}")

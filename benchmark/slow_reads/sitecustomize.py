@@ -1,8 +1,8 @@
-"""A disk that reads slowly: put this directory on a server's PYTHONPATH and name a file in SLOW_READS.
+"""A disk with slow reads: put this directory on a server's PYTHONPATH and name a file in SLOW_READS.
 
 The file holds seconds per read, as JSON: `0.2`, or `{"below": OFFSET, "seconds": 2, "otherwise": 0.02}` to slow
-down what lies at the start of a slot file. It is read at every read, so that a disk can turn slow and recover.
-Knows nothing of CachedAttention: it wraps `os.preadv`.
+down what is at the start of a slot file. It is read at every read, so that a disk can turn slow and recover.
+Independent of CachedAttention: it wraps `os.preadv`.
 """
 
 import json

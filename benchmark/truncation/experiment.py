@@ -1,4 +1,4 @@
-"""Reads held-out conversations by every method, and measures what each loses."""
+"""Reads held-out conversations with every method, and measures what each loses."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ SHORTEST_CONTEXT = 32
 
 @dataclass(frozen=True)
 class Quality:
-    """How a method predicts after some truncations (None: after one or more)."""
+    """How well a method predicts after some truncations (None: after one or more)."""
 
     method: str
     truncations: int | None
     predictions: int
     perplexity: Interval
     ratio: Interval
-    """Of the perplexity to that of TT on the same tokens."""
+    """Ratio to TT's perplexity on the same tokens."""
     accuracy: Interval
     agreement: Interval
-    """How often the most likely next token is that of TT."""
+    """How often the most likely next token is the same as TT's."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Findings:
     context_uses: tuple[ContextUse, ...]
     position_uses: tuple[PositionUse, ...]
     quoting: tuple[Quality, ...]
-    """The same text made to repeat parts of itself, so that much of it is known only from further up."""
+    """The same text made to repeat parts of itself, so that much of it is only known from earlier parts."""
     quoting_context_uses: tuple[ContextUse, ...]
 
     def quality(self, method: str, truncations: int | None = None) -> Quality:
@@ -86,7 +86,7 @@ class Findings:
 
 
 def run(model: LanguageModel, facts: Facts, text: Conversations, plan: Plan, seed: int) -> Findings:
-    """Everything there is to know about `model` and `plan` from the conversations in `text`."""
+    """Measure everything about `model` and `plan` with the conversations in `text`."""
     resampling = Resampling(text.documents, seed)
     quiz = make_quiz(text.tokens, plan, facts, np.random.default_rng(seed))
     windows = _doubling(SHORTEST_CONTEXT, model.shape.window)
@@ -98,7 +98,7 @@ def run(model: LanguageModel, facts: Facts, text: Conversations, plan: Plan, see
         copied = {name: reader.read(name, quoted, plan, method) for name, method in METHODS.items()}
         narrow, copied_narrow = (
             {
-                # The sink of one token is the beginning that every trained window has.
+                # The one-token sink is the beginning that every trained window has.
                 window: reader.read(f"context {window}", tokens, Plan(window, window // 2, 1), truncate_tokens)
                 for window in windows
             }
@@ -124,7 +124,7 @@ def run(model: LanguageModel, facts: Facts, text: Conversations, plan: Plan, see
 
 
 class _Reader:
-    """Reads by one method after the other, under one progress bar."""
+    """Reads with one method after another, under one progress bar."""
 
     def __init__(self, model: LanguageModel, conversations: int) -> None:
         self._model = model
@@ -159,7 +159,7 @@ def _after(predictions: Predictions, truncations: int | None) -> np.ndarray:
 def _context_uses(narrow: dict[int, Predictions], longest: int, resampling: Resampling) -> Iterable[ContextUse]:
     for window, predictions in narrow.items():
         late = np.zeros(predictions.losses.shape, dtype=bool)
-        # From here on every window is full, the longest at least by half.
+        # From here on every window is full, the longest at least half.
         late[:, longest // 2 :] = True
         yield ContextUse(window, resampling.perplexity(predictions.losses, late))
 

@@ -19,12 +19,12 @@ CODES = tuple(f" {1_000 + 73 * number}" for number in range(100))
 OPENING = "\nThe code of"
 CLOSING = ".\n"
 WORDS = (OPENING, *NAMES, *CODES)
-"""What must be one token each, so that a fact asks for one look back and not for spelling."""
+"""Strings that must be one token each, so that recalling a fact takes one look back and no spelling."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Makes statements such as "The code of Ada 1219." out of tokens."""
+    """Builds statements such as "The code of Ada 1219." from tokens."""
 
     opening: tuple[int, ...]
     names: tuple[int, ...]
@@ -48,7 +48,7 @@ class Facts:
 
     @property
     def question_tokens(self) -> int:
-        """Length of a statement up to the name, after which the code is asked for."""
+        """Length of a statement up to and including the name, after which the code is asked for."""
         return len(self.opening) + 1
 
     def statement(self, name: int, code: int) -> list[int]:
@@ -66,7 +66,7 @@ class Facts:
     def mixed_into(self, text: np.ndarray, source: np.random.Generator, facts: int, asked: int) -> np.ndarray:
         """`text` with `facts` statements at random places, each repeated `asked` times later; as long as before.
 
-        Whoever reads it can tell the code of every repetition.
+        A reader can know the code in every repetition.
         """
         statements = [fact for fact in self.draw(source, facts) for _ in range(1 + asked)]
         source.shuffle(statements)

@@ -26,11 +26,11 @@ COLOURS = {
     "NKVT": "#d55e00",
 }
 CLOSE = ("full context", "CA", "CA, no sink")
-"""Methods near enough to TT to be seen beside it."""
+"""Methods close enough to TT to be shown beside it."""
 
 
 def save_truncation(path: Path, findings: Findings) -> None:
-    """Perplexity by truncations, the same against TT, facts remembered, and the use of the context."""
+    """Perplexity by truncations, the same relative to TT, facts remembered, and the use of the context."""
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     (perplexity, ratio), (recall, context) = figure.subplots(2, 2)
     _perplexity(perplexity, findings)
@@ -97,7 +97,7 @@ def _context(axes: Axes, findings: Findings) -> None:
 def _curve(axes: Axes, findings: Findings, name: str, of: Callable[[Quality], Interval]) -> None:
     points = [one for one in findings.qualities if one.method == name and one.truncations is not None]
     places = np.array([one.truncations for one in points], dtype=float)
-    # Side by side, so that intervals of equal methods can be told apart.
+    # Side by side, so that the intervals of equal methods can be distinguished.
     places += 0.07 * (list(METHODS).index(name) - 2)
     found = [of(one) for one in points]
     style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2, "elinewidth": 1}

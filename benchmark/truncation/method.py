@@ -1,7 +1,7 @@
-"""Ways to go on when the window is full.
+"""Ways to continue when the window is full.
 
-TT drops tokens and computes all others again. CA (CachedAttention) keeps keys and values as they were
-computed and turns the keys to their new positions. NKVT keeps them too, with their old positions baked in.
+TT drops tokens and recomputes all others. CA (CachedAttention) keeps keys and values as they were computed and
+rotates the keys to their new positions. NKVT keeps them too, with their old positions baked in.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from cached_attention.position.delta_table import delta_table
 from cached_attention.position.rotation import Rotation, rotate
 
 Reading = Iterator[tuple[Period, Tensor]]
-"""Per period the logits after each of its tokens, `[conversations, tokens, vocabulary]`."""
+"""Per period, the logits after each of its tokens, `[conversations, tokens, vocabulary]`."""
 Method = Callable[[LanguageModel, Tensor, Plan], Reading]
 """Reads conversations, `[conversations, tokens]`, int64, truncated by a plan."""
 
 
 def truncate_tokens(model: LanguageModel, ids: Tensor, plan: Plan) -> Reading:
-    """TT: everything that is left is computed again after each truncation."""
+    """TT: all remaining tokens are recomputed after each truncation."""
     return _compute_again(model, ids, plan, plan.window)
 
 
 def use_full_context(model: LanguageModel, ids: Tensor, plan: Plan) -> Reading:
-    """The ceiling: as much of the conversation as the model was trained to read, computed again at every step."""
+    """The ceiling: as much of the conversation as the model was trained to read, recomputed at every step."""
     return _compute_again(model, ids, plan, model.shape.window)
 
 
 def turn_keys(model: LanguageModel, ids: Tensor, plan: Plan) -> Reading:
-    """CA: nothing is computed again, kept keys are turned to their new positions."""
+    """CA: nothing is recomputed, kept keys are rotated to their new positions."""
     return _keep_cache(model, ids, plan, turned=True)
 
 
 def leave_keys(model: LanguageModel, ids: Tensor, plan: Plan) -> Reading:
-    """NKVT: nothing is computed again, kept keys stay at their old positions, new tokens take the freed ones."""
+    """NKVT: nothing is recomputed, kept keys stay at their old positions, new tokens take the freed ones."""
     return _keep_cache(model, ids, plan, turned=False)
 
 
@@ -61,7 +61,7 @@ REFERENCE = "TT"
 
 @dataclass(frozen=True)
 class KeptCache:
-    """Keys and values as computed, and where: `computed_at`, `[tokens]`, positions. Never turned themselves."""
+    """Keys and values as computed, and their positions then: `computed_at`, `[tokens]`. Never rotated."""
 
     cache: Cache
     computed_at: Tensor
@@ -75,7 +75,7 @@ class KeptCache:
         )
 
     def at(self, positions: Tensor, rotation: Rotation) -> Cache:
-        """The cache with each key turned from where it was computed to `positions`, `[tokens]`."""
+        """The cache with each key rotated from where it was computed to `positions`, `[tokens]`."""
         deltas, row = (positions - self.computed_at).unique(return_inverse=True)
         table = delta_table(rotation, deltas.tolist()).to(self.cache.keys.device)
         by_token = self.cache.keys.transpose(2, 3)

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How a model with look-ups starts out; chosen so that it copies most of what it can copy before it is trained.
+# Initial values of a model with look-up heads, chosen so that it copies most of what it can before training.
 EMBEDDING = 0.06
 """Standard deviation of the embedding."""
 FAST = 0.1
-"""Radians per token from which on a rotary pair tells neighbours apart."""
+"""Radians per token from which a rotary pair distinguishes neighbours."""
 SLOW = 1.5
-"""Radians over the whole window up to which a rotary pair knows its word at any distance."""
+"""Radians over the whole window up to which a rotary pair recognises its word at any distance."""
 PREFERENCE = 8.0
-"""Length of the bias that looks at the token before."""
+"""Length of the bias that attends to the preceding token."""
 SHARPNESS = 2.0
-"""Of the look-up, as a gain of queries and keys."""
+"""Sharpness of the look-up, as a gain of queries and keys."""
 COPYING = 8.0
-"""What is looked up, as a multiple of the embedding."""
+"""Scale of what is looked up, as a multiple of the embedding."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Shape:
 
 
 class Cache(NamedTuple):
-    """Keys, rotated, and values of some tokens, both `[layers, batch, kv_heads, tokens, head_dim]`."""
+    """Rotated keys, and values, of some tokens, both `[layers, batch, kv_heads, tokens, head_dim]`."""
 
     keys: Tensor
     values: Tensor
@@ -59,12 +59,12 @@ class Cache(NamedTuple):
         return Cache(torch.cat((self.keys, other.keys), 3), torch.cat((self.values, other.values), 3))
 
     def without(self, start: int, end: int) -> Cache:
-        """All tokens but `start` to `end`, as they are."""
+        """All tokens except `start` to `end`, unchanged."""
         return Cache(*(torch.cat((one[..., :start, :], one[..., end:, :]), 3) for one in self))
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits, and the keys and values of what was read; float32."""
+    """Computes next-token logits, and keys and values of the tokens read; float32."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -75,10 +75,10 @@ class LanguageModel(nn.Module):
         self._initialise()
 
     def forward(self, ids: Tensor, positions: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Logits `[batch, tokens, vocabulary]` and the cache of the new tokens alone.
+        """Logits `[batch, tokens, vocabulary]` and the cache of the new tokens only.
 
-        `ids`: `[batch, tokens]`, int64. `positions`: `[tokens]`, where the new tokens stand. They see all of
-        `past`, wherever its keys stand, and one another as far as they came before.
+        `ids`: `[batch, tokens]`, int64. `positions`: `[tokens]`, those of the new tokens, which attend to all of
+        `past`, whatever the positions of its keys, and causally to one another.
         """
         turn = self.turn(positions)
         hidden = self.embedding(ids)
@@ -111,10 +111,10 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def look_up(first: Attention, second: Attention) -> None:
-    """Lets `first` hand on the token before, and `second` copy what came after earlier occurrences of its token.
+    """Make `first` pass on the preceding token, and `second` copy what followed earlier occurrences of its token.
 
-    These are induction heads (Olsson et al. 2022): what lets a model look things up in its context. A model of
-    this size did not come upon them by itself in 1,400 steps. Both layers go on learning from there.
+    These are induction heads (Olsson et al. 2022), which let a model look things up in its context. A model of
+    this size did not develop them by itself in 1,400 steps. Both layers continue to learn from there.
     """
     shape = first.shape
     group = shape.heads // shape.kv_heads
@@ -137,7 +137,7 @@ def look_up(first: Attention, second: Attention) -> None:
 
 
 def _per_query(weight: Tensor, shape: Shape) -> Tensor:
-    """`weight`, `[kv_heads * head_dim, hidden]`, with each head as often as queries share it."""
+    """`weight`, `[kv_heads * head_dim, hidden]`, with each head repeated for the queries that share it."""
     by_head = weight.view(shape.kv_heads, shape.head_dim, -1)
     return by_head.repeat_interleave(shape.heads // shape.kv_heads, 0).flatten(0, 1)
 
@@ -196,7 +196,7 @@ class Attention(nn.Module):
 
 
 def apply_rotary(states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """`states`, `[..., tokens, head_dim]`, turned to the positions of `turn`; halves are pairs (neox)."""
+    """`states`, `[..., tokens, head_dim]`, rotated to the positions of `turn`; halves form pairs (neox)."""
     cos, sin = turn
     first, second = states.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

@@ -1,4 +1,4 @@
-"""When a conversation that outgrows its window loses which tokens."""
+"""Which tokens a conversation loses, and when, once it outgrows its window."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Period(NamedTuple):
-    """Tokens `start` to `end` of a conversation, read while the `dropped` tokens after the sink are gone."""
+    """Tokens `start` to `end` of a conversation, read while the `dropped` tokens after the sink are missing."""
 
     truncations: int
     start: int
@@ -18,10 +18,10 @@ class Period(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The rule of truncation, in tokens: the first `sink` stay, and of the others the most recent.
+    """The truncation rule, in tokens: the first `sink` stay, and of the others the most recent.
 
-    Whenever `window` tokens are full, the oldest `step` after the sink go: what is dropped follows from the
-    length of the conversation alone.
+    Whenever `window` tokens are full, the oldest `step` after the sink are dropped: what is dropped depends on
+    the length of the conversation alone.
     """
 
     window: int

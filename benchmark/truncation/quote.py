@@ -9,7 +9,7 @@ LONGEST = 24
 
 
 def quoting(text: np.ndarray, source: np.random.Generator) -> np.ndarray:
-    """`text`, `[tokens]`, in which about half of what comes later is a copy of something anywhere before it."""
+    """`text`, `[tokens]`, with about half of its later part replaced by copies of earlier passages."""
     written = text.copy()
     place = int(source.integers(LONGEST, 2 * LONGEST))
     while place < len(written):

@@ -1,4 +1,4 @@
-"""Is a fact remembered after truncation, by where it was stated?"""
+"""Are facts remembered after truncation, by where they were stated?"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmark.truncation.plan import Plan
 
 Place = Literal["sink", "kept", "dropped"]
 PER_BLOCK = 5
-"""Statements and questions in one step, at most."""
+"""Most statements and questions in one step."""
 PLACES: tuple[Place, ...] = get_args(Place)
 
 
 @dataclass(frozen=True)
 class Question:
-    """Asked in `conversation`, the code of its fact being the token after `position`, `truncations` so far."""
+    """A question in `conversation`, after `truncations`: the code of its fact is the token after `position`."""
 
     place: Place
     truncations: int
@@ -29,13 +29,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Quiz:
-    """Conversations `[conversations, tokens]`, int64, with facts stated, and later asked for, in the text."""
+    """Conversations `[conversations, tokens]`, int64, with facts stated in the text and asked for later."""
 
     conversations: np.ndarray
     questions: tuple[Question, ...]
 
     def chosen(self, place: Place, truncations: int | None = None) -> np.ndarray:
-        """`[conversations, tokens - 1]`, bool: where the code of a fact is the next token."""
+        """`[conversations, tokens - 1]`, bool: where the next token is the code of a fact."""
         where = np.zeros((len(self.conversations), self.conversations.shape[1] - 1), dtype=bool)
         for one in self.questions:
             if one.place == place and truncations in (None, one.truncations):
@@ -44,12 +44,12 @@ class Quiz:
 
 
 def make_quiz(conversations: np.ndarray, plan: Plan, facts: Facts, source: np.random.Generator) -> Quiz:
-    """Overwrites parts of `conversations` with facts and questions.
+    """Overwrite parts of `conversations` with facts and questions.
 
-    The tokens that arrive between two truncations hold one fact that is asked for after the next truncation,
-    when it is among the kept ones, and one that is asked for after the second next, when it is just dropped.
-    The fact in the sink is asked for once per conversation, after a truncation that differs between them:
-    its repetition would otherwise be what is remembered.
+    The tokens that arrive between two truncations hold one fact that is asked for after the next truncation, when
+    it is among the kept tokens, and one that is asked for after the second next, when it has just been dropped.
+    The fact in the sink is asked for once per conversation, after a truncation that differs between
+    conversations: otherwise its repetition would be what is remembered.
     """
     room = plan.step - plan.sink
     if plan.window != 2 * plan.step or plan.sink <= facts.tokens or room < PER_BLOCK * facts.tokens:
@@ -79,7 +79,7 @@ class _Writer:
         self._blocks = len(conversation) // plan.step
 
     def write(self, number: int) -> list[Question]:
-        """What is asked in the `number`-th conversation; block b is read after b - 1 truncations."""
+        """Write all facts and questions; returns the questions. Block b is read after b - 1 truncations."""
         in_sink, *facts = self._facts.draw(self._source, 2 * self._blocks + 1)
         self._put(1, in_sink)
         kept, dropped = facts[0::2], facts[1::2]
@@ -98,7 +98,7 @@ class _Writer:
         return questions
 
     def _slots(self, block: int) -> Iterator[int]:
-        """Where statements may start in a block, in random order: the part of it that is once kept."""
+        """Where statements may start in a block, in random order: in the part of it that is kept once."""
         first, last = (
             block * self._plan.step + self._plan.sink,
             (block + 1) * self._plan.step - self._facts.tokens,

@@ -17,25 +17,25 @@ from benchmark.truncation.recall import PLACES
 from benchmark.truncation.score import Interval
 
 BOUND = 0.02
-"""How much higher than that of TT the perplexity of CA may be."""
+"""Share by which CA's perplexity may exceed TT's."""
 USED = 1.1
-"""How much higher the perplexity with the shortest context must be than with the longest."""
+"""Lowest ratio of the perplexity with the shortest context to that with the longest."""
 KNOWN = 0.8
-"""Share of the facts that must be known where nothing was dropped, for recall to mean anything."""
+"""Share of the facts that must be known when nothing was dropped, for recall to mean anything."""
 BROKEN = 1.2
-"""Ratio to the perplexity of TT that NKVT must reach, or the experiment would not notice a wrong position."""
+"""Ratio to TT's perplexity that NKVT must reach; otherwise the experiment would not notice a wrong position."""
 LOSSES_KEPT = 200
 
 
 def method_table(findings: Findings) -> Table:
-    """One row per method: what is predicted after one truncation or more."""
+    """One row per method: quality of its predictions after one truncation or more."""
     quality = findings.quality(REFERENCE)
     title = f"After truncation: {quality.predictions:,} tokens of {findings.conversations} conversations"
     return _quality_table(title, [findings.quality(name) for name in METHODS])
 
 
 def quoting_table(findings: Findings) -> Table:
-    """As `method_table`, of text that repeats parts of itself."""
+    """Like `method_table`, for text that repeats parts of itself."""
     return _quality_table("The same on text made to repeat parts of itself", findings.quoting)
 
 
@@ -66,7 +66,7 @@ def recall_table(findings: Findings) -> Table:
 
 
 def truncation_table(findings: Findings) -> Table:
-    """One column per number of truncations: the perplexity of TT, and those of the others as ratios to it."""
+    """One column per number of truncations: TT's perplexity, and those of the others as ratios to it."""
     counts = [
         one.truncations for one in findings.qualities if one.method == REFERENCE and one.truncations is not None
     ]
@@ -84,7 +84,7 @@ def truncation_table(findings: Findings) -> Table:
 
 
 def context_table(findings: Findings) -> Table:
-    """Does the model use its context? Perplexity of the same tokens with more and more of it."""
+    """Does the model use its context? Perplexity of the same tokens with increasing context."""
     table = Table(title="Perplexity by context", title_justify="left")
     table.add_column("tokens of context")
     table.add_column("text", justify="right")
@@ -95,14 +95,14 @@ def context_table(findings: Findings) -> Table:
 
 
 def verdict(findings: Findings) -> str:
-    """Whether CA keeps to the bound, in a sentence."""
+    """Whether CA stays within the bound, as a sentence."""
     ratio = findings.quality("CA").ratio
     kept = "within" if ratio.high <= 1 + BOUND else "not shown to be within"
     return f"CA's perplexity is {_ratio(ratio)} of {REFERENCE}'s: {kept} the bound of {1 + BOUND}"
 
 
 def controls(findings: Findings) -> list[str]:
-    """What the model or the experiment is too weak to show, in sentences; empty if nothing."""
+    """What the model or the experiment is too weak to show, as sentences; empty if nothing."""
     found = []
     short, long = findings.context_uses[0], findings.context_uses[-1]
     half = next(one for one in findings.context_uses if 2 * one.window == long.window)
@@ -122,7 +122,7 @@ def controls(findings: Findings) -> list[str]:
 def write_json(
     path: Path, parameters: Mapping[str, Any], training: Mapping[str, Any], findings: Findings
 ) -> None:
-    """Everything that was asked, trained and found, with versions and machine."""
+    """Write parameters, training and findings, with versions and machine."""
     content = {
         "parameters": dict(parameters),
         "machine": machine(),

@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was said of each next token; all `[conversations, tokens - 1]`."""
+    """Prediction of each next token; all `[conversations, tokens - 1]`."""
 
     truncations: np.ndarray
     """Truncations before the token was predicted, int64."""
@@ -45,7 +45,7 @@ class Predictions:
 def predict(
     model: LanguageModel, conversations: np.ndarray, plan: Plan, method: Method, done: Callable[[int], object]
 ) -> Predictions:
-    """Predictions of every token after the first; `done` hears of each batch how many conversations it had."""
+    """Predict every token after the first; `done` is called with the number of conversations of each batch."""
     device = next(model.parameters()).device
     parts = []
     for start in range(0, len(conversations), BATCH):
@@ -69,7 +69,7 @@ def _predict_batch(model: LanguageModel, ids: Tensor, plan: Plan, method: Method
 
 
 class Resampling:
-    """Bootstrap over `groups`, one per conversation: what comes from one document is drawn together."""
+    """Bootstrap over `groups`, one per conversation: conversations from one document are drawn together."""
 
     def __init__(self, groups: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> None:
         _, self._group = np.unique(groups, return_inverse=True)
@@ -79,18 +79,18 @@ class Resampling:
     def mean(
         self, values: np.ndarray, chosen: np.ndarray, then: Callable[[np.ndarray], np.ndarray] = np.asarray
     ) -> Interval:
-        """Of `then(mean)` over the `chosen` of `values`, both `[conversations, ...]`."""
+        """Interval of `then(mean)` over the `chosen` of `values`, both `[conversations, ...]`."""
         return self._interval(then(self._means(values, chosen)))
 
     def perplexity(self, losses: np.ndarray, chosen: np.ndarray) -> Interval:
         return self.mean(losses, chosen, np.exp)
 
     def perplexity_ratio(self, losses: np.ndarray, reference: np.ndarray, chosen: np.ndarray) -> Interval:
-        """Of the perplexities of two methods on the same tokens; paired, so narrower than each of them."""
+        """Ratio of two methods' perplexities on the same tokens; paired, so narrower than each of them."""
         return self.mean(losses - reference, chosen, np.exp)
 
     def _means(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """The mean of everything, then of each resample."""
+        """Mean over everything, then over each resample."""
         sums, counts = self._by_group(values * chosen), self._by_group(chosen.astype(np.float64))
         draws = np.vstack((np.ones_like(self._draws[:1]), self._draws))
         with np.errstate(invalid="ignore"):

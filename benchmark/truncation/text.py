@@ -1,4 +1,4 @@
-"""Text that is on every machine with Python: the standard library's sources and the documentation beside it."""
+"""Text that every machine with Python has: the standard library's sources and the documentation beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".py", ".rst", ".md", ".txt")
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "encodings"}
 SHORTEST = 2_000
 LONGEST = 400_000
-# Share of letters in the first characters of a file.
+# Least share of letters in the first `SAMPLE` characters of a file.
 LETTERS = 0.55
 SAMPLE = 10_000
 HELD_OUT_SHARE = 0.06
@@ -26,7 +26,7 @@ HELD_OUT_SHARE = 0.06
 
 @dataclass(frozen=True)
 class Document:
-    """The text of one file; `held_out`: for evaluation only."""
+    """The text of one file; `held_out`: used for evaluation only."""
 
     name: str
     text: str
@@ -34,7 +34,7 @@ class Document:
 
 
 def default_roots() -> list[Path]:
-    """Python's standard library, and the documentation of the system where there is any."""
+    """Python's standard library, and the system's documentation if there is any."""
     roots = (Path(sysconfig.get_paths()["stdlib"]), Path("/usr/share/doc"))
     return [root for root in roots if root.is_dir()]
 
@@ -42,7 +42,7 @@ def default_roots() -> list[Path]:
 def read_documents(roots: Iterable[Path]) -> list[Document]:
     """All text under `roots`, in the order of the names below them; equal texts once, whole files only.
 
-    The name of a file decides whether it is held out, so a file that changes stays on its side.
+    The name of a file decides whether it is held out, so a file that changes stays on the same side.
     """
     documents, seen = [], set()
     for root in roots:
@@ -57,9 +57,9 @@ def read_documents(roots: Iterable[Path]) -> list[Document]:
 
 
 def train_tokenizer(documents: Iterable[Document], vocabulary: int, whole: Sequence[str] = ()) -> Tokenizer:
-    """Byte-level BPE of `vocabulary` tokens, `BEGIN` and the strings `whole` among them."""
+    """Byte-level BPE of `vocabulary` tokens, including `BEGIN` and the strings in `whole`."""
     tokenizer = Tokenizer(models.BPE())
-    # A space before a word belongs to it, a run of spaces is one token, a digit stands alone.
+    # A space belongs to the word after it, a run of spaces is one token, and every digit is a token of its own.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -90,7 +90,7 @@ def token_stream(tokenizer: Tokenizer, documents: Sequence[Document]) -> np.ndar
 
 @dataclass(frozen=True)
 class Conversations:
-    """Stretches of held-out text, `tokens`: `[conversations, tokens]`, int64, each starting with `BEGIN`."""
+    """Sections of held-out text, `tokens`: `[conversations, tokens]`, int64, each starting with `BEGIN`."""
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -118,7 +118,7 @@ def _files(root: Path) -> Iterable[Path]:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, empty where it is too short, too long, or hardly text."""
+    """The text of a file; empty if it is too short, too long, or hardly text."""
     try:
         if not SHORTEST <= path.stat().st_size <= LONGEST:
             return ""

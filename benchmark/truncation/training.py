@@ -1,4 +1,4 @@
-"""Trains the small language model, and keeps it in a file."""
+"""Trains the small language model and saves it to a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmark.truncation.model import LanguageModel, Shape
 from benchmark.truncation.quote import quoting
 from benchmark.truncation.text import Document, begin_of, token_stream, train_tokenizer
 
-# Of every so many documents one teaches the tokenizer: more text hardly changes 1,024 tokens.
+# One in this many documents trains the tokenizer: more text hardly changes 1,024 tokens.
 TOKENIZER_SHARE = 4
 
 
@@ -37,9 +37,9 @@ class Recipe:
     """Learning rate of the embedding and the norms (AdamW)."""
     warm_up: int = 30
     cool_down: float = 0.5
-    """Last part of the steps, in which the rates fall to zero."""
+    """Share of the steps, at the end, in which the rates fall to zero."""
     with_facts: float = 0.3
-    """Share of the windows that have facts mixed in."""
+    """Share of the windows with facts mixed in."""
     with_quotes: float = 0.3
     """Share of the windows that repeat parts of themselves."""
     facts: int = 6
@@ -48,7 +48,7 @@ class Recipe:
 
 @dataclass
 class Trained:
-    """A model, its tokenizer, and how it came to be."""
+    """A model, its tokenizer, and how it was trained."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -72,7 +72,7 @@ class Trained:
 
     @classmethod
     def load(cls, path: Path) -> Trained:
-        """The model in `path`, on the CPU; ValueError where the file holds something else."""
+        """Load the model in `path` to the CPU; ValueError if the file holds something else."""
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or "recipe" not in content:
             raise ValueError(f"{path} is not a model of this benchmark; give another --model, or remove the file")
@@ -86,7 +86,7 @@ class Trained:
 
 
 def train(recipe: Recipe, documents: list[Document], device: str = "cpu") -> Trained:
-    """A model trained by `recipe` on those of `documents` that are not held out."""
+    """Train a model by `recipe` on the `documents` that are not held out."""
     read = [document for document in documents if not document.held_out]
     tokenizer = train_tokenizer(read[::TOKENIZER_SHARE], recipe.shape.vocabulary, WORDS)
     stream = token_stream(tokenizer, read)
@@ -102,7 +102,7 @@ def train(recipe: Recipe, documents: list[Document], device: str = "cpu") -> Tra
 def windows(
     stream: np.ndarray, recipe: Recipe, begin: int, facts: Facts, source: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Endless `[window + 1]` pieces of `stream`, each after a `begin`, some with facts mixed in."""
+    """Endless `[window + 1]` pieces of `stream`, each after a `begin`, some with facts or repetitions."""
     length = recipe.shape.window + 1
     while True:
         place = source.integers(0, len(stream) - length)

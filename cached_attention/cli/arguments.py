@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _DURATION = re.compile(r"([0-9]*\.?[0-9]+)([smhdw])")
 
 
 def stores_below(directory: Path) -> FoundStores:
-    """What `StoreDirectory` names."""
+    """Stores that a `StoreDirectory` argument refers to."""
     try:
         return find_stores(directory)
     except NoStoresError as error:
@@ -46,7 +46,7 @@ def stores_below(directory: Path) -> FoundStores:
 
 
 def encryption_key(file: Path | None) -> EncryptionKey | None:
-    """What `KeyFile` or the environment says."""
+    """Key given by `KeyFile` or the environment; None if neither is set."""
     try:
         place = key_place("--encryption-key-file", None if file is None else str(file))
         return None if place is None else read_key(place)
@@ -55,7 +55,7 @@ def encryption_key(file: Path | None) -> EncryptionKey | None:
 
 
 def duration(text: str) -> float:
-    """Seconds: '90s', '30m', '1.5h', '7d', '2w'."""
+    """Parse a duration such as '90s', '30m', '1.5h', '7d' or '2w' into seconds."""
     match = _DURATION.fullmatch(text.strip().lower())
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a duration: give a number and s, m, h, d or w, such as 12h.")
@@ -63,7 +63,7 @@ def duration(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Bytes: '64GB', '1.5TB', '512MiB'."""
+    """Parse a size such as '64GB', '1.5TB' or '512MiB' into bytes."""
     try:
         return parse_size("size", text, available=sys.maxsize)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""How much KV a deployment has, and what it holds: arithmetic of the capacity planner."""
+"""Arithmetic of the capacity planner: how much KV a deployment needs, and how much it can hold."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ OTHER_STATES = (
     "hybrid_override_pattern",
     "linear_attn_config",
 )
-"""Say that some layers keep states of a kind that the planner does not know."""
+"""Config keys of models whose layers keep states that the planner does not know."""
 CONVOLUTION_BYTES, RECURRENCE_BYTES = 2, 4
-"""Of an element of a state, as SGLang keeps them."""
+"""Bytes per element of the two states, as SGLang keeps them."""
 RATIOS = (0.0, 0.1, 0.25)
 HIT_RATES = (0.0, 0.51, 0.98)
-"""Measured at those RCC/CCpUT (Gao et al., ATC 2024), none without storage; linear between."""
+"""Measured at these RCC/CCpUT (Gao et al., ATC 2024); zero without storage, linear in between."""
 GPU_PRICE = 5.0
 HOST_GB_PRICE = 0.0088
 DISK_GB_PRICE = 0.000082
-"""US dollars per hour: for a GPU, a GB of memory, a GB of disk (ibid.)."""
+"""US dollars per hour for one GPU, one GB of host memory, one GB of disk (ibid.)."""
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = DEFAULT_DTYPE) -> int:
-    """Bytes of K and V of one token in all layers and ranks, from a Hugging Face `config.json`.
+    """KV bytes of one token over all layers and ranks, from a Hugging Face `config.json`.
 
     Raises:
-        ValueError: the config does not say enough, or `dtype` is unknown.
+        ValueError: the config lacks a value or has layers that the planner does not know, or `dtype` is unknown.
     """
     config = config.get("text_config", config)
     if dtype not in BYTES_PER_ELEMENT:
@@ -52,10 +52,10 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = DEFAULT_DTYPE) ->
 
 
 def state_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes of the state that a conversation has beside its KV; 0 where all layers have attention.
+    """Bytes of state per conversation in addition to its KV; 0 if all layers have attention.
 
     Raises:
-        ValueError: the config does not say enough.
+        ValueError: the config lacks a value or has layers that the planner does not know.
     """
     config = config.get("text_config", config)
     if not (layers := _delta_nets(config)):
@@ -71,7 +71,7 @@ def state_bytes(config: Mapping[str, Any]) -> int:
 
 
 def _delta_nets(config: Mapping[str, Any]) -> int:
-    """Layers with a gated delta net instead of attention."""
+    """Number of layers with a gated delta net instead of attention."""
     if known := [name for name in OTHER_STATES if config.get(name)]:
         raise ValueError(
             f"the planner does not know the states of a model with {known[0]}: give --bytes-per-token."
@@ -83,7 +83,7 @@ def _delta_nets(config: Mapping[str, Any]) -> int:
 
 
 def _index_bytes(dim: int) -> int:
-    """What DeepSeek's sparse attention keeps to choose tokens: a byte per element, a scale per 128."""
+    """Bytes that DeepSeek's sparse attention keeps to select tokens: one per element, a scale per 128."""
     return dim + dim // 128 * 4
 
 
@@ -93,27 +93,27 @@ class Deployment:
 
     bytes_per_token: int
     session_tokens: int
-    """Mean length of a conversation when it is left."""
+    """Mean final length of a conversation."""
     longest_tokens: int
-    """Longest a conversation can be."""
+    """Maximum length of a conversation."""
     sessions_per_hour: float
-    """Distinct ones."""
+    """Distinct conversations."""
     ttl: float
     gpus: int
     gpu_kv_size: int
-    """For KV, over all GPUs."""
+    """GPU memory for KV, over all GPUs."""
     host_size: int
     disk_size: int
     gpu_price: float = GPU_PRICE
     session_bytes: int = 0
-    """Of a conversation beside its KV: the state of layers without attention."""
+    """Per conversation, in addition to its KV: state of layers without attention."""
 
     def sessions_in(self, size: int) -> float:
-        """Mean conversations that `size` bytes hold."""
+        """Number of mean conversations that fit into `size` bytes."""
         return size / self._bytes(self.session_tokens)
 
     def tokens_in(self, size: int) -> int:
-        """Tokens of such conversations that `size` bytes hold."""
+        """Number of tokens of such conversations that fit into `size` bytes."""
         return size * self.session_tokens // self._bytes(self.session_tokens)
 
     def _bytes(self, tokens: int) -> int:
@@ -121,12 +121,12 @@ class Deployment:
 
     @property
     def required(self) -> float:
-        """CCpUT with the time to live as unit time: distinct sessions in it, each as long as can be; bytes."""
+        """CCpUT with the TTL as unit time: bytes for all distinct sessions within it, each at maximum length."""
         return self.sessions_per_hour * self.ttl / 3600 * self._bytes(self.longest_tokens)
 
     @property
     def ratio(self) -> float:
-        """RCC/CCpUT: what there is of what would hold everything."""
+        """RCC/CCpUT: available share of the storage that would hold everything."""
         return (self.host_size + self.disk_size) / self.required
 
     @property
@@ -144,5 +144,5 @@ class Deployment:
         return self.host_size / 1e9 * HOST_GB_PRICE + self.disk_size / 1e9 * DISK_GB_PRICE
 
     def saving(self, speedup: float) -> float:
-        """Share of the cost saved where CachedAttention needs `speedup` times less GPU time."""
+        """Share of the cost saved if CachedAttention needs `speedup` times less GPU time."""
         return 1 - (self.compute_cost + self.storage_cost) / (speedup * self.compute_cost)

@@ -1,4 +1,4 @@
-"""`cached-attention inspect`: what lies in a directory."""
+"""`cached-attention inspect`: contents of a directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Contents(NamedTuple):
 
 
 def inspect(directory: StoreDirectory) -> None:
-    """Pages, bytes, tokens, age and hits of every store below DIR, and what it is for. Works beside a server."""
+    """Show pages, bytes, tokens, age, uses and model of every store below DIR. Works beside a running server."""
     console = Console()
     found = stores_below(directory)
     pages = size = 0

@@ -1,4 +1,4 @@
-"""`cached-attention plan`: how much storage a load needs."""
+"""`cached-attention plan`: storage that a workload needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan(
         float | None, typer.Option(min=0.01, help="Measured ratio of GPU time without and with CachedAttention.")
     ] = None,
 ) -> None:
-    """Conversations that fit per tier, expected hit rate and cost per hour, by the formulas of the paper."""
+    """Estimate conversations per tier, hit rate and cost per hour with the formulas of the paper."""
     values = _read(config) if config else {}
     try:
         per_token = bytes_per_token or kv_bytes_per_token(values, kv_dtype)

@@ -1,4 +1,4 @@
-"""`cached-attention prune`: less."""
+"""`cached-attention prune`: shrink stores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prune(
         ),
     ] = None,
 ) -> None:
-    """Drop old pages from every store below DIR and give their space back. Not beside a server."""
+    """Drop old pages from every store below DIR and free their space. Refused while a server uses DIR."""
     if older_than is None and to_size is None:
         raise typer.BadParameter("say what to drop: --older-than, --to-size, or both.")
     before = None if older_than is None else time.time() - duration(older_than)

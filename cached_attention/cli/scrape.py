@@ -1,4 +1,4 @@
-"""What a running server tells of its store."""
+"""Reads the metrics and conversations of a running server's store."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Scrape:
-    """The samples of one moment, over all ranks that publish."""
+    """Samples taken at one moment, over all ranks that publish metrics."""
 
     samples: tuple[Sample, ...]
     at: float
-    """Seconds, of a clock that only goes forward."""
+    """Seconds on a monotonic clock."""
 
     def total(self, name: str, **labels: str) -> float:
-        """Sum of the samples of the store's metric `name`, or SGLang's `sglang:...`, that carry `labels`."""
+        """Sum of the samples of the store's metric `name`, or SGLang's `sglang:...`, that have all `labels`."""
         full = name if ":" in name else PREFIX + name
         return sum(
             sample.value
@@ -46,16 +46,16 @@ class Scrape:
         )
 
     def values(self, name: str, label: str) -> list[str]:
-        """Values of `label` that the store's metric `name` has, in the order in which they come."""
+        """Values of `label` in the store's metric `name`, in order of appearance."""
         return list(dict.fromkeys(s.labels[label] for s in self.samples if s.name == PREFIX + name))
 
 
 class Server:
-    """A server over HTTP.
+    """A server, accessed over HTTP.
 
     Args:
         url: such as http://127.0.0.1:30000.
-        api_key: of the server, where it has one; needed for the conversations only.
+        api_key: the server's key, if it has one; needed for the conversations only.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Server:
         """Read /metrics.
 
         Raises:
-            ScrapeError: not reachable, no metrics, or no CachedAttention.
+            ScrapeError: the server is unreachable, or has no metrics or no CachedAttention.
         """
         try:
             text = self._get("/metrics")
@@ -88,10 +88,10 @@ class Server:
         return Scrape(samples, time.monotonic())
 
     def conversations(self) -> list[dict[str, Any]]:
-        """Those continued most, of all ranks that answer /server_info.
+        """Conversations with the most turns, of all ranks that answer /server_info.
 
         Raises:
-            ScrapeError: refused, or not understood.
+            ScrapeError: the request was refused, or the response not understood.
         """
         try:
             states = json.loads(self._get("/server_info"))["internal_states"]

@@ -1,4 +1,4 @@
-"""`cached-attention top`: a running server, live."""
+"""`cached-attention top`: live view of a running server."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cached_attention.cli.scrape import Scrape, ScrapeError, Server
 from cached_attention.config import format_size
 
 HOTTEST = 10
-"""Conversations of a frame."""
+"""Conversations shown."""
 BAR = 24
-"""Characters."""
+"""Width in characters."""
 WINDOW = 10.0
-"""Seconds that rates are taken over at least."""
+"""Shortest time in seconds over which rates are averaged."""
 REDRAWN = 2
-"""Times per second, so that a resized terminal is soon right again."""
+"""Redraws per second, so that a resized terminal is quickly up to date."""
 WIDE = 110
-"""Characters of a line that holds two tables side by side."""
+"""Characters from which two tables fit side by side."""
 
 
 def top(
@@ -40,7 +40,7 @@ def top(
 ) -> None:
     """Show a running server: its tiers, hit rate, transfers, queue, evictions and hottest conversations.
 
-    The server needs --enable-metrics. Ctrl-C ends it.
+    The server needs --enable-metrics. Press Ctrl-C to quit.
     """
     server, console = Server(url, api_key), Console()
     try:
@@ -77,13 +77,13 @@ def _watch(server: Server, first: Scrape, interval: float, console: Console) -> 
 
 
 class _Change:
-    """Counters now, and how they have grown since `before`."""
+    """Counters now, and their increase since `before`."""
 
     def __init__(self, now: Scrape, before: Scrape | None) -> None:
         self.now, self._before = now, before
 
     def of(self, name: str, **labels: str) -> float | None:
-        """None where nothing is known of before, or the server was restarted."""
+        """Increase of a counter; None if there is no earlier sample or the server was restarted."""
         if self._before is None:
             return None
         grown = self.now.total(name, **labels) - self._before.total(name, **labels)
@@ -109,7 +109,7 @@ def _frame(server: Server, now: Scrape, before: Scrape | None) -> RenderableType
 
 @dataclass(frozen=True)
 class _Beside:
-    """Two tables side by side where the terminal is wide, one under the other where it is not."""
+    """Two tables side by side on a wide terminal, one below the other on a narrow one."""
 
     left: Table
     right: Table

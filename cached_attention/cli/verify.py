@@ -1,4 +1,4 @@
-"""`cached-attention verify`: every checksum."""
+"""`cached-attention verify`: check the checksum of every page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cached_attention.tiers.disk_rows import KeyNeededError
 
 
 class _Verified(NamedTuple):
-    """Pages and rows of one store, or of all."""
+    """Result for one store, or the total of all stores."""
 
     pages: int = 0
     damaged_pages: int = 0
@@ -37,10 +37,10 @@ class _Verified(NamedTuple):
 
 
 def verify(directory: StoreDirectory, encryption_key_file: KeyFile = None) -> None:
-    """Read every page of every store below DIR and compare its checksum; exit status 1 if any is damaged.
+    """Read every page of every store below DIR and verify its checksum; exit status 1 if any is damaged.
 
-    Changes nothing and works beside a server: pages that it replaces meanwhile are no damage. An encrypted
-    store needs its key; exit status 2 if there was no damage but a store whose key was not given.
+    Changes nothing and works while a server is running: pages that it replaces meanwhile do not count as damage.
+    An encrypted store needs its key; exit status 2 if no damage was found but the key of a store was not given.
     """
     key = encryption_key(encryption_key_file)
     console = Console()

@@ -1,1 +1,1 @@
-"""Compiled code, built when it is first needed or ahead of time by `make kernels`."""
+"""Compiled code, built on first use or ahead of time by `make kernels`."""

@@ -1,4 +1,4 @@
-"""`python -m cached_attention.kernels`: the libraries that are shipped, ahead of time."""
+"""`python -m cached_attention.kernels`: build the libraries that are shipped, ahead of time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cached_attention.kernels.compilation import ALL_GPUS, SHIPPED, compile_libr
 
 
 def main() -> None:
-    """Compile for the GPUs named in `ALL_GPUS` into `SHIPPED`; what was there of older sources goes.
+    """Compile for the GPUs named in `ALL_GPUS` into `SHIPPED`; delete libraries of older sources.
 
     Raises:
         CompilationError: see its message.

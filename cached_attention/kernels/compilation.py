@@ -1,4 +1,4 @@
-"""Finds or makes the shared libraries of `csrc/`: shipped ones first, then those compiled here before."""
+"""Finds or builds the shared libraries of `csrc/`: shipped ones first, then those compiled earlier."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 SHIPPED = Path(__file__).parent / "lib"
-"""Where `make kernels` puts libraries that go into the wheel."""
+"""Where `make kernels` puts the libraries that go into the wheel."""
 
 CPU = "cpu"
 ALL_GPUS = "80_90a_100"
-"""The target built ahead of time."""
+"""Target built ahead of time."""
 SHIPPED_FOR = (8, 9, 10)
-"""Major compute capabilities of GPUs that run it. Its PTX serves others only where the driver is new enough."""
+"""Major compute capabilities that run it natively. Its PTX runs on others only if the driver is new enough."""
 
 
 class CompilationError(RuntimeError):
-    """No library could be made; the message is what the compiler said, or what is missing."""
+    """No library could be built; the message is the compiler's output, or says what is missing."""
 
 
 def library_name(target: str) -> str:
     """File name of the library for `target`: `CPU`, or CUDA architectures joined by underscores.
 
-    Carries a digest of the sources, so that a stale library is never loaded, and the host's architecture.
+    Contains a digest of the sources, so that a stale library is never loaded, and the host's architecture.
     """
     digest = sha256()
     for path in [*sorted(SOURCES.iterdir()), Path(__file__).with_name("compiler.py")]:
@@ -43,7 +43,7 @@ def library_name(target: str) -> str:
 
 
 def cuda_target(capability: tuple[int, int]) -> str:
-    """The target for a GPU of this compute capability."""
+    """Target for a GPU of this compute capability."""
     if capability[0] in SHIPPED_FOR and (SHIPPED / library_name(ALL_GPUS)).exists():
         return ALL_GPUS
     return "90a" if capability == (9, 0) else "{}{}".format(*capability)
@@ -51,10 +51,10 @@ def cuda_target(capability: tuple[int, int]) -> str:
 
 @cache
 def load_library(target: str) -> Any | None:
-    """The module for `target`; None, and one line in the log, where it can neither be found nor compiled.
+    """Load the module for `target`; None, with one warning in the log, if it can neither be found nor compiled.
 
-    Compiling takes tens of seconds, once per machine. Processes that want the same library wait for the
-    one that compiles it.
+    Compiling takes tens of seconds, once per machine. Processes that need the same library wait for the one that
+    compiles it.
     """
     try:
         import tvm_ffi
@@ -66,12 +66,12 @@ def load_library(target: str) -> Any | None:
 
 
 def find_or_compile(target: str) -> Path:
-    """The library for `target`, compiled if need be.
+    """Path of the library for `target`, compiled if necessary.
 
     Raises:
         CompilationError: there is no compiler, or it failed.
         PermissionError: others can write to the cache directory.
-        OSError: it cannot be written.
+        OSError: the cache directory cannot be written.
     """
     from filelock import FileLock
 
@@ -80,7 +80,7 @@ def find_or_compile(target: str) -> Path:
         return shipped
     kept = cache_directory() / library_name(target)
     for directory in (kept.parent.parent, kept.parent):
-        make_private(directory)  # What others put there would run in this process.
+        make_private(directory)  # Anything others put there would run in this process.
     if kept.exists():
         return kept
     with FileLock(kept.with_suffix(".lock")):
@@ -90,7 +90,7 @@ def find_or_compile(target: str) -> Path:
 
 
 def cache_directory() -> Path:
-    """Per instruction set, because a home directory may be shared by unequal machines."""
+    """One directory per instruction set, because a home directory may be shared by different machines."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "cached-attention" / f"{platform.machine()}-{_instruction_set()}"
 
@@ -105,7 +105,7 @@ def _instruction_set() -> str:
 
 
 def compile_library(target: str, output: Path) -> None:
-    """Compile in a process of its own: the toolkit's environment variables stay out of this one.
+    """Compile in a subprocess, which keeps the toolkit's environment variables out of this process.
 
     Raises:
         CompilationError: see `find_or_compile`.

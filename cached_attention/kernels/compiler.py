@@ -1,4 +1,4 @@
-"""Compiles `csrc/` for one target: `python compiler.py TARGET OUTPUT`. Run in a process of its own."""
+"""Compiles `csrc/` for one target: `python compiler.py TARGET OUTPUT`. Runs in its own process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tempfile import TemporaryDirectory
 SOURCES = Path(__file__).parent / "csrc"
 
 UNCONTRACTED = "-ffp-contract=off"
-"""A product contracted into a sum would round once where the reference in torch rounds twice."""
+"""A fused multiply-add would round once where the torch reference rounds twice."""
 
 MIXED_VERSIONS = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"
-"""pip installs the compiler and the runtime's headers in versions that differ in the minor number."""
+"""pip installs compiler and runtime headers that differ in the minor version."""
 
 
 def compile_for_cpu(scratch: Path) -> Path:
-    """With the host's C++ compiler, for this machine's instructions."""
+    """Compile with the host's C++ compiler for this machine's instruction set."""
     from tvm_ffi.cpp import build
 
     flags = ["-O3", "-march=native", UNCONTRACTED]
@@ -29,15 +29,15 @@ def compile_for_cpu(scratch: Path) -> Path:
 
 
 def compile_for_cuda(architectures: list[str], scratch: Path) -> Path:
-    """Through FlashInfer's JIT, with no GPU and no driver needed.
+    """Compile through FlashInfer's JIT; needs neither a GPU nor a driver.
 
     Args:
-        architectures: e.g. `80`, `90a`. PTX for the first is added where there are several.
+        architectures: e.g. `80`, `90a`. If there are several, PTX for the first is added.
     """
     home = toolkit()
     os.environ["CUDA_HOME"] = str(home)
     os.environ["FLASHINFER_WORKSPACE_BASE"] = str(scratch)
-    os.environ["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"  # It insists on one; ours are given below.
+    os.environ["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"  # FlashInfer insists on one; the real ones are given below.
     from flashinfer.jit.core import gen_jit_spec
 
     targets = [f"arch=compute_{name},code=sm_{name}" for name in architectures]
@@ -60,7 +60,7 @@ def compile_for_cuda(architectures: list[str], scratch: Path) -> Path:
 
 
 def toolkit() -> Path:
-    """`CUDA_HOME`, else the toolkit that pip installed with SGLang, else the one of the nvcc on the path."""
+    """`CUDA_HOME`, else the toolkit that pip installed with SGLang, else that of the nvcc on PATH."""
     if home := os.environ.get("CUDA_HOME"):
         return Path(home)
     packages = find_spec("nvidia")
@@ -73,7 +73,7 @@ def toolkit() -> Path:
 
 
 def link_stubs(home: Path, scratch: Path) -> Path:
-    """A directory for the linker with what a toolkit from pip lacks: the driver, and libraries' plain names."""
+    """Directory for the linker with what a toolkit from pip lacks: the driver, and unversioned library names."""
     stubs = scratch / "stubs"
     stubs.mkdir()
     empty = stubs / "empty.c"
@@ -94,7 +94,7 @@ def cxx_compiler() -> str:
 
 
 def use_own_ninja() -> None:
-    """Both build systems call `ninja`, which pip installs where PATH may not lead."""
+    """Put ninja on PATH: both build systems call it, and pip may have installed it elsewhere."""
     if find_spec("ninja"):
         import ninja
 

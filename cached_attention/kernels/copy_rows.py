@@ -1,4 +1,4 @@
-"""Rows of byte arrays to rows of others, many at once: by the GPU's cores, or by its copy engines."""
+"""Copies many rows between byte arrays at once, with the GPU's cores or its copy engines."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """Target and source: `[rows, bytes]`, uint8, a row's bytes adjacent. On the GPU, or in pinned host memory."""
 
 NO_STREAM = -1
-"""Both sides lie in memory of the host."""
+"""Both sides are in host memory."""
 
 
 class RowCopies:
-    """Compiled copies between pairs of arrays; those of one call take the same rows of each.
+    """Compiled copies between pairs of arrays; one call copies the same rows of every pair.
 
-    Calls on tensors of the GPU go to the current stream, wait for nothing and allocate nothing.
+    On GPU tensors, `by_cores` uses the current stream and `by_engines` the given one. Neither waits or allocates
+    device memory.
 
     Args:
-        library: see `compilation.load_library`; the one for a GPU also runs on a CPU.
+        library: from `compilation.load_library`; the one for a GPU also runs on a CPU.
 
     Raises:
-        ValueError: the two sides of a pair have rows of unequal size, or bytes that are not adjacent.
+        ValueError: the two sides of a pair differ in row size, or the bytes of a row are not adjacent.
     """
 
     def __init__(self, pairs: Sequence[Pair], library: Any) -> None:
@@ -31,20 +32,20 @@ class RowCopies:
         self._arrays = torch.tensor([_describe(*pair) for pair in pairs], dtype=torch.int64)
 
     def by_cores(self, of: slice, target_rows: torch.Tensor, source_rows: torch.Tensor, blocks: int) -> None:
-        """One kernel that reads and writes 16 bytes at once, wherever they lie.
+        """Copy with a kernel that reads and writes 16 bytes at a time where everything is aligned to that.
 
         Args:
-            of: the pairs that take part.
+            of: the pairs to copy.
             target_rows, source_rows: `[rows]`, int32, on the GPU. Not checked.
-            blocks: of 256 threads, each with 128 bytes in flight.
+            blocks: number of blocks of 256 threads; each thread has 128 bytes in flight.
         """
         self._library.copy_rows(self._arrays[of], target_rows, source_rows, blocks)
 
     def by_engines(self, of: slice, target_rows: torch.Tensor, source_rows: torch.Tensor, stream: int) -> None:
-        """One copy per pair and row, handed to the driver in one call.
+        """One copy per pair and row, handed to the driver in a single call from CUDA 13 on.
 
         Args:
-            of: the pairs that take part.
+            of: the pairs to copy.
             target_rows, source_rows: `[rows]`, int32, in host memory. Not checked.
             stream: handle of a CUDA stream, or `NO_STREAM`.
         """

@@ -1,4 +1,4 @@
-"""Page records into the engine's paged KV pool, their keys rotated to another position on the way."""
+"""Copies page records into the engine's paged KV pool and rotates their keys to another position on the way."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from cached_attention.position.delta_table import NO_ROTATION, DeltaTables, rows
 from cached_attention.position.rotation import Rotation, rotate
 
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""What the compiled code rotates. Anything else is copied as 32-bit words."""
+"""Dtypes that the compiled code can rotate. Anything else is copied as 32-bit words."""
 
 PAGES_AT_ONCE = 64
-"""In torch, so that intermediate results stay small."""
+"""Pages per step of the torch version, so that intermediate results stay small."""
 
 BLOCKS = 32
-"""CUDA thread blocks of a call: enough reads in flight for a PCIe link, few enough that the model runs on."""
+"""CUDA thread blocks per call: enough reads in flight for a PCIe link, few enough to let the model run."""
 
 
 class PagedComponent(NamedTuple):
     """One tensor of one layer's KV (K, V, or MLA's latent) on both sides."""
 
     pool: torch.Tensor
-    """`[slots, heads, dim]` or `[slots, dim]`, the engine's own; heads and slots may be strided."""
+    """`[slots, heads, dim]` or `[slots, dim]`, owned by the engine; heads and slots may be strided."""
     records: torch.Tensor
     """`[records, page_size * heads * dim * itemsize]`, uint8: this component of each page record,
     `[token][head][dim]`. On the pool's device, or in host memory (pinned where the pool is on a GPU)."""
     rotation: Rotation | None = None
-    """None: copied as it is (V, and K of layers without positions)."""
+    """None: copied unchanged (V, and K of layers without positions)."""
 
 
 class PageMoves(NamedTuple):
-    """Which record goes to which page and how far its keys turn; made once, used for every layer."""
+    """Which record goes to which page, and how far its keys are rotated; built once, used for every layer."""
 
     moves: torch.Tensor
     """`[3, n]`, int32, on the pool's device: page of the pool, record, row of `table`."""
@@ -43,19 +43,19 @@ class PageMoves(NamedTuple):
 
 
 class RopeOnLoad:
-    """Moves page records into the pool in one pass: keys are rotated, everything else is copied.
+    """Copies page records into the pool in one pass: keys are rotated, everything else is copied.
 
-    Compiled code does it where a compiler is or was; else torch, with the same result to the bit.
-    A call may be made from any thread; the compiled one runs without the GIL. On CUDA, `moves` and `load`
-    run on the current stream, which must be the same for both, and return before the bytes have landed.
+    Uses compiled code if a library has been built or can be compiled, otherwise torch, with bit-identical
+    results. Calls may be made from any thread; the compiled code runs without the GIL. On CUDA, `moves` and
+    `load` run on the current stream, which must be the same for both, and return before the copies have finished.
 
     Args:
-        layers: per layer its components.
-        page_size: tokens per page; page p is slots `p * page_size` and on.
-        compiled: False for torch only.
+        layers: components of each layer.
+        page_size: tokens per page; page p starts at slot `p * page_size`.
+        compiled: False to use torch only.
 
     Raises:
-        ValueError: a shape, stride, dtype or memory that the moves cannot be made with.
+        ValueError: a shape, stride, dtype or kind of memory is not supported.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class RopeOnLoad:
     def moves(
         self, pages: Sequence[int] | torch.Tensor, records: Sequence[int], deltas: Sequence[int]
     ) -> PageMoves:
-        """Page i of the pool takes record i, its keys turned by delta i (tokens; 0: verbatim).
+        """Moves of `records[i]` to pool page `pages[i]`, keys rotated by `deltas[i]` tokens (0: verbatim copy).
 
         Args:
-            pages: as a tensor on a GPU, `[n]`, integer, they are not looked at: nothing waits for them.
+            pages: values of a tensor on a GPU (`[n]`, integer) are not checked, so nothing waits for them.
 
         Raises:
-            ValueError: a page or record that does not exist, or lists of unequal length.
+            ValueError: a page or record does not exist, or the lists differ in length.
         """
         if not len(pages) == len(records) == len(deltas):
             raise ValueError(f"{len(pages)} pages, {len(records)} records and {len(deltas)} deltas do not match.")
@@ -117,7 +117,7 @@ class RopeOnLoad:
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def load(self, layers: range, moves: PageMoves) -> None:
-        """Make the moves for the adjacent `layers`: one for the layer-by-layer load, or several at once."""
+        """Perform the moves for the adjacent `layers`: one in a layer-by-layer load, or several at once."""
         if self._library is None:
             for layer in layers:
                 for component in self._layers[layer]:
@@ -159,7 +159,7 @@ class RopeOnLoad:
 
 
 def _in_heads(component: PagedComponent) -> PagedComponent:
-    """The component with a pool of three dimensions, checked, in 32-bit words where it is never rotated."""
+    """Validate a component; its pool gets three dimensions, and 32-bit words if its dtype cannot be rotated."""
     pool, records, rotation = component
     if pool.ndim == 2:
         pool = pool.unsqueeze(1)

@@ -1,1 +1,1 @@
-"""Keys at other positions than the one they were computed at."""
+"""Moving keys to positions other than the one they were computed at."""

@@ -1,4 +1,4 @@
-"""How a model's RoPE turns a key, and the same turn in torch."""
+"""How a model's RoPE rotates a key, and the same rotation in torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Pairing(Enum):
-    """Which two elements of the rotated slice turn together, for frequency i of n."""
+    """Which two elements of the rotated slice form pair i of n."""
 
     HALVES = "halves"
     """i and i + n: GPT-NeoX, Llama, Qwen."""
@@ -23,8 +23,8 @@ class Rotation:
     """The RoPE of one layer's keys. RoPE composes: R(p + d) = R(d) R(p) (Su et al., RoFormer, section 3.4).
 
     Args:
-        inv_freq: radians per token, one per pair, scaling (linear, llama3, yarn) included. Floats are
-            the model's own values, exactly, so that this rotation continues the model's.
+        inv_freq: radians per token, one per pair, with scaling (linear, llama3, yarn). Exactly the model's own
+            values, so that this rotation continues the model's.
         pairing: which elements form a pair.
         start: first rotated element of a head's vector; 0 except where the rotated part comes last (MLA).
 
@@ -53,7 +53,7 @@ class Rotation:
         return self.start + self.rotary_dim
 
     def geometry(self) -> tuple[int, int, int]:
-        """What compiled code is told: first element, pairs, 1 for interleaved ones."""
+        """Arguments for compiled code: first element, number of pairs, 1 if they are interleaved."""
         return self.start, len(self.inv_freq), int(self.pairing is Pairing.INTERLEAVED)
 
     def pairs(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,17 +66,17 @@ class Rotation:
 
 
 def rotate(keys: torch.Tensor, cos_sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """`keys` turned further, as a new tensor of the same dtype.
+    """`keys` rotated further, as a new tensor of the same dtype.
 
-    The definition of what the kernels compute, to the bit: each product and each sum rounded to fp32,
-    the result rounded to the nearest even value of the keys' dtype.
+    Reference for the kernels, to the bit: each product and each sum is rounded to fp32, the result to the nearest
+    value of the keys' dtype, ties to even.
 
     Args:
-        keys: `[..., heads, dim]`, floating point, rotated at some position already.
+        keys: `[..., heads, dim]`, floating point, already rotated at some position.
         cos_sin: `[..., rotary_dim]`, fp32: rows of `delta_table`, broadcast over the heads.
 
     Raises:
-        ValueError: the rotated slice does not lie in `dim`, or the table is another rotation's.
+        ValueError: the rotated slice does not fit into `dim`, or the table belongs to another rotation.
     """
     if rotation.stop > keys.shape[-1] or cos_sin.shape[-1] != rotation.rotary_dim:
         raise ValueError(

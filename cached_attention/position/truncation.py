@@ -1,15 +1,15 @@
-"""What stays of a prompt that outgrew the context window (CachedAttention, Gao et al. 2024, section 3.4).
+"""Which tokens stay of a prompt that outgrew the context window (CachedAttention, Gao et al. 2024, section 3.4).
 
-The start of the prompt stays: attention rests on it (the sink of StreamingLLM, Xiao et al. 2024, section 3.1),
-and the system prompt is there. The oldest tokens after it go, the rest stays. What goes is a function of the
-prompt's length alone and grows in steps, so that it is the same for many turns: what they keep, and the keys
-and values of it, stay the same.
+The start of the prompt stays: it is the attention sink (StreamingLLM, Xiao et al. 2024, section 3.1) and holds
+the system prompt. The oldest tokens after it are dropped, the rest stays. What is dropped depends on the prompt's
+length alone and grows in steps, so that it stays the same for many turns, and with it the kept tokens and their
+keys and values.
 
-All lengths are whole pages: a page holds the same tokens under every plan, and only its position changes. So
-the seam, where the tokens after the dropped ones follow the sink, lies on the page grid and not between two
-messages. A special token is one token, and is never torn; but a message, or the few tokens of its header, may
-be cut apart: the model then reads the sink, the tail end of some message, and all messages after it. A seam
-moved to the next message would lie off the grid, and every page after it would have to be computed again.
+All lengths are whole pages: a page holds the same tokens under every plan, and only its position changes. So the
+seam, where the tokens after the dropped ones follow the sink, is at a page boundary, not between two messages. A
+special token is a single token and is never split, but a message, or the few tokens of its header, may be: the
+model then reads the sink, the tail of some message, and all messages after it. A seam moved to the next message
+would be off the page grid, and every page after it would have to be recomputed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cached_attention.index import PageKey
 
 @dataclass(frozen=True)
 class TruncationPlan:
-    """The tokens that go: `dropped` of them, after the first `sink`. None go where `dropped` is 0."""
+    """The tokens to drop: `dropped` of them, after the first `sink`; no token if `dropped` is 0."""
 
     sink: int
     dropped: int
     step: int
 
     def keep(self, tokens: array[int]) -> array[int]:
-        """The tokens of the prompt that stay."""
+        """The tokens of the prompt that are kept."""
         return tokens[: self.sink] + tokens[self.sink + self.dropped :] if self.dropped else tokens
 
     def earlier(self) -> Iterator[TruncationPlan]:
@@ -42,11 +42,11 @@ class TruncationPlan:
 
 @dataclass(frozen=True)
 class TruncationRule:
-    """How prompts are truncated, with all lengths in tokens unless they say pages.
+    """How prompts are truncated; lengths are in tokens unless they say pages.
 
-    Tokens go in steps of `ratio` of the window, in whole pages; at least one page, and at most as much as
-    leaves a page of the most recent tokens in any prompt. Sink pages yield to that page: there are fewer
-    where the step leaves room for fewer, for prompts of every length.
+    Tokens are dropped in steps of `ratio` of the window, in whole pages: at least one page, and at most as much
+    as leaves a page of the most recent tokens in any prompt. That page takes precedence over sink pages: if the
+    step leaves room for fewer of those, there are fewer, for prompts of every length.
 
     Args:
         window: positions that the model and the KV pool have for a prompt and its answer.
@@ -78,12 +78,12 @@ class TruncationRule:
 
     @property
     def sink(self) -> int:
-        """Tokens at the start that stay."""
+        """Tokens kept at the start."""
         most = (self.limit - self.step) // self.page_size - 1
         return min(self.sink_pages, most) * self.page_size
 
     def plan(self, length: int) -> TruncationPlan:
-        """What goes of a prompt of `length` tokens: the fewest steps that make it fit."""
+        """What to drop from a prompt of `length` tokens: the fewest steps that make it fit."""
         excess = max(0, length - self.limit + 1)
         return TruncationPlan(self.sink, -(-excess // self.step) * self.step, self.step)
 
@@ -92,10 +92,10 @@ class TruncationRule:
     ) -> Iterator[EarlierPages]:
         """Where the first `pages` pages that `plan` keeps may have been computed before, nearest first.
 
-        Each earlier plan is asked for that shares more than the sink with this one, and the whole prompt.
+        Includes the earlier plans that share more than the sink with this one, and the whole prompt.
 
         Args:
-            keys_under: makes, for an earlier plan, the function from a page of what it keeps to the page's key.
+            keys_under: returns, for an earlier plan, the function from a page that it keeps to the page's key.
         """
         for earlier in plan.earlier():
             moved = plan.dropped - earlier.dropped
@@ -104,9 +104,9 @@ class TruncationRule:
 
 
 class EarlierPages(Sequence[PageKey | None]):
-    """The keys that pages had when they lay `moved` tokens later, made when they are asked for.
+    """Keys that pages had when they were `moved` tokens later in the prompt, computed on demand.
 
-    None: too far back to lie in the window when the page was at its end.
+    None: at that place the page would lie beyond the window.
     """
 
     def __init__(self, rule: TruncationRule, pages: int, moved: int, key: Callable[[int], PageKey]) -> None:

@@ -1,2 +1,2 @@
-"""What a policy is worth: the engine's own page index, eviction order, look-ahead, fetch and write-behind, driven
-in virtual time by a trace or by generated conversations. No torch, no I/O but reading a trace."""
+"""Compares policies: runs the engine's own page index, eviction order, look-ahead, fetch and write-behind in
+virtual time, on a trace or generated conversations. No torch, no I/O except reading a trace."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Clock:
-    """Seconds; the simulation sets them."""
+    """Current time in seconds, set by the simulation."""
 
     def __init__(self) -> None:
         self.now = 0.0

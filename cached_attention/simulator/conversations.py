@@ -1,4 +1,4 @@
-"""Conversations as in the paper's evaluation: users who answer when they have read and thought."""
+"""Conversations as in the paper's evaluation: users read and think before they answer."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ from cached_attention.simulator.request import Request
 
 @dataclass(frozen=True)
 class Shape:
-    """What the paper states of its ShareGPT workload (section 4.1), and, below, what it does not.
+    """What the paper states of its ShareGPT workload (section 4.1), and, marked as such, what it does not.
 
     Sessions have 5.75 turns on average, 73% more than one; 47% exceed 2,048 tokens and 30% exceed 4,096. Turns
-    beyond the first are geometric, and the tokens of a turn are lognormal from session to session: the two
-    parameters of the latter follow from the two shares.
+    beyond the first are geometric, and tokens per turn are lognormal over the sessions, with both parameters
+    derived from the two shares.
     """
 
     sessions: int = 9000
     rate: float = 1.0
-    """Sessions that begin per second, Poisson."""
+    """Sessions started per second, Poisson."""
     multi_turn: float = 0.73
     turns: float = 5.75
     log_tokens: float = 6.231
-    """Mean of the logarithm of the tokens of a turn, question and answer."""
+    """Mean of the logarithm of the tokens per turn, question and answer together."""
     log_spread: float = 1.1
     context: int = 4096
-    """Tokens; what exceeds it drops the oldest half of the conversation (section 3.4)."""
+    """Tokens; when it is exceeded, the oldest half of the conversation is dropped (section 3.4)."""
     think: float = 60.0
     """Mean seconds from an answer to the next question, exponential. Not stated."""
     answer: float = 0.6
-    """Part of a turn's tokens. Not stated."""
+    """Share of a turn's tokens. Not stated."""
 
 
 @dataclass
 class _Session:
     number: int
     left: int
-    """Turns to come."""
+    """Turns left."""
     tokens: int
-    """Of a turn."""
+    """Tokens per turn."""
     turn: int = 0
     length: int = 0
-    """Tokens of the history, as far as the context window holds it."""
+    """Tokens of the history that are within the context window."""
     keys: list[PageKey] = field(default_factory=list)
     made: int = 0
-    """Pages made so far, for names."""
+    """Pages made so far, used to name them."""
 
 
 class Conversations:
-    """A closed loop: the next turn of a session arrives a while after the answer to the last.
+    """A closed loop: the next turn of a session arrives some time after the previous answer.
 
     Truncation drops the oldest half of the history, and what is kept stays valid (section 3.4: positions are
-    decoupled). As only the amount counts here, the first half of the pages stands for what is kept.
+    decoupled). Because only the amount matters here, the first half of the pages stands for what is kept.
 
     Args:
         page_tokens: tokens per page.
-        seed: of everything that is random; the sessions do not depend on how they are served.
+        seed: for everything that is random; the sessions do not depend on how they are served.
     """
 
     def __init__(self, shape: Shape, page_tokens: int, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""How long the machine takes."""
+"""Cost model: how long the machine takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Cost:
     decode_request: float = 2e-4
     """Per step and running request."""
     batch: int = 64
-    """Requests that run at once."""
+    """Most requests that run at the same time."""
     page_bytes: int = 1 << 26
     layers: int = 32
     host_bandwidth: float = 26e9
@@ -37,10 +37,10 @@ class Cost:
         return self.prefill_base + tokens * self.prefill_token
 
     def prefill(self, tokens: int, loaded_pages: int) -> float:
-        """Until the first token: what is computed of the prompt, and loaded of it from host memory.
+        """Seconds until the first token: computing part of the prompt, and loading pages of it from host memory.
 
         With overlap, layer l waits for its own pages and for layer l - 1: the slower of the two sets the pace,
-        and one layer of the quicker comes on top.
+        and one layer of the faster is added.
         """
         load, compute = self.load(loaded_pages), self.compute(tokens)
         if not self.overlap:
@@ -48,5 +48,5 @@ class Cost:
         return max(load, compute) + min(load, compute) / self.layers
 
     def decode(self, running: int) -> float:
-        """One step of `running` requests."""
+        """Seconds of one step of `running` requests."""
         return self.decode_base + running * self.decode_request

@@ -1,4 +1,4 @@
-"""What the device keeps of turns that have ended."""
+"""What the device keeps of finished turns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from cached_attention.policy.eviction import EvictionOrder
 
 
 class DeviceCache:
-    """A prefix cache of `capacity` pages, LRU, as the engine's radix tree; 0: nothing is kept between turns.
+    """An LRU prefix cache of `capacity` pages, like the engine's radix tree; 0: nothing is kept between turns.
 
-    What running requests hold is not part of it.
+    Pages of running requests are not part of it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -22,7 +22,7 @@ class DeviceCache:
         self._uses = 0.0
 
     def match(self, keys: Sequence[PageKey]) -> int:
-        """Leading pages of `keys` that are there; they are used now."""
+        """Number of leading pages of `keys` in the cache; they count as used now."""
         self._uses += 1
         for pages, key in enumerate(keys):
             if (row := self._index.find(key)) not in self._tier:
@@ -31,7 +31,7 @@ class DeviceCache:
         return len(keys)
 
     def insert(self, keys: Sequence[PageKey]) -> None:
-        """Keep the pages `keys`, for which the coldest go."""
+        """Keep the pages `keys`; the coldest are evicted for them."""
         parent: PageKey | None = None
         self._uses += 1
         for place, key in enumerate(keys[: self._capacity]):

@@ -1,4 +1,4 @@
-"""A disk that takes virtual time: the same calls as `DiskTier`, without bytes."""
+"""A disk in virtual time: the same calls as `DiskTier`, without data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
 
 @dataclass
 class _Channel:
-    """Jobs one after the other, in the order in which they were asked for."""
+    """Jobs run one after another, in order of submission."""
 
     seconds_per_page: float
     latency: float
@@ -34,7 +34,7 @@ class _Channel:
         return self._start(job) + self.latency + job.pages * self.seconds_per_page
 
     def advance(self, now: float) -> None:
-        """Finish what ends by `now`; what has begun can no longer be cancelled."""
+        """Finish what ends by `now`; jobs that have started can no longer be cancelled."""
         while self.jobs:
             job = self.jobs[0]
             if not job.begun and self._start(job) <= now:
@@ -59,10 +59,10 @@ class _Job:
 
 
 class SimulatedDisk:
-    """A `PageDisk` of `capacity` pages. Reads and writes have a channel each.
+    """A `PageDisk` of `capacity` pages, with one channel for reads and one for writes.
 
     Args:
-        clock: seconds of virtual time.
+        clock: returns seconds of virtual time.
     """
 
     healthy = True
@@ -85,11 +85,11 @@ class SimulatedDisk:
         return self.capacity_slots
 
     def next_event(self) -> float:
-        """When something ends next; infinity where nothing runs."""
+        """Time at which the next job ends; infinity if none runs."""
         return min(self._reads.next_end(), self._writes.next_end())
 
     def advance(self) -> None:
-        """Complete the futures of what has ended."""
+        """Complete the futures of jobs that have ended."""
         now = self._clock()
         self._reads.advance(now)
         self._writes.advance(now)
@@ -120,4 +120,4 @@ class SimulatedDisk:
         self._free.extend(slots)
 
     def touch(self, slot: int, last_use: float, uses: int) -> None:
-        """Use needs no record here."""
+        """Uses need not be recorded here."""

@@ -20,7 +20,7 @@ from cached_attention.simulator.store import SimulatedStore
 from cached_attention.simulator.workload import Workload
 
 LOOK_AGAIN = 0.01
-"""Seconds until an idle machine asks again whether a request that waits for the disk may run."""
+"""Seconds until an idle machine checks again whether a request that waits for the disk may run."""
 LONGEST_PREFIX_QUEUE = 128
 """SGLang sorts by prefix only up to this many waiting requests."""
 
@@ -36,10 +36,10 @@ class Machine:
     device_pages: int = 0
     ttl: float = math.inf
     schedule: str = "fcfs"
-    """As SGLang's `--schedule-policy`: `fcfs` or `lpm`, longest prefix first."""
+    """Like SGLang's `--schedule-policy`: `fcfs`, or `lpm`, longest prefix first."""
 
     def store(self, policy: Policy, requests: Sequence[Request], clock: Clock) -> SimulatedStore:
-        """Under `policy`, which may look at `requests` if it is offline."""
+        """Store under `policy`, which may use `requests` if it is offline."""
         return SimulatedStore(
             policy,
             policy.make(requests),
@@ -55,12 +55,12 @@ class Machine:
 class Simulation:
     """One run. Events happen between steps: a step is one prefill, or decoding until something may change.
 
-    A prompt is prefilled alone and at once, before any decoding goes on, as SGLang does without mixed chunks.
-    Saving to host memory takes no time of the machine (the paper's section 3.2.2).
+    A prompt is prefilled alone and at once, before decoding continues, like in SGLang without mixed chunks.
+    Saving to host memory takes no machine time (the paper's section 3.2.2).
 
     Args:
-        requests: in the order in which they will run, for an offline policy.
-        served: called for each request that has its first token.
+        requests: in execution order, for an offline policy.
+        served: called for each request when it has its first token.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class Simulation:
         self._waiting: dict[str, Request] = {}
         self._wanted: Counter[PageKey] = Counter()
         self._running: list[tuple[int, int, Request]] = []
-        """Heap by the decode step with which a request ends."""
+        """Heap by the decode step in which a request ends."""
         self._steps = 0
         self._busy = 0.0
         self._served: list[Served] = []
 
     def run(self) -> Outcome:
-        """Serve everything."""
+        """Serve all requests."""
         first = self._workload.next_arrival()
         self._clock.now = start = first if first < math.inf else 0.0
         while True:
@@ -106,7 +106,7 @@ class Simulation:
             self.store.arrive(request)
 
     def _prefill_next(self) -> bool:
-        """Run the first waiting request that is ready; False where none can run."""
+        """Prefill the first waiting request that is ready; False if none can run."""
         if len(self._running) >= self._cost.batch:
             return False
         for request in islice(self._in_order(), self._cost.batch):
@@ -147,7 +147,7 @@ class Simulation:
                 self._wanted[key] -= 1
 
     def _decode(self) -> bool:
-        """Decode until a request ends, or until one may be admitted before that; False where none runs."""
+        """Decode until a request ends, or until one may be admitted before that; False if none is running."""
         if not self._running:
             return False
         step = self._cost.decode(len(self._running))
@@ -171,14 +171,14 @@ class Simulation:
         self._busy += seconds
 
     def _next_event(self) -> float:
-        """When a request may become ready to run."""
+        """Time at which a request may become ready to run."""
         arrival = self._workload.next_arrival()
         if not self._waiting:
             return arrival
         return min(arrival, self.store.next_event(), self._clock.now + LOOK_AGAIN)
 
     def _idle(self) -> bool:
-        """Wait for what happens next; False where nothing will."""
+        """Wait for the next event; False if there will be none."""
         if (event := self._next_event()) == math.inf:
             return False
         self._clock.now = max(self._clock.now, event)

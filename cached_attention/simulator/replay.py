@@ -1,4 +1,4 @@
-"""A trace without a queue: every request runs when it arrives, before the next one does."""
+"""Replays a trace without a queue: every request runs when it arrives, before the next one arrives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cached_attention.simulator.request import Outcome, Request, Served
 
 
 class Replay:
-    """Hits depend on the policy and the capacities alone; the cost only decides the time to first token.
+    """Hits depend on the policy and the capacities alone; the cost only affects TTFT.
 
     Args:
         served: called for each request.
@@ -32,7 +32,7 @@ class Replay:
         self.store = machine.store(policy, requests, self._clock)
 
     def run(self) -> Outcome:
-        """Serve everything."""
+        """Serve all requests."""
         served = []
         for request in self._requests:
             served.append(self._serve(request))

@@ -1,4 +1,4 @@
-"""What arrives, and what became of it."""
+"""Requests of a simulation, and their outcomes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Request:
     name: str
     arrival: float
     keys: tuple[PageKey, ...]
-    """The chain of the prompt, and of the answer as far as it is known beforehand."""
+    """Chain of the prompt, and of the answer as far as it is known in advance."""
     prompt_pages: int
-    """Leading pages of `keys` that are the prompt's."""
+    """Leading pages of `keys` that belong to the prompt."""
     prompt: int
     output: int
     history: int = 0
-    """Tokens of the prompt that were computed in turns before, if it is known."""
+    """Tokens of the prompt that were computed in earlier turns, if known."""
     turn: int = 0
-    """Of its conversation, 0 first."""
+    """Index within its conversation, from 0."""
 
     @property
     def prompt_keys(self) -> tuple[PageKey, ...]:
@@ -31,15 +31,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Pages of one prompt that were not computed again, by the tier they were in when it was first to run."""
+    """Pages of one prompt that were not recomputed, by the tier they were in when it was first due to run."""
 
     device: int = 0
     host: int = 0
-    """In host memory since they were saved, or fetched for another."""
+    """In host memory since they were saved, or fetched for another request."""
     ahead: int = 0
-    """Brought from the disk while it waited, and there when it was first to run."""
+    """Fetched from disk while it waited, and present when it was first due to run."""
     disk: int = 0
-    """Brought from the disk, and still on their way when it was first to run."""
+    """Fetched from disk, and still in flight when it was first due to run."""
 
     @property
     def pages(self) -> int:
@@ -48,16 +48,16 @@ class Hits:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A request that was answered. Times in seconds."""
+    """A served request. Times in seconds."""
 
     request: Request
     hits: Hits
     computed: int
-    """Tokens of the prompt."""
+    """Tokens of the prompt that were computed."""
     started: float
     first_token: float
     queue: int = 0
-    """Requests that waited when it was first to run, itself included."""
+    """Requests waiting when it started, including itself."""
     wanted: int = 0
     """Distinct pages of their prompts."""
 
@@ -67,20 +67,20 @@ class Served:
 
     @property
     def prefill(self) -> float:
-        """Seconds from its start to its first token: computing, and waiting for the load."""
+        """Seconds from its start to its first token: computation, and waiting for the load."""
         return self.first_token - self.started
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulation did."""
+    """Result of a simulation."""
 
     served: list[Served]
     seconds: float
-    """From the first arrival until the last answer."""
+    """From the first arrival to the last answer."""
     busy: float
-    """Seconds in which the machine computed, or waited for a load."""
+    """Seconds in which the machine computed or waited for a load."""
     written_pages: int
-    """To the disk."""
+    """Pages written to disk."""
     declined: int
-    """Pages that found no room in host memory."""
+    """Pages for which host memory had no room."""

@@ -1,4 +1,4 @@
-"""What `CachedAttentionStore` does with pages, on the same classes, without bytes."""
+"""What `CachedAttentionStore` does with pages, using the same classes, without data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cached_attention.tiers.host_slots import HostSlots
 from cached_attention.write_behind import WriteBehind
 
 TICK = 1e-6
-"""Seconds of virtual time between two uses: no two pages are equally cold."""
+"""Seconds of virtual time between two uses, so that no two pages are equally cold."""
 EXPIRED_AT_ONCE = 64
 UNPROTECTED_WINDOW = 16
-"""Waiting requests that are fetched for where what the others want may leave the disk."""
+"""Waiting requests fetched for ahead of time by policies that do not protect wanted pages on disk."""
 REFRESHED = 128
 """Waiting requests whose prefixes SGLang keeps recent."""
 REFRESH_INTERVAL = 32
-"""Scheduling passes between one refresh and the next."""
+"""Scheduling passes between refreshes."""
 
 
 class SimulatedStore:
@@ -36,9 +36,9 @@ class SimulatedStore:
 
     Args:
         host_pages: capacity of host memory.
-        disk_pages: capacity of the disk; 0: none.
+        disk_pages: capacity of the disk; 0: no disk.
         page_tokens: tokens per page.
-        ttl: seconds after its last use that a page is dropped.
+        ttl: seconds since its last use after which a page is dropped.
     """
 
     def __init__(
@@ -74,32 +74,32 @@ class SimulatedStore:
         self._baselines = [one for one in both if isinstance(one, LeafOrder)]
         self.decision = WaitOrRecompute()
         self.declined = 0
-        """Pages that found no room in host memory."""
+        """Pages for which host memory had no room."""
         self._chains: dict[str, Chain] = {}
         self._asked: dict[str, int] = {}
-        """Pages of the prompt that could be had when the disk was last asked."""
+        """Pages of the prompt that were restorable when the disk was last asked."""
         self._in_time: dict[str, int] = {}
-        """Pages that were in host memory when the request was first to run."""
+        """Pages that were in host memory when the request was first due to run."""
         self._awaited: dict[PageKey, list[str]] = {}
-        """Waiting requests by the first page that they lack."""
+        """Waiting requests by the first page they lack."""
         self.disk: SimulatedDisk | None = None
         if disk_pages:
             self.disk = SimulatedDisk(disk_pages, cost, clock)
             self._fetch = Fetch(self.pages, self.disk, self.decision.fetching, clock)
-            # Others fetch when the request is first to run.
+            # Other policies fetch when the request is first due to run.
             window = look_ahead if policy.looks_ahead else UNPROTECTED_WINDOW if policy.fetches_ahead else 1
             self._ahead = LookAhead(self.pages, self._fetch, self.decision, window, page_tokens, clock)
             self._write_behind = WriteBehind(self.pages, self.disk, min_uses=1, clock=clock)
 
     def _now(self) -> float:
-        """The clock's time, and later than all that was noted before."""
+        """The clock's time, but later than any time recorded before."""
         self._time = max(self._clock(), self._time + TICK)
         return self._time
 
     # The waiting queue
 
     def arrive(self, request: Request) -> None:
-        """`request` waits, behind all others."""
+        """Append `request` to the waiting queue."""
         self._chains[request.name] = Chain(list(request.prompt_keys))
         if self.policy.learns:
             self.pages.note_prompt(request.name, request.prompt_keys, self._now())
@@ -110,7 +110,7 @@ class SimulatedStore:
             self._ask(request.name)
 
     def _want(self, name: str) -> None:
-        """Keep what `name` will ask for, and more of it as soon as there is more."""
+        """Keep the pages that `name` will ask for, and further ones as soon as they exist."""
         chain = self._chains[name]
         if restorable := self._restorable(chain):
             self.pages.want(name, self.pages.index.find(chain.keys[restorable - 1]))
@@ -118,13 +118,13 @@ class SimulatedStore:
             self._awaited.setdefault(chain.keys[restorable], []).append(name)
 
     def _ask(self, name: str) -> None:
-        """Ask the disk for what host memory lacks."""
+        """Fetch from disk what host memory lacks."""
         chain = self._chains[name]
         restorable = self._restorable(chain)
         if self.disk is None or self._asked.get(name) == restorable:
             return
         if self._asked.get(name, 0) > restorable:
-            self._ahead.leave(name)  # Some of it has left the disk.
+            self._ahead.leave(name)  # Part of it has left the disk.
         self._asked[name] = restorable
         if restorable > (loadable := self._loadable(chain)):
             self._ahead.ask(name, chain.keys[:restorable], loadable)
@@ -144,15 +144,15 @@ class SimulatedStore:
             chain.epoch, chain.restorable, chain.loadable = self.pages.epoch, 0, 0
 
     def restorable_pages(self, request: Request) -> int:
-        """Leading pages of the prompt of `request`, which waits, that are in some tier."""
+        """Leading pages of the prompt of the waiting `request` that are in some tier."""
         return self._restorable(self._chains[request.name])
 
     def reorder(self, requests: Sequence[Request]) -> None:
-        """The waiting requests in the order in which they will run."""
+        """Set the order in which the waiting requests will run."""
         self.pages.waiting.replace([request.name for request in requests])
 
     def is_ready(self, request: Request) -> bool:
-        """Whether nothing is on its way from the disk for `request`, or it is quicker to compute it again."""
+        """Whether no fetch for `request` is in progress, or recomputing is expected to be faster."""
         if self.disk is None:
             return True
         if request.name not in self._in_time:
@@ -167,7 +167,7 @@ class SimulatedStore:
     # Loading and saving
 
     def load(self, request: Request, on_device: int = 0) -> Hits:
-        """Note the use of what `request`, which runs now, finds; `on_device` pages need no load."""
+        """Record the use of the pages that `request`, which runs now, finds; `on_device` pages need no load."""
         index = self.pages.index
         chain = self._chains[request.name]
         loadable = self._loadable(chain)
@@ -195,7 +195,7 @@ class SimulatedStore:
         return Hits(on_device, max(0, loadable - on_device) - late - ahead, ahead, late)
 
     def leave(self, request: Request) -> None:
-        """`request` runs: nothing is held for it any more."""
+        """`request` runs: release everything held for it."""
         del self._chains[request.name]
         self._asked.pop(request.name, None)
         self._in_time.pop(request.name, None)
@@ -204,7 +204,7 @@ class SimulatedStore:
             self._ahead.leave(request.name)
 
     def save(self, keys: Sequence[PageKey]) -> None:
-        """The pages `keys`, the first of a prompt first, were computed or loaded."""
+        """Save the pages `keys`, in prompt order, which were computed or loaded."""
         parent: PageKey | None = None
         now = self._now()
         for place, key in enumerate(keys):
@@ -235,7 +235,7 @@ class SimulatedStore:
     # Time
 
     def poll(self) -> None:
-        """What the engine does in every scheduling pass."""
+        """Do what the engine does in every scheduling pass."""
         if self.disk is not None:
             self.disk.advance()
             self._fetch.poll()
@@ -257,7 +257,7 @@ class SimulatedStore:
             self.disk.remove(self._write_behind.evict(EXPIRED_AT_ONCE, limit))
 
     def _refresh_prefixes(self) -> None:
-        """The last in the queue first, so that the head's prefix is the most recent."""
+        """From the end of the queue to its head, so that the head's prefix is the most recent."""
         index = self.pages.index
         for name in reversed(self.pages.waiting.requests[:REFRESHED]):
             chain = self._chains[name]
@@ -265,9 +265,9 @@ class SimulatedStore:
                 index.last_use[index.find(key)] = self._now()
 
     def next_event(self) -> float:
-        """When the disk ends something; infinity where it does nothing."""
+        """Time of the disk's next completion; infinity if it is idle."""
         return math.inf if self.disk is None else self.disk.next_event()
 
     def check_invariants(self) -> None:
-        """Walks everything."""
+        """Scans everything."""
         self.pages.check_invariants()

@@ -16,15 +16,15 @@ class TraceError(ValueError):
 
 
 def read_trace(path: Path) -> list[Request]:
-    """Requests of a JSONL file in the order of their lines, which must be that of their arrival.
+    """Requests of a JSONL file in the order of its lines, which must be the order of arrival.
 
     A line has `timestamp` (milliseconds), `input_length` and `output_length` (tokens), and `hash_ids`: one per
-    `BLOCK` tokens of the prompt, the last block counted even if it is not full; equal ids mean equal blocks after
-    equal prefixes.
+    `BLOCK` tokens of the prompt, including a last block that is not full; equal ids mean equal blocks after equal
+    prefixes.
 
     Raises:
         OSError: the file cannot be read.
-        TraceError: a line is not in that format, or arrives before the one above it.
+        TraceError: a line is not in that format, or arrives before the previous one.
     """
     requests: list[Request] = []
     with path.open() as lines:

@@ -11,23 +11,23 @@ from cached_attention.simulator.request import Request
 
 
 class Workload(Protocol):
-    """Where a simulation gets its requests from."""
+    """Source of a simulation's requests."""
 
     def __len__(self) -> int:
-        """Requests in total."""
+        """Total number of requests."""
 
     def due(self, now: float, waiting: int) -> Request | None:
-        """The next request that has arrived by `now`, while `waiting` others wait; each is given once."""
+        """The next request that has arrived by `now`, while `waiting` others wait; each is returned once."""
 
     def next_arrival(self) -> float:
-        """When the next one arrives, as far as is known; infinity where something must happen first."""
+        """Arrival time of the next request, if known; infinity if another event must happen first."""
 
     def answered(self, request: Request, now: float) -> None:
-        """`request` has its last token."""
+        """`request` has produced its last token."""
 
 
 class OnTime:
-    """Requests arrive when they say, whatever the machine does."""
+    """Requests arrive at their given times, whatever the machine does."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._requests = requests
@@ -46,11 +46,11 @@ class OnTime:
         return self._requests[self._next].arrival if self._next < len(self._requests) else math.inf
 
     def answered(self, request: Request, now: float) -> None:
-        """Others do not depend on it."""
+        """Other requests do not depend on it."""
 
 
 class Saturated:
-    """The machine is so slow that `queue` requests always wait; one arrives when another begins to run."""
+    """The machine is so slow that `queue` requests are always waiting; one arrives when another starts to run."""
 
     def __init__(self, requests: Sequence[Request], queue: int) -> None:
         if queue < 1:
@@ -72,4 +72,4 @@ class Saturated:
         return math.inf
 
     def answered(self, request: Request, now: float) -> None:
-        """Others do not depend on it."""
+        """Other requests do not depend on it."""

@@ -1,1 +1,1 @@
-"""Where page records live."""
+"""Storage tiers for page records."""

@@ -1,9 +1,9 @@
 """The disk tier: page records that survive a restart and a crash.
 
-A page is reported saved after its bytes, and then its index row, are on stable storage. A crash at any
-point loses pages, and never makes one that is wrong: a record is good only if it hashes, with its key, to
-the checksum in its row. There is no header in the slot: it would repeat what the row says, and cost the
-alignment that lets one `preadv` fill the arena. The price: without its index a store is empty.
+A page is reported as saved once its bytes, and then its index row, are on stable storage. A crash at any point
+loses pages but never yields a wrong one: a record is valid only if it hashes, with its key, to the checksum in
+its row. Slots have no header: it would repeat the row, and cost the alignment that lets one `preadv` fill the
+arena. The price: without its index a store is empty.
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 GROWTH_PAUSE = 30.0
-"""Seconds without new attempts after the directory could not grow."""
+"""Seconds until the next attempt after the directory could not grow."""
 GRACE_SECONDS = 0.5
-"""What `close` waits beyond its time for threads that only have to end."""
+"""Seconds that `close` gives threads to end, even if its own timeout is over."""
 
 
 class DiskTier:
     """Page records of one fingerprint in `directory`.
 
-    No method waits for the disk except the constructor, `flush`, `close` and `check_invariants`;
-    `records` and `record_columns` read the index as they are iterated. All but those may be called from
-    any thread. Futures are completed on the tier's own threads: callbacks must be short.
+    Only the constructor, `flush`, `close` and `check_invariants` wait for the disk; `records` and
+    `record_columns` read the index as they are iterated. All other methods may be called from any thread. Futures
+    are completed on the tier's own threads: callbacks must be short.
 
     Args:
-        directory: one owner at a time; made where it is missing.
-        capacity_bytes: what `directory` never exceeds, in blocks of the file system, with everything in
-            it: other fingerprints' stores and files that are not ours take from it.
-        io_threads: disk queue depth of writes; those of one call of `read` have one more, others their own.
-        queued_write_bytes: writes are declined while this much waits.
-        ttl: seconds after its last use that a page, or another fingerprint's whole store, is dropped
-            when the store is opened; None: never.
-        probe_seconds: between attempts to come back into service, at first and at most.
-        encryption: the store is encrypted with this key, and is another one than without it.
+        directory: one owner at a time; created if missing.
+        capacity_bytes: upper limit of `directory` in file system blocks, including everything in it: other
+            fingerprints' stores and foreign files count too.
+        io_threads: number of concurrent writes; each `read` call may use one more, independently of other calls.
+        queued_write_bytes: writes are declined while this much is queued.
+        ttl: seconds since its last use after which a page, or another fingerprint's whole store, is dropped when
+            the store is opened; None: never.
+        probe_seconds: first and longest interval between attempts to return to service.
+        encryption: key to encrypt the store with; it is a different store from the unencrypted one.
 
     Raises:
         DirectoryInUseError: another process owns the directory.
@@ -110,7 +110,7 @@ class DiskTier:
             directory, fingerprint, encryption, capacity_bytes, io or FileIO(), ttl, may_grow=self._may_grow
         )
         self.stride = self._store.files.stride
-        """Bytes of a slot."""
+        """Bytes per slot."""
         self._records = self._store.records
         self.path = self._store.path
         self.stats.dropped = self._store.dropped
@@ -130,7 +130,7 @@ class DiskTier:
 
     @property
     def healthy(self) -> bool:
-        """False: out of service after errors, comes back by itself; reads may still be served."""
+        """False while out of service after errors, until it recovers on its own; reads may still be served."""
         return self._read_health.healthy and self._write_health.healthy and not self._closing
 
     @property
@@ -139,7 +139,7 @@ class DiskTier:
 
     @property
     def checksum_failures(self) -> int:
-        """Pages that were read back, and were damaged, short or foreign."""
+        """Pages that were damaged, short or foreign when read back."""
         return self._read_health.damaged
 
     @property
@@ -148,34 +148,34 @@ class DiskTier:
 
     @property
     def pages(self) -> int:
-        """Pages that it has. Walks all slots."""
+        """Number of saved pages. Scans all slots."""
         return self._slots.states.count(SAVED)
 
     @property
     def free_slots(self) -> int:
-        """Slots that a write can have now."""
+        """Slots available for writing now."""
         return self._slots.free if self._growing else self._slots.recycled
 
     @property
     def write_room(self) -> int:
-        """Pages that may still be queued for writing; what is beyond is declined."""
+        """Pages that may still be queued for writing; more are declined."""
         return max(0, self._queued_write_bytes // self.stride - len(self._writes))
 
     @property
     def direct(self) -> bool:
-        """Whether I/O goes around the page cache."""
+        """Whether I/O bypasses the page cache."""
         return self._files.direct
 
     def records(self) -> Iterator[DiskRecord]:
-        """The same as `record_columns`, one by one."""
+        """Records of `record_columns`, one by one."""
         for some in self.record_columns():
             yield from map(DiskRecord, *some)
 
     def record_columns(self) -> Iterator[RecordColumns]:
         """What the store held when it was opened, by slot; iterate once, before the first write.
 
-        A key comes twice only if the index was damaged: `remove` the slot that is not kept. Rows that
-        are damaged or cannot be read are left out, and removed at the end.
+        A key occurs twice only if the index was damaged: `remove` the slot that is not kept. Rows that are
+        damaged or cannot be read are left out, and removed at the end.
         """
         unread = bytearray(self._slots.states)
         try:
@@ -194,9 +194,9 @@ class DiskTier:
             self.remove(left)
 
     def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]:
-        """Save pages; per page its slot once it is durable, None where it was declined or failed.
+        """Save pages; for each its slot once it is durable, or None if it was declined or failed.
 
-        Where not all fit, the first ones are taken.
+        If not all fit, the first ones are accepted.
         """
         self._check_buffers(pages)
         ticket = Ticket[int | None](len(pages), None)
@@ -216,7 +216,7 @@ class DiskTier:
         return ticket.future
 
     def read(self, pages: Sequence[PageRead], priority: Priority = Priority.NOW) -> Future[list[ReadOutcome]]:
-        """Fill the pages' buffers, verified. `cancel` works until the first of them is begun."""
+        """Fill and verify the pages' buffers. `cancel` works until the first of them is started."""
         self._check_buffers(pages)
         ticket = Ticket(len(pages), ReadOutcome.UNAVAILABLE)
         with self._lock:
@@ -228,7 +228,7 @@ class DiskTier:
         return ticket.future
 
     def remove(self, slots: Iterable[int]) -> None:
-        """Forget saved pages. A slot is free again once that is durable.
+        """Forget saved pages. A slot becomes free once that is durable.
 
         Raises:
             ValueError: a slot holds no saved page.
@@ -243,20 +243,20 @@ class DiskTier:
         self._committer.remove(slots)
 
     def touch(self, slot: int, last_use: float, uses: int) -> None:
-        """A saved page was used; persisted within seconds, lost in a crash before."""
+        """Record a use of a saved page; persisted within seconds, lost in a crash before that."""
         if self._slots.states[slot] == SAVED:
             self._committer.touch(slot, last_use, uses)
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything asked for is done; False where `timeout` (seconds) was too short."""
+        """Wait until everything requested is done; False if `timeout` (seconds) was too short."""
         deadline = time.monotonic() + timeout
         return self._queue.wait_idle(timeout) and self._committer.flush(max(0.0, deadline - time.monotonic()))
 
     def close(self, timeout: float = 10.0) -> bool:
-        """Finish what can be finished in `timeout` seconds, give up the rest, let go of the directory.
+        """Finish what is possible in `timeout` seconds, give up the rest, release the directory.
 
-        Every future is done afterwards. False where the disk still holds a thread: then the directory
-        stays owned until the process ends.
+        All futures are done afterwards. False if a thread is still blocked on the disk: then the directory stays
+        owned until the process ends.
         """
         if self._closed:
             return True
@@ -279,7 +279,7 @@ class DiskTier:
         return ended
 
     def check_invariants(self) -> None:
-        """Slots, index and files agree, and the directory is within its limit; waits for pending work.
+        """Check that slots, index and files agree and the directory is within its limit; waits for pending work.
 
         Raises:
             AssertionError: they do not.

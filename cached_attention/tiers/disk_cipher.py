@@ -1,4 +1,4 @@
-"""AES-256-GCM for the records of one store, with keys that are never used too often."""
+"""AES-256-GCM for the records of one store; no key encrypts too many of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPOCH_BYTES = 16
 NONCE_BYTES = 12
 TAG_BYTES = 16
 EPOCH_RECORDS = 1 << 24
-"""Records under one key: the chance that two random nonces of 96 bits are equal stays below 2^-49."""
+"""Records per key: the probability that two random 96-bit nonces are equal stays below 2^-49."""
 _EPOCHS_AT_HAND = 1024
 
 
@@ -28,26 +28,26 @@ class Epoch(NamedTuple):
 
 
 class StoreCipher:
-    """Seals one kind of record of one store; any thread.
+    """Encrypts one kind of record of one store; any thread.
 
-    Each opening of a store, and each `EPOCH_RECORDS` records, begin an epoch with a key of its own. So neither
-    a counter that is lost nor a restored backup can bring a nonce back under a key that has seen it.
+    Each opening of a store, and every `EPOCH_RECORDS` records, start an epoch with its own key. So neither a lost
+    counter nor a restored backup can repeat a nonce under the same key.
 
     Args:
-        kind: of the records: what seals one kind does not open another.
+        kind: kind of the records; one kind cannot be decrypted as another.
     """
 
     def __init__(self, key: EncryptionKey, fingerprint: Fingerprint, kind: str) -> None:
         self.context = b"%s %d " % (kind.encode(), fingerprint.format_version)
         self.context += bytes.fromhex(fingerprint.digest())
-        """Goes into the associated data of every record: kind, format version, fingerprint."""
+        """Part of the associated data of every record: kind, format version, fingerprint."""
         self._key = key
         self.of_epoch = lru_cache(_EPOCHS_AT_HAND)(self._derive)
-        """The cipher of an epoch, by its name."""
+        """Cipher of the epoch with this name."""
         self._begin()
 
     def sealing(self) -> tuple[Epoch, bytes]:
-        """The epoch and the fresh nonce to seal one record with."""
+        """Epoch and fresh nonce for encrypting one record."""
         epoch, used = self._present
         if next(used) >= EPOCH_RECORDS:
             self._begin()

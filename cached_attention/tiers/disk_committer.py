@@ -1,4 +1,4 @@
-"""The one thread that makes changes durable: bytes first, then the index rows, many at a time."""
+"""The single thread that makes changes durable: bytes first, then index rows, in batches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cached_attention.tiers.disk_rows import DiskRecord
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS
 
 TOUCH_SECONDS = 5.0
-"""How long new use counts may wait for company."""
+"""How long updated use counts may wait to be committed with others."""
 RETRY_SECONDS = 0.1
 DISK_ERRORS = (OSError, *INDEX_ERRORS)
 
 
 class Outcome(Protocol):
-    """Who wants to know what became of the changes; called on the committer's thread."""
+    """Notified of what became of the changes, on the committer's thread."""
 
     def saved(self, records: list[DiskRecord]) -> None: ...
 
@@ -32,10 +32,10 @@ class Outcome(Protocol):
 class Committer:
     """Collects changes and commits them in batches.
 
-    A batch is what came while the batch before was being committed. Saves that fail are given up;
-    removals and uses are kept and tried again, for a slot must not be used anew before its row is gone.
+    A batch is what arrived while the previous one was being committed. Failed saves are given up; removals and
+    uses are kept and retried, because a slot must not be reused before its row is gone.
 
-    It also brings the disk back into service.
+    Also brings the disk back into service.
 
     Args:
         reads, writes: health of the two directions.
@@ -68,7 +68,7 @@ class Committer:
         self._thread.start()
 
     def save(self, records: Iterable[DiskRecord]) -> None:
-        """The bytes of `records` are written, though perhaps not durable yet."""
+        """Commit `records`, whose bytes are written but may not be durable yet."""
         with self._changed:
             self._saves.extend(records)
             self._changed.notify()
@@ -88,7 +88,10 @@ class Committer:
             self._touches[slot] = (last_use, uses)
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all is committed, or given up; False where `timeout` (seconds) was too short."""
+        """Wait until all changes are committed or given up.
+
+        False if `timeout` (seconds) was too short, or if writes are out of service and changes remain.
+        """
         with self._changed:
             self._hurry = True
             self._changed.notify()
@@ -97,7 +100,7 @@ class Committer:
             return done and self._idle
 
     def close(self, timeout: float) -> bool:
-        """Commit what is there and end; False if the thread still runs after `timeout` seconds."""
+        """Commit pending changes and stop; False if the thread still runs after `timeout` seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -132,7 +135,7 @@ class Committer:
                 self._changed.notify_all()
 
     def _seconds_to_work(self) -> float | None:
-        """None: nothing to do; 0 or less: now."""
+        """None: nothing to do; 0 or less: work is due."""
         return min((wait for wait in self._waits() if wait is not None), default=None)
 
     def _waits(self) -> Iterator[float | None]:

@@ -1,4 +1,4 @@
-"""The directory that the operator gave: one owner, one sub-directory per fingerprint."""
+"""The directory given by the operator: one owner, one sub-directory per fingerprint."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class DirectoryInUseError(RuntimeError):
 
 
 class DirectoryLock:
-    """Ownership of a directory, for as long as this process lives and does not `release` it.
+    """Ownership of a directory, until `release` or the end of the process.
 
     The lock file stays: removing it would let two processes hold two locks of the same name.
 
     Raises:
-        DirectoryInUseError: another process is the owner.
+        DirectoryInUseError: another process owns it.
         PermissionError: others can write to the directory.
-        OSError: it cannot be made or written.
+        OSError: it cannot be created or written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -60,7 +60,7 @@ class DirectoryLock:
         os.close(self._fd)
 
     def _acquire(self) -> bool:
-        """More than one attempt: `is_owned` holds the lock for a moment."""
+        """Tries more than once, because `is_owned` holds the lock for a moment."""
         for pause in (0.05, 0.1, None):
             with suppress(BlockingIOError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,14 +70,14 @@ class DirectoryLock:
         return False
 
     def _sign(self) -> None:
-        """The lock holds without its text, e.g. on a full disk."""
+        """Write the owner into the lock file; the lock holds without it, e.g. on a full disk."""
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, text.encode(), 0)
 
 
 def owner(directory: Path) -> str | None:
-    """The last owner in words; None where there was none. Whether it still runs, only the lock says."""
+    """Description of the last owner; None if there was none. Only the lock tells whether it still runs."""
     try:
         values = json.loads((directory / LOCK_NAME).read_bytes())
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(values["since"]))
@@ -102,7 +102,7 @@ def is_owned(directory: Path) -> bool:
 
 
 def make_store(directory: Path, fingerprint: Fingerprint) -> Path:
-    """The sub-directory for `fingerprint`, made where it is new."""
+    """Sub-directory for `fingerprint`, created if new."""
     path = directory / fingerprint.name
     path.mkdir(mode=0o700, exist_ok=True)
     path.chmod(0o700)
@@ -123,7 +123,7 @@ def make_store(directory: Path, fingerprint: Fingerprint) -> Path:
 
 
 def read_fingerprint(store: Path) -> Fingerprint | None:
-    """What the store says it is for; None where that is damaged or of an unknown format."""
+    """Fingerprint recorded in the store; None if it is damaged or of an unknown format."""
     with suppress(OSError, ValueError):
         fingerprint = Fingerprint.from_json((store / FINGERPRINT_NAME).read_bytes())
         if fingerprint.name == store.name:
@@ -132,15 +132,15 @@ def read_fingerprint(store: Path) -> Fingerprint | None:
 
 
 def stores(directory: Path) -> list[Path]:
-    """The sub-directories that are stores, of whatever format, by name."""
+    """Sub-directories that are stores, of any format, sorted by name."""
     found = (path for path in directory.iterdir() if STORE_NAME.fullmatch(path.name))
     return sorted(path for path in found if not path.is_symlink() and (path / FINGERPRINT_NAME).is_file())
 
 
 def remove_store(store: Path) -> int:
-    """Remove a store's own files, and its directory if nothing else is in it; bytes given back.
+    """Remove a store's own files, and its directory if nothing else is in it; returns the bytes freed.
 
-    The fingerprint goes last: a store half removed is still known as one.
+    The fingerprint is removed last, so that a half-removed store is still recognised as one.
     """
     before = disk_usage(store)
     own = [path for path in store.iterdir() if path.name in _OWN_NAMES or FILE_NAME.fullmatch(path.name)]

@@ -22,12 +22,12 @@ GROWTH_BYTES = 1 << 30
 FILE_NAME = re.compile(r"pages-(\d{6})\.bin")
 PROBE_NAME = "probe.bin"
 SECTOR = 4096
-"""Bytes; what O_DIRECT moves is a multiple of this, in memory and on disk."""
+"""Bytes; O_DIRECT moves multiples of this, in memory and on disk."""
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileIO:
-    """Every step that changes, or reads back, what is on disk, in order. Tests put faults here."""
+    """All operations that change or read back data on disk, in order. Tests inject faults here."""
 
     def open(self, path: Path, flags: int) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -72,19 +72,19 @@ def file_name(number: int) -> str:
 
 
 class NoRoomError(OSError):
-    """A slot file cannot grow: the store's own limit, or the file system's."""
+    """A slot file cannot grow: limited by the store itself or by the file system."""
 
 
 class SlotFiles:
-    """The records of one store: slot `s` lies in file `s // slots_per_file`.
+    """The records of one store: slot `s` is in file `s // slots_per_file`.
 
-    Any thread may read and write different slots at once. Buffers are aligned to 4,096 bytes and
-    `stride` bytes long.
+    Any thread may read and write different slots concurrently. Buffers are aligned to 4,096 bytes and `stride`
+    bytes long.
 
     Args:
         stride: bytes per slot, a multiple of 4,096.
-        slots: how many the store may have, in all its files.
-        may_grow: asked with a number of bytes before a file grows by them.
+        slots: most slots that the store may have, over all its files.
+        may_grow: called with a number of bytes before a file grows by them; False forbids it.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class SlotFiles:
         self.direct = self._takes_direct_io()
 
     def read(self, slot: int, buffers: Sequence[memoryview]) -> int:
-        """Fill `buffers` from the slots that start at `slot`; how many whole records there were.
+        """Fill `buffers` from the slots that start at `slot`; returns the number of whole records.
 
         Raises:
             OSError: the device failed.
@@ -125,7 +125,7 @@ class SlotFiles:
         """Write whole records to the slots that start at `slot`; durable after `sync`.
 
         Raises:
-            NoRoomError: the slots have no room on disk, and cannot get it.
+            NoRoomError: the slots have no space on disk and cannot get any.
             OSError: not everything was written.
         """
         self._ensure_allocated(slot, len(buffers))
@@ -137,7 +137,7 @@ class SlotFiles:
         """Make what was written to `slots` durable.
 
         Raises:
-            OSError: it may not be.
+            OSError: it may not be durable.
         """
         for number in {slot // self.slots_per_file for slot in slots}:
             fd = self._fd(number)
@@ -146,16 +146,16 @@ class SlotFiles:
             self._io.fdatasync(fd)
 
     def slots_held(self, number: int) -> int:
-        """Whole records that file `number` has room for now."""
+        """Whole records that file `number` has space for now."""
         return min(self._allocated.get(number, 0) // self.stride, self.slots_per_file)
 
     def end(self) -> int:
-        """One past the highest slot that any file has room for."""
+        """One past the highest slot that any file has space for."""
         held = (number * self.slots_per_file + self.slots_held(number) for number in list(self._allocated))
         return max(held, default=0)
 
     def missing(self, slots: int) -> list[tuple[int, int]]:
-        """Ranges `[first, last)` below `slots` that no file has room for; neighbours joined."""
+        """Ranges `[first, last)` below `slots` that no file has space for; adjacent ones are joined."""
         ranges: list[tuple[int, int]] = []
         for first in range(0, slots, self.slots_per_file):
             low = first + self.slots_held(first // self.slots_per_file)
@@ -171,7 +171,7 @@ class SlotFiles:
         return sum(list(self._allocated.values()))
 
     def cut(self, slots: int) -> None:
-        """Give back the space of slots from `slots` on, and of anything longer than a file may be."""
+        """Free the space of slots from `slots` on, and of anything beyond a file's greatest length."""
         for number, path in self._paths():
             keep = max(0, min(slots - number * self.slots_per_file, self.slots_per_file)) * self.stride
             if keep == 0:
@@ -185,7 +185,7 @@ class SlotFiles:
         """Write, sync and read back a small file.
 
         Raises:
-            OSError: the directory does not work.
+            OSError: the directory cannot be used.
         """
         path = self.directory / PROBE_NAME
         page = memoryview(mmap.mmap(-1, SECTOR))
@@ -238,7 +238,7 @@ class SlotFiles:
         buffers: Sequence[memoryview],
         offset: int,
     ) -> int:
-        """Bytes moved: all, or up to the end of the file."""
+        """Bytes moved: all of them, or up to the end of the file."""
         done, total = 0, len(buffers) * self.stride
         while done < total:
             whole, part = divmod(done, self.stride)

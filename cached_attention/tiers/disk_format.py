@@ -1,4 +1,4 @@
-"""How a store keeps its pages and what it knows of them: in the clear, or encrypted."""
+"""How a store keeps pages and their metadata: unencrypted or encrypted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cached_attention.tiers.disk_space import slot_stride
 class StoreFormat(NamedTuple):
     rows: Rows
     records: Records | None
-    """None: the key is needed to read them."""
+    """None: reading them needs the key."""
     stride: int
-    """Bytes of a slot."""
+    """Bytes per slot."""
 
 
 def store_format(fingerprint: Fingerprint, key: EncryptionKey | None) -> StoreFormat:
-    """The format of the store of `fingerprint`, which can be read if it is not encrypted or `key` is its key."""
+    """Format of the store of `fingerprint`; it can be read if it is not encrypted or `key` is its key."""
     if fingerprint.encryption is None:
         plain = PlainRecords(fingerprint.page_bytes)
         return StoreFormat(PlainRows(), plain, plain.stride)

@@ -1,4 +1,4 @@
-"""Whether the disk is in service, for reads or for writes."""
+"""Tracks whether the disk is in service, for reads or for writes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ QUIET_SECONDS = 30.0
 
 
 class Health:
-    """Out of service after errors in a row, back after a probe succeeds; probes at growing distances.
+    """Out of service after consecutive errors, back after a successful probe; probe intervals grow.
 
     Any thread.
 
     Args:
-        name: of the store and direction, for the log.
-        first_probe, last_probe: seconds between probes, at first and at most.
-        errors_in_a_row: so many put it out of service.
-        healthy: whether it is in service at first; where it is not, it is probed at once.
+        name: store and direction, for the log.
+        first_probe, last_probe: first and longest interval between probes, in seconds.
+        errors_in_a_row: number of consecutive errors that put it out of service.
+        healthy: whether it starts in service; if not, it is probed at once.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Health:
         self.healthy = healthy
         self.errors = 0
         self.damaged = 0
-        """Pages that were read, and were not what was written."""
+        """Pages read back that are not what was written."""
         self.on_outage: Callable[[], None] = lambda: None
         self._name = name
         self._first, self._last = first_probe, last_probe
@@ -89,7 +89,7 @@ class Health:
                 self._probe_at = self._clock() + self._distance
 
     def warn(self, error: BaseException) -> None:
-        """Say it, unless something was said lately."""
+        """Log the error, unless one was logged recently."""
         now = self._clock()
         if now < self._quiet_until:
             self._unsaid += 1

@@ -33,21 +33,21 @@ _SETTINGS = (
     "PRAGMA cell_size_check = ON",
 )
 INDEX_ERRORS = (sqlite3.Error, UnicodeError)
-"""UnicodeError: sqlite3 decodes SQLite's message, which may quote a damaged name."""
+"""UnicodeError: sqlite3 decodes SQLite's messages, which may quote a damaged name."""
 _BUSY_SECONDS = 0.05
-"""How long the owner waits for readers, which never keep it from anything but emptying the log."""
+"""How long the owner waits for readers; all they can delay is emptying the log."""
 _DROP_ROWS = 4 * TRANSACTION_ROWS
 _CHUNK = 512
-"""Rows: enough to work in columns, few enough not to set off the garbage collector."""
+"""Rows: enough to process by column, few enough not to trigger the garbage collector."""
 
 
 @dataclass
 class Changes:
-    """One transaction."""
+    """Changes of one transaction."""
 
     saved: list[DiskRecord] = field(default_factory=list)
     moved: list[Row] = field(default_factory=list)
-    """Rows of pages that have another slot now, see `Rows.moved`."""
+    """Rows of pages that moved to another slot, see `Rows.moved`."""
     removed: list[int] = field(default_factory=list)
     """Slots."""
     touched: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -55,21 +55,21 @@ class Changes:
 
 
 class IndexHeldError(sqlite3.OperationalError):
-    """A reader keeps the write-ahead log from being emptied, and it is at its limit."""
+    """The write-ahead log is at its limit, and a reader keeps it from being emptied."""
 
 
 class DiskIndex:
     """Rows of the pages whose bytes are on stable storage.
 
-    One thread at a time. An index that cannot be read, or that is not of this store, is replaced by
-    an empty one: its pages are lost, which is what a cache may do.
+    One thread at a time. An index that is damaged or belongs to another store is replaced by an empty one: its
+    pages are lost, as they may be in a cache.
 
     Args:
-        identity: what the store is of; kept in the index and compared when it is opened.
-        rows: how it keeps what it knows of a page.
+        identity: identifies the store; kept in the index and compared when it is opened.
+        rows: how page metadata is stored.
 
     Raises:
-        OSError, sqlite3.Error: the directory does not work.
+        OSError, sqlite3.Error: the directory cannot be used.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str], io: FileIO, rows: Rows | None = None) -> None:
@@ -91,14 +91,14 @@ class DiskIndex:
         self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     def limit(self, space: Space) -> None:
-        """Bound the index file and its log."""
+        """Limit the size of the index file and its log."""
         self._log_bytes, self._transaction_bytes = space.log_bytes, space.transaction_bytes
         self._connection.execute(f"PRAGMA max_page_count = {space.index_pages}")
         self._connection.execute(f"PRAGMA journal_size_limit = {space.log_bytes}")
         self._checkpoint()
 
     def drop(self, condition: str, *values: float) -> int:
-        """Delete the rows that `condition` (SQL) holds for, in bounded transactions; how many there were."""
+        """Delete the rows that satisfy `condition` (SQL), in bounded transactions; returns their number."""
         dropped, last = 0, -(1 << 63)
         while last is not None:
             first = last
@@ -117,15 +117,15 @@ class DiskIndex:
         return (slot for (slot,) in self._connection.execute("SELECT slot FROM pages"))
 
     def every_row(self) -> Iterator[Row]:
-        """By slot; rows may change between one and the next."""
+        """All rows, by slot; rows may change during iteration."""
         return read_rows(self._connection, self.rows)
 
     def apply(self, changes: Changes) -> None:
-        """Commit; durable on return, all or nothing.
+        """Commit atomically; durable on return.
 
         Raises:
-            OSError, sqlite3.Error: nothing is committed as far as this process goes. What a later
-                start finds may be either, and is safe both ways.
+            OSError, sqlite3.Error: as far as this process is concerned, nothing is committed. After a restart the
+                changes may or may not be present; both are safe.
         """
         if os.stat(self.path).st_ino != self._inode:
             raise FileNotFoundError("the index was replaced under the running store")
@@ -171,7 +171,7 @@ class DiskIndex:
         return self._create()
 
     def _connect(self) -> sqlite3.Connection:
-        # SQLite gives its log the mode of the index file, but would make that with the umask's.
+        # SQLite gives its log the mode of the index file, but would create that with the umask's mode.
         os.close(self._io.open(self.path, os.O_RDWR | os.O_CREAT))
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
@@ -221,21 +221,21 @@ class DiskIndex:
             raise IndexHeldError(f"{log} is at its limit and a reader keeps it from being emptied")
 
     def _checkpoint(self) -> bool:
-        """Move the log's content to the index and empty it; False while a reader needs it."""
+        """Move the log's content into the index and empty the log; False if a reader still needs it."""
         (busy, _, _) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return not busy
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether it says that the content is wrong, rather than that the file system does not work."""
+    """Whether the error is about the content rather than the file system."""
     if isinstance(error, sqlite3.OperationalError):
-        # Of these only a missing table or column, or a broken schema, are about the content.
+        # Only a missing table or column, or a broken schema, is about the content.
         return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
     return True
 
 
 def open_read_only(path: Path) -> sqlite3.Connection:
-    """A reader beside the owner. Keep transactions short: a log that is being read cannot be emptied.
+    """Open a reader beside the owner. Keep transactions short: a log that is being read cannot be emptied.
 
     Raises:
         INDEX_ERRORS: not an index, or not readable.
@@ -244,7 +244,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     try:
         connection.execute("SELECT count(*) FROM meta").fetchone()
     except sqlite3.OperationalError:
-        # Without its log's files, in a directory that takes none, an index is only readable as a constant.
+        # Without its log files, in a directory that cannot be written, an index can only be opened as immutable.
         connection.close()
         connection = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True, timeout=1)
     return connection
@@ -256,13 +256,13 @@ def find_row(connection: sqlite3.Connection, rows: Rows, slot: int) -> Row | Non
 
 
 def stream_rows(connection: sqlite3.Connection, rows: Rows) -> Iterator[list[Row]]:
-    """Every row, by slot, in one transaction: the log cannot be emptied until the last one."""
+    """Every row, by slot, in one transaction: the log cannot be emptied before the last row is read."""
     cursor = connection.execute(f"SELECT {rows.columns} FROM pages ORDER BY slot")
     return iter(lambda: cursor.fetchmany(_CHUNK), [])
 
 
 def read_rows(connection: sqlite3.Connection, rows: Rows, chunk: int = 256) -> Iterator[Row]:
-    """Every row, by slot, in transactions of `chunk` rows that end before the rows are given out."""
+    """Every row, by slot, in transactions of `chunk` rows that end before the rows are yielded."""
     last = -(1 << 63)
     while some := connection.execute(
         f"SELECT {rows.columns} FROM pages WHERE slot > ? ORDER BY slot LIMIT {chunk}", (last,)

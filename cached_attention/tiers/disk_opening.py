@@ -1,4 +1,4 @@
-"""Opening a disk store: what was left by the last process, whatever ended it."""
+"""Opens a disk store as the last process left it, however that process ended."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RANGES = 100
 
 @dataclass
 class OpenStore:
-    """A store that is ours, and consistent."""
+    """A store that this process owns, in a consistent state."""
 
     path: Path
     lock: DirectoryLock
@@ -44,12 +44,12 @@ class OpenStore:
     records: Records
     space: Space
     states: bytearray
-    """Per slot, SAVED where the index has a page, else FREE."""
+    """Per slot: SAVED if the index has a page, else FREE."""
     dropped: int
-    """Pages that were found and not kept."""
+    """Pages found but not kept."""
 
     def close(self, slots: int) -> None:
-        """Give back the space of slots from `slots` on: another store of the directory may need it."""
+        """Close; free the space of slots from `slots` on, which another store in the directory may need."""
         with suppress(OSError):
             self.files.cut(slots)
         self.index.close()
@@ -123,7 +123,7 @@ def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: 
     text = index.meta("slots_per_file") or ""
     per_file = int(text) if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 40 else None
     space = Space.within(capacity - others, stride, per_file, index.rows.most_bytes)
-    # An index that was made for a larger capacity does not shrink.
+    # An index created for a larger capacity does not shrink.
     excess = disk_usage(index.path) - space.index_pages * SECTOR
     if excess > 0:
         space = Space.within(capacity - others - excess, stride, per_file, index.rows.most_bytes)
@@ -146,7 +146,7 @@ def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: 
 
 
 def _drop(index: DiskIndex, files: SlotFiles, space: Space, before: float | None) -> int:
-    """Delete the rows that cannot be served."""
+    """Delete the rows of pages that cannot be served."""
     dropped = index.drop(
         f"slot < 0 OR slot >= ? OR {index.rows.malformed} OR last_use < ?",
         space.slots,
@@ -175,7 +175,7 @@ def _warn_of_plain_stores(directory: Path) -> None:
 
 
 def _remove_expired_stores(directory: Path, fingerprint: Fingerprint, before: float) -> None:
-    """Other fingerprints' stores in which every page has expired: nothing in them could be served again."""
+    """Remove other fingerprints' stores whose pages have all expired: none could be served again."""
     for store in stores(directory):
         if store.name == fingerprint.name or read_fingerprint(store) is None:
             continue

@@ -1,4 +1,4 @@
-"""What goes into the disk tier, and what comes back."""
+"""Inputs and results of the disk tier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class PageWrite(NamedTuple):
     key: bytes
     """32 bytes."""
     parent: bytes | None
-    """Key of the page before it; None at the start of a prompt."""
+    """Key of the preceding page; None at the start of a prompt."""
     base_position: int
     checksum: int
     """`page_checksum` of the key and the record without padding."""
@@ -20,7 +20,7 @@ class PageWrite(NamedTuple):
     """Seconds since the epoch."""
     uses: int
     buffer: memoryview
-    """`slot_stride` bytes, aligned to 4,096; stays as it is until the write is done."""
+    """`slot_stride` bytes, aligned to 4,096; must not change until the write is done."""
 
 
 class PageRead(NamedTuple):
@@ -37,7 +37,7 @@ class ReadOutcome(Enum):
     LOST = "lost"
     """The record is damaged, short, foreign or unreadable: remove the page."""
     UNAVAILABLE = "unavailable"
-    """Not tried: out of service, closing, or cancelled. The page may still be there: keep it."""
+    """Not attempted: out of service, closing, or cancelled. The page may still exist: keep it."""
 
 
 @dataclass
@@ -49,19 +49,19 @@ class DiskStats:
     unavailable: int = 0
     saved: int = 0
     declined: int = 0
-    """Writes not begun: full, too much queued, or out of service."""
+    """Writes not started: full, too much queued, or out of service."""
     failed: int = 0
-    """Writes begun and given up."""
+    """Writes started but given up."""
     removed: int = 0
     dropped: int = 0
-    """Found when the store was opened and not kept: expired, beyond the capacity, or damaged."""
+    """Found when the store was opened but not kept: expired, beyond the capacity, or damaged."""
 
 
 T = TypeVar("T")
 
 
 class Ticket(Generic[T]):
-    """The results of one call, one per page, as they come in. Not thread-safe, but for `future`."""
+    """Results of one call, one per page, as they arrive. Not thread-safe, except for `future`."""
 
     def __init__(self, count: int, default: T) -> None:
         self.future: Future[list[T]] = Future()
@@ -70,7 +70,7 @@ class Ticket(Generic[T]):
         self._begun = self._cancelled = False
 
     def begin(self) -> bool:
-        """From now on the future cannot be cancelled; False where it was."""
+        """Make the future uncancellable; False if it was cancelled before."""
         if not self._begun:
             self._begun = True
             self._cancelled = not self.future.set_running_or_notify_cancel()
@@ -85,6 +85,6 @@ class Ticket(Generic[T]):
         return self._missing == 0
 
     def finish(self) -> None:
-        """Complete the future, with defaults where there is no result; call once."""
+        """Complete the future, with defaults for missing results; call once."""
         if not self._cancelled:
             self.future.set_result(self.results)

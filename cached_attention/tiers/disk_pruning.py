@@ -1,4 +1,4 @@
-"""Making the stores of a directory smaller, while no server owns it."""
+"""Shrinks the stores of a directory while no server owns it."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ _BATCH = 64
 
 
 class Pruned(NamedTuple):
-    """What happened to one store."""
+    """Result for one store."""
 
     store: Path
     dropped: int
     """Pages."""
     kept: int
     freed: int
-    """Bytes of the file system."""
+    """Bytes of file system blocks."""
     note: str
 
 
 def prune(directory: Path, before: float | None = None, size: int | None = None) -> Iterator[Pruned]:
-    """Drop pages last used earlier than `before` (seconds since the epoch), then the coldest until all that
-    `find_stores` finds takes at most `size` bytes, and give their space back. Store by store, as it is iterated.
+    """Drop pages last used before `before` (seconds since the epoch), then the coldest pages until everything
+    that `find_stores` finds takes at most `size` bytes, and free their space. Prunes one store per iteration.
 
-    One limit in time for all stores: ranks of one server, which used a page at about the same time, keep about
-    the same pages. Stores that cannot be read, or of other versions of this program, are left as they are.
+    All stores share one cutoff time: ranks of one server, which use a page at about the same time, keep about the
+    same pages. A store whose index is damaged is removed; one of another version of this program, or with a
+    damaged fingerprint, is left unchanged.
 
     Raises:
-        NoStoresError: there is nothing of ours.
+        NoStoresError: the directory holds no stores.
         DirectoryInUseError: a server owns one of the directories; nothing was dropped.
-        OSError, sqlite3.Error: the directory does not work.
+        OSError, sqlite3.Error: the directory cannot be used.
     """
     found = find_stores(directory)
     with ExitStack() as locks:
@@ -63,8 +64,8 @@ def prune(directory: Path, before: float | None = None, size: int | None = None)
 
 
 def _cutoff(found: FoundStores, size: int) -> float:
-    """The last use from which on pages may stay, so that all of them take `size` bytes with their indexes."""
-    # Before the indexes are opened, which makes files that go again.
+    """Earliest last use of pages that may stay, so that all of it takes at most `size` bytes with indexes."""
+    # Before the indexes are opened, which creates temporary files.
     rest = found.usage - sum(disk_usage(path) for store in found.stores for path in store.glob("pages-*.bin"))
     uses, costs = [np.empty(0)], [np.empty(0, np.int64)]
     for store in found.stores:
@@ -80,7 +81,7 @@ def _cutoff(found: FoundStores, size: int) -> float:
     fits = np.cumsum(cost[order]) <= size - rest
     if fits.all():
         return float("-inf")
-    # Pages of the same age as the first that does not fit go with it.
+    # Pages of the same age as the first that does not fit are dropped as well.
     return float(np.nextafter(every[order[int(fits.argmin())]], np.inf))
 
 
@@ -105,7 +106,7 @@ def _prune_store(store: Path, cutoff: float) -> Pruned:
 
 
 def _shrink(store: Path, index: DiskIndex, stride: int, per_file: int, cutoff: float) -> tuple[int, int]:
-    """Pages kept, pages dropped."""
+    """Number of pages kept and dropped."""
     end = max(index.slots(), default=-1) + 1
     index.limit(Space(stride, end, per_file, index.rows.most_bytes))
     dropped = index.drop("last_use < ?", cutoff)
@@ -121,7 +122,7 @@ def _shrink(store: Path, index: DiskIndex, stride: int, per_file: int, cutoff: f
 
 
 def _move(index: DiskIndex, files: SlotFiles, moves: dict[int, int]) -> None:
-    """Copy records to free slots as they are, bytes before rows, so that a crash leaves each page at one good
+    """Copy records unchanged to free slots, bytes before rows, so that after a crash each page is intact in one
     place. Needs no key.
     """
     arena = memoryview(mmap.mmap(-1, _BATCH * files.stride))

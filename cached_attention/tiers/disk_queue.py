@@ -1,4 +1,4 @@
-"""The disk's I/O threads: reads before writes, writes in the slack."""
+"""The disk's I/O threads: reads first, writes while no read is waiting."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from enum import IntEnum
 logger = logging.getLogger(__name__)
 
 WRITE_PATIENCE = 0.25
-"""Seconds after which one write goes beside the reads: reads without end must not stop all writes."""
+"""Seconds after which one write runs beside the reads, so that endless reads do not block all writes."""
 
 
 class Priority(IntEnum):
     NOW = 0
-    """A request waits for it."""
+    """A request is waiting for it."""
     AHEAD = 1
-    """Read ahead of need."""
+    """Prefetch."""
     WRITE = 2
 
 
@@ -29,7 +29,7 @@ Job = Callable[[], None]
 
 @dataclass(eq=False)
 class Batch:
-    """Jobs that were submitted together."""
+    """Jobs submitted together."""
 
     since: float
     jobs: deque[Job]
@@ -37,11 +37,11 @@ class Batch:
 
 
 class IoQueue:
-    """Runs jobs, those submitted first before others. A job settles what it was to do, whatever happens.
+    """Runs jobs by priority, then in order of submission. A job must report its own outcome, whatever happens.
 
-    At most `threads` writes run at a time, and one read more of each batch; there are twice as many threads. So
-    a read that comes finds a thread, also while another batch waits for a bad spot of the disk. A write starts
-    only while no read waits or runs.
+    At most `threads` writes run at a time, and at most one more read of each batch. There are `2 * threads + 1`
+    threads, so that a new read finds one even while another batch is stuck on a bad spot of the disk. A write
+    starts only while no read is waiting or running, or after `WRITE_PATIENCE`.
     """
 
     def __init__(self, threads: int, name: str = "disk") -> None:
@@ -60,11 +60,11 @@ class IoQueue:
 
     @property
     def threads(self) -> int:
-        """That may run jobs at the same time."""
+        """Number of threads, and so of jobs that may run at the same time."""
         return len(self._threads)
 
     def submit(self, priority: Priority, jobs: Sequence[Job]) -> bool:
-        """False after `close`."""
+        """Queue `jobs`; False after `close`."""
         with self._changed:
             if self._closed:
                 return False
@@ -74,12 +74,12 @@ class IoQueue:
             return True
 
     def wait_idle(self, timeout: float) -> bool:
-        """Wait until no job waits or runs; False where `timeout` (seconds) was too short."""
+        """Wait until no job is waiting or running; False if `timeout` (seconds) was too short."""
         with self._changed:
             return self._changed.wait_for(lambda: self._idle, timeout)
 
     def close(self, timeout: float) -> bool:
-        """End after the jobs that are there; False if one still runs after `timeout` seconds."""
+        """Stop after the queued jobs; False if one still runs after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with self._changed:
             self._closed = True
@@ -107,7 +107,7 @@ class IoQueue:
             try:
                 job()
             except Exception:
-                # One job that goes wrong must not end the thread that all others need.
+                # An unexpected error in one job must not end a thread that all others need.
                 logger.exception("CachedAttention: a disk job failed in an unexpected way.")
             finally:
                 with self._changed:
@@ -134,7 +134,7 @@ class IoQueue:
         return (Priority.WRITE, writes[0]) if may_write else None
 
     def _patience(self) -> float | None:
-        """Seconds until a waiting write may go beside reads; None where nothing but a change helps."""
+        """Seconds until a waiting write may run beside reads; None if only a change of state can let one run."""
         if not self._queues[Priority.WRITE] or self._writing:
             return None
         since = max(self._last_write, self._queues[Priority.WRITE][0].since)

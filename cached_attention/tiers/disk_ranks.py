@@ -1,4 +1,4 @@
-"""The directories of a server's ranks, and every store in them, below the directory that the operator gave."""
+"""Finds the directories of a server's ranks, and every store in them, below the operator's directory."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from cached_attention.tiers.disk_directory import FINGERPRINT_NAME, LOCK_NAME, S
 from cached_attention.tiers.disk_space import disk_usage
 
 Beside = Literal["states", "windows"]
-"""What a rank keeps beside KV of full attention, in a directory of its own."""
+"""What a rank keeps in a directory of its own, in addition to KV of full attention."""
 STATES: Final[Beside] = "states"
 WINDOWS: Final[Beside] = "windows"
 RANK_NAME = re.compile(rf"dp\d+-pp\d+-tp\d+(-({STATES}|{WINDOWS}))?")
 
 
 def rank_name(replica: int, pp_rank: int, tp_rank: int) -> str:
-    """Of the directory of one rank among several on a machine, or of one whose model has more than KV."""
+    """Name of the directory of one rank among several on a machine, or of one whose model has more than KV."""
     return f"dp{replica}-pp{pp_rank}-tp{tp_rank}"
 
 
 def beside(rank: str, what: Beside) -> str:
-    """Of the directory of what `rank` keeps beside KV, each with a limit of its own."""
+    """Name of the directory of what `rank` keeps in addition to KV; each has its own limit."""
     return f"{rank}-{what}"
 
 
 class NoStoresError(FileNotFoundError):
-    """A directory is none of a server's."""
+    """The directory does not belong to a server."""
 
 
 class RankStores(NamedTuple):
-    """The directory of one rank, which has one owner at a time, and what was asked for of the stores in it."""
+    """The directory of one rank, which has one owner at a time, and the requested stores in it."""
 
     directory: Path
     stores: list[Path]
 
 
 class FoundStores(NamedTuple):
-    """What lies below a directory."""
+    """Stores found below a directory."""
 
     given: Path
     ranks: list[RankStores]
     whole: list[Path]
-    """What the stores lie in, nothing of it twice."""
+    """Paths that together contain all stores, with nothing counted twice."""
 
     @property
     def stores(self) -> list[Path]:
@@ -52,19 +52,19 @@ class FoundStores(NamedTuple):
 
     @property
     def usage(self) -> int:
-        """Bytes of the file system's blocks, other files beside the stores included, as a server counts them."""
+        """Bytes of file system blocks, including other files beside the stores, as a server counts them."""
         return sum(map(disk_usage, self.whole))
 
     def name(self, path: Path) -> str:
-        """Of a store or a rank's directory, seen from the directory that was given."""
+        """Name of a store or a rank's directory, relative to the directory that was given."""
         return path.name if path == self.given else str(path.relative_to(self.given))
 
 
 def find_stores(directory: Path) -> FoundStores:
-    """Every store of the server that was given `directory`, which may also be one rank's directory or one store.
+    """All stores of the server that was given `directory`, which may also be one rank's directory or one store.
 
-    A server with one rank has its stores in `directory`, one with several in a directory per rank; with a hybrid
-    model each rank has two.
+    A server with one rank has its stores in `directory`, a server with several in a directory per rank; with a
+    hybrid model each rank has two directories.
 
     Raises:
         NoStoresError: no server was ever given `directory`; other places are not searched.
@@ -83,7 +83,7 @@ def find_stores(directory: Path) -> FoundStores:
 
 
 def _owned(directory: Path) -> Iterator[Path]:
-    """`directory` and those of ranks in it, as far as they have, or once had, an owner."""
+    """`directory` and the rank directories in it, if they have or once had an owner."""
     ranks = sorted((path for path in directory.iterdir() if RANK_NAME.fullmatch(path.name)), key=_numbers)
     for path in (directory, *ranks):
         if path.is_dir() and ((path / LOCK_NAME).is_file() or stores(path)):
@@ -91,5 +91,5 @@ def _owned(directory: Path) -> Iterator[Path]:
 
 
 def _numbers(path: Path) -> list[int]:
-    """So that rank 10 comes after rank 9."""
+    """Sort key that puts rank 10 after rank 9."""
     return list(map(int, re.findall(r"\d+", path.name)))

@@ -1,4 +1,4 @@
-"""Looking into a store from outside, beside the server that owns it or without one."""
+"""Reads a store from outside, while a server owns it or not."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from cached_attention.tiers.disk_space import slot_stride
 class StoreSummary:
     pages: int
     oldest: float | None
-    """Last use of the page that was not used for longest, seconds since the epoch; None without pages."""
+    """Last use of the least recently used page, in seconds since the epoch; None without pages."""
     newest: float | None
     uses: tuple[int, int, int]
     """Pages used once, two or three times, more often."""
 
 
 class StoreReader:
-    """Read-only, takes no lock: transactions are short, and a page that the owner changes meanwhile
-    is no damage.
+    """Reads a store without taking its lock: transactions are short, and a page that the owner changes meanwhile
+    does not count as damaged.
 
     Args:
-        key: without that of an encrypted store, `records` and `is_good` raise KeyNeededError.
+        key: without the key of an encrypted store, `records` and `is_good` raise KeyNeededError.
 
     Raises:
-        ValueError: not a store of a format that this version knows.
-        sqlite3.Error, UnicodeError: the index is not readable.
+        ValueError: not a store in a format that this version knows.
+        sqlite3.Error, UnicodeError: the index cannot be read.
     """
 
     def __init__(self, path: Path, key: EncryptionKey | None = None) -> None:
@@ -59,23 +59,23 @@ class StoreReader:
             self.slots_per_file = 1
 
     def summary(self) -> StoreSummary:
-        """One pass over the index."""
+        """Summarise the index in one pass."""
         pages, oldest, newest, once, few = self._index.execute(
             "SELECT count(*), min(last_use), max(last_use), total(uses < 2), total(uses IN (2, 3)) FROM pages"
         ).fetchone()
         return StoreSummary(pages, oldest, newest, (int(once), int(few), pages - int(once) - int(few)))
 
     def records(self) -> Iterator[DiskRecord]:
-        """By slot; slots of damaged rows go to `damaged_rows`."""
+        """All records, by slot; slots of damaged rows are added to `damaged_rows`."""
         return self.format.rows.records(read_rows(self._index, self.format.rows), self.damaged_rows)
 
     def last_uses(self) -> Iterator[float]:
-        """Of all pages, in one transaction; needs no key."""
+        """Last use of each page, in one transaction; needs no key."""
         now = time.time()
         return (plausible(last_use, now) for (last_use,) in self._index.execute("SELECT last_use FROM pages"))
 
     def is_good(self, record: DiskRecord) -> bool:
-        """Whether the record's bytes are what was saved, or no longer what the index speaks of."""
+        """Whether the record's bytes are what was saved, or the index no longer refers to them."""
         for _ in range(2):
             if self._holds(record):
                 return True
@@ -97,13 +97,13 @@ class StoreReader:
         return whole and records.accept(page, found[0])
 
     def _is_newest(self, record: DiskRecord) -> bool:
-        """Whether the row is still what it was when `record` was read from it."""
+        """Whether the row is unchanged since `record` was read from it."""
         row = find_row(self._index, self.format.rows, record.slot)
         found = [] if row is None else list(self.format.rows.records([row], []))
         return [(one.key, one.checksum) for one in found] == [(record.key, record.checksum)]
 
     def index_problem(self) -> str | None:
-        """What SQLite finds wrong with the index itself."""
+        """Problem that SQLite finds in the index itself; None if there is none."""
         try:
             (verdict,) = self._index.execute("PRAGMA quick_check(1)").fetchone()
         except INDEX_ERRORS as error:

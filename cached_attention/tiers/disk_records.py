@@ -1,4 +1,4 @@
-"""How a page lies in its slot: as it lies in memory, or sealed."""
+"""Layout of a page in its slot: as in memory, or encrypted."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ TRAILER_BYTES = TAG_BYTES + NONCE_BYTES + EPOCH_BYTES
 
 
 class Records(Protocol):
-    """Between a page's buffer, of `slot_stride(page_bytes)` bytes, and its slot. Any thread."""
+    """Converts between a page's buffer, of `slot_stride(page_bytes)` bytes, and its slot. Any thread."""
 
     stride: int
-    """Bytes of a slot."""
+    """Bytes per slot."""
     record_bytes: int
-    """Of those, without padding."""
+    """Bytes of a slot without padding."""
 
     def outgoing(self, pages: Sequence[PageWrite]) -> list[memoryview]:
-        """What to write to the slots of `pages`; good until the thread's next call."""
+        """Buffers to write to the slots of `pages`; valid until the thread's next call."""
 
     def incoming(self, pages: Sequence[PageRead]) -> list[memoryview]:
-        """Where to read the slots of `pages` to; good until the thread's next call."""
+        """Buffers to read the slots of `pages` into; valid until the thread's next call."""
 
     def accept(self, page: PageRead, found: memoryview) -> bool:
-        """Fill the page's buffer with what was `found` in its slot; False if that is not the page."""
+        """Fill the page's buffer from `found`, the content of its slot; False if that is not the page."""
 
 
 class PlainRecords:
-    """The page's bytes and padding: what is read or written is the page's own buffer."""
+    """The page's bytes and padding, read into and written from the page's own buffer."""
 
     def __init__(self, page_bytes: int) -> None:
         self.record_bytes = page_bytes
@@ -56,9 +56,9 @@ class PlainRecords:
 class SealedRecords:
     """The page's bytes encrypted, then tag, nonce and epoch, then padding.
 
-    Encrypted from the page's buffer into memory of the thread's own, aligned for O_DIRECT, and decrypted the
-    other way: no further copy. The key of the page is associated data: a record in another page's slot is no
-    record. The checksum is compared as well, because it also covers the page's time in host memory.
+    Encrypted from the page's buffer into memory of the thread, aligned for O_DIRECT, and decrypted the other way,
+    without further copies. The key of the page is associated data, so a record in another page's slot is invalid.
+    The checksum is compared as well, because it also covers the page's time in host memory.
     """
 
     def __init__(self, page_bytes: int, cipher: StoreCipher) -> None:
@@ -103,7 +103,7 @@ class SealedRecords:
         if len(buffers) < count:
             memory = mmap.mmap(-1, -(-count * self.stride // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE)
             with suppress(OSError):
-                # A direct transfer of scattered small pages is cut into many.
+                # A direct transfer to or from scattered small memory pages is split into many.
                 memory.madvise(mmap.MADV_HUGEPAGE)
             whole = memoryview(memory)
             buffers = [whole[slot * self.stride :][: self.stride] for slot in range(count)]

@@ -1,4 +1,4 @@
-"""What the index keeps of a page, as rows of SQLite: in the clear, or sealed."""
+"""Page metadata in the index, as rows of SQLite: unencrypted or encrypted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNSIGNED = (1 << 64) - 1
 _FIXED = struct.Struct("<qqQ")
 _SECRET = struct.Struct(f"<qQ?{KEY_BYTES}s{KEY_BYTES}s")
 Row = tuple[Any, ...]
-"""The slot comes first."""
+"""Values of a row; the slot comes first."""
 
 
 class DiskRecord(NamedTuple):
@@ -26,7 +26,7 @@ class DiskRecord(NamedTuple):
     key: bytes
     slot: int
     parent: bytes | None
-    """Key of the page before it; None at the start of a prompt."""
+    """Key of the preceding page; None at the start of a prompt."""
     base_position: int
     checksum: int
     """Unsigned 64 bits, see `page_checksum`."""
@@ -36,7 +36,7 @@ class DiskRecord(NamedTuple):
 
 
 class RecordColumns(NamedTuple):
-    """Many `DiskRecord`s, one sequence for each of its fields."""
+    """Many `DiskRecord`s, one sequence per field."""
 
     key: Sequence[bytes]
     slot: Sequence[int]
@@ -48,30 +48,30 @@ class RecordColumns(NamedTuple):
 
 
 class Rows(Protocol):
-    """Between records and rows of the table `pages`, which has `slot`, `last_use` and `uses` in any case."""
+    """Converts between records and rows of the table `pages`, which always has `slot`, `last_use` and `uses`."""
 
     table: str
-    """SQL of its columns."""
+    """SQL definition of its columns."""
     columns: str
     malformed: str
-    """SQL: a row of which this holds is none of ours."""
+    """SQL condition that none of our rows satisfies."""
     most_bytes: int
-    """Of a row in the index file, at worst."""
+    """Most bytes that a row can take in the index file."""
 
     def row(self, record: DiskRecord) -> Row: ...
 
     def records(self, rows: Iterable[Row], damaged: list[int]) -> Iterator[DiskRecord]:
-        """The records of `rows`; slots of rows that are not as they were written go to `damaged`."""
+        """Records of `rows`; slots of rows that are not as they were written are added to `damaged`."""
 
     def record_columns(self, rows: Iterator[list[Row]]) -> Iterator[RecordColumns]:
-        """The same for every page of a store, of which there may be millions, without `damaged`."""
+        """The same for every page of a store, possibly millions, without `damaged`."""
 
     def moved(self, row: Row, slot: int) -> Row | None:
-        """The row of the same page in `slot`; None for a damaged one."""
+        """Row of the same page in `slot`; None if the row is damaged."""
 
 
 class PlainRows:
-    """All in the clear, with a seal over what must not change: a damaged row would lie about an intact page."""
+    """Unencrypted, with a seal over the fixed fields: a damaged row would misdescribe an intact page."""
 
     table = """
         slot INTEGER PRIMARY KEY,
@@ -119,11 +119,11 @@ class PlainRows:
 
 
 class KeyNeededError(ValueError):
-    """What an encrypted store keeps was asked for without its key."""
+    """Content of an encrypted store was requested without its key."""
 
 
 class SealedRows:
-    """Slot and use in the clear, all else encrypted, page keys too: they would confirm a guessed prompt.
+    """Slot and use unencrypted, all else encrypted, including page keys: they would confirm a guessed prompt.
 
     Args:
         cipher: None: rows can be moved, dropped and counted, but not read.
@@ -199,7 +199,10 @@ class SealedRows:
 
 
 def plausible(last_use: float, now: float) -> float:
-    """Not sealed, because it changes: a clock set back, or damage, must not make a page immortal."""
+    """`last_use`, or 0 if it cannot be right.
+
+    Not sealed, because it changes: a clock set back, or damage, must not make a page immortal.
+    """
     return last_use if 0 <= last_use <= now else 0.0
 
 

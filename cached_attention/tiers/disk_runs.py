@@ -1,4 +1,4 @@
-"""Neighbouring slots, moved together."""
+"""Transfers adjacent slots together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
 from cached_attention.tiers.disk_records import Records
 
 RUN_BYTES = 8 << 20
-"""Neighbouring slots are moved by one system call up to this size."""
+"""Adjacent slots are transferred by one system call up to this size."""
 RUN_PAGES = 512
-"""And up to this many: the kernel takes 1,024 buffers."""
+"""And up to this many slots: the kernel accepts 1,024 buffers."""
 IO_ERRORS = (OSError, ValueError, TypeError)
-"""The disk's, and Python's for a buffer that was released meanwhile."""
+"""Errors of the disk, and Python's for a buffer that was released meanwhile."""
 
 Item = TypeVar("Item")
 Run = list[tuple[int, Item]]
@@ -23,12 +23,12 @@ Run = list[tuple[int, Item]]
 
 class PlacedRead(NamedTuple):
     place: int
-    """In the caller's list."""
+    """Index in the caller's list."""
     page: PageRead
 
 
 def runs(items: Iterable[tuple[int, Item]], files: SlotFiles) -> list[Run[Item]]:
-    """Cut (slot, item) pairs into runs of neighbours within one file, in order."""
+    """Split (slot, item) pairs into runs of adjacent slots within one file, in order."""
     most = max(1, min(RUN_BYTES // files.stride, RUN_PAGES))
     found: list[Run[Item]] = []
     for slot, item in items:
@@ -43,10 +43,10 @@ def runs(items: Iterable[tuple[int, Item]], files: SlotFiles) -> list[Run[Item]]
 def read_run(
     run: Run[PlacedRead], files: SlotFiles, health: Health, records: Records
 ) -> Iterator[tuple[int, ReadOutcome]]:
-    """Read and verify a run; (place, outcome) for each page.
+    """Read and verify a run; yields (place, outcome) for each page.
 
-    After an error every page is tried alone, so that one bad sector costs one page; when errors put
-    the tier out of service, the rest is left untried.
+    After an error each page is retried alone, so that one bad sector costs one page; once errors put the tier out
+    of service, the rest is not attempted.
     """
     if not health.healthy:
         yield from ((item.place, ReadOutcome.UNAVAILABLE) for _, item in run)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import heapq
 
 FREE, WRITING, SAVED, REMOVING = range(4)
-"""REMOVING: the page is gone for readers, but its index row may still be on disk."""
+"""REMOVING: readers no longer see the page, but its index row may still be on disk."""
 
 
 class SlotTable:
-    """The state of every slot; gives out the lowest free one first, so that neighbours stay together.
+    """The state of every slot; allocates the lowest free one first, so that neighbours stay together.
 
     Args:
-        states: of every slot, FREE or SAVED.
-        room: slots below this have their space on disk already.
+        states: FREE or SAVED for every slot.
+        room: slots below this already have space on disk.
     """
 
     def __init__(self, states: bytearray, room: int) -> None:
@@ -21,7 +21,7 @@ class SlotTable:
         self.states = states
         self.free = states.count(FREE)
         self._fresh = max(room, self.states.rfind(SAVED) + 1)
-        """Slots from here on have not been given out, unless their state says so."""
+        """Slots from here on are not allocated, unless their state says so."""
         self._recycled = [slot for slot in range(self._fresh) if self.states[slot] == FREE]
 
     @property
@@ -30,7 +30,7 @@ class SlotTable:
         return len(self._recycled)
 
     def take(self, count: int, may_grow: bool) -> list[int]:
-        """Up to `count` slots, rising, now WRITING."""
+        """Allocate up to `count` slots, in ascending order; they become WRITING."""
         taken: list[int] = []
         while len(taken) < count and self._recycled:
             taken.append(heapq.heappop(self._recycled))

@@ -1,4 +1,4 @@
-"""How many pages fit, when the directory's blocks on the file system are what is limited."""
+"""How many pages fit, given a limit on the directory's file system blocks."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from cached_attention.tiers.disk_files import SECTOR
 FILE_BYTES = 1 << 30
 """Smallest full size of a slot file."""
 MOST_FILES = 64
-"""Slot files of a store, at the size it was made with: each is an open file."""
+"""Most slot files of a store, at the size it was created with: each is an open file."""
 ROW_BYTES = 384
-"""Index bytes per page at worst: a row has about 110, and SQLite's leaves are at least a third full."""
+"""Most index bytes per page: a row has about 110, and SQLite's leaves are at least a third full."""
 EXTENT_BYTES = 64
-"""File system's own records per slot at worst, counted in the file's blocks: every slot an extent of its own."""
+"""Most file system metadata per slot, counted in the file's blocks: one extent for every slot."""
 SEALED_ROW_BYTES = 528
-"""The same where rows are encrypted: a row has about 165."""
+"""The same for encrypted rows, which have about 165."""
 FIXED_BYTES = 24 * SECTOR
 """Directories, lock, fingerprint, probe file, and an index without rows."""
 TRANSACTION_ROWS = 1024
-"""Most rows that one commit changes."""
+"""Most rows changed by one commit."""
 FRAME_BYTES = SECTOR + 24
 """One page in SQLite's write-ahead log."""
 
 
 def slot_stride(page_bytes: int) -> int:
-    """Bytes from one record to the next: `page_bytes` up to a boundary that O_DIRECT takes."""
+    """Bytes from one record to the next: `page_bytes` rounded up to a boundary that O_DIRECT accepts."""
     return -(-page_bytes // SECTOR) * SECTOR
 
 
 def disk_usage(path: Path) -> int:
-    """Bytes of the file system's blocks that `path`, and all under it, hold."""
+    """Bytes of file system blocks used by `path` and everything below it."""
     if not path.is_dir():
         return _blocks(path)
     names = (os.path.join(root, name) for root, _, files in os.walk(path) for name in ("", *files))
@@ -48,7 +48,7 @@ def _blocks(path: str | Path) -> int:
 
 @dataclass(frozen=True)
 class Space:
-    """What a store may take of a directory."""
+    """Space that a store may use in a directory."""
 
     stride: int
     slots: int
@@ -59,10 +59,10 @@ class Space:
     def within(
         cls, budget: int, stride: int, slots_per_file: int | None = None, row_bytes: int = ROW_BYTES
     ) -> Space:
-        """The most slots that, with all that belongs to them, never take more than `budget` bytes.
+        """The most slots that, with everything that belongs to them, never take more than `budget` bytes.
 
         Args:
-            slots_per_file: of the store's files where it has some already.
+            slots_per_file: of the store's existing files, if any.
         """
         per_file = slots_per_file or max(FILE_BYTES, budget // MOST_FILES) // stride or 1
         most = cls(stride, max(budget, 0) // stride, per_file, row_bytes)
@@ -72,22 +72,22 @@ class Space:
 
     @property
     def index_pages(self) -> int:
-        """Limit of the index file, in SQLite pages of 4 KiB."""
+        """Size limit of the index file, in SQLite pages of 4 KiB."""
         return self.slots * self.row_bytes // SECTOR + 16
 
     @property
     def transaction_bytes(self) -> int:
-        """What one commit adds to the write-ahead log at worst: a row dirties up to 4 pages, each once."""
+        """Most bytes that one commit adds to the write-ahead log: a row dirties up to 4 pages, each once."""
         return min(4 * TRANSACTION_ROWS + 16, self.index_pages) * FRAME_BYTES + SECTOR
 
     @property
     def log_bytes(self) -> int:
-        """Limit of the write-ahead log."""
+        """Size limit of the write-ahead log."""
         return 2 * self.transaction_bytes
 
     @property
     def reserve(self) -> int:
-        """Bytes that may be taken besides the slots themselves."""
+        """Bytes that may be used in addition to the slots."""
         return self._overhead + self.slots * (self.row_bytes + EXTENT_BYTES)
 
     @property

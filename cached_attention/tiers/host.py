@@ -12,15 +12,15 @@ CPU = torch.device("cpu")
 
 
 class HostTier(HostSlots):
-    """An arena of `capacity` page records, pinned where a GPU copies them.
+    """An arena of `capacity` page records, pinned if a GPU copies them.
 
     Args:
         size: bytes.
-        device: what copies them.
+        device: the device that copies them.
 
     Raises:
         ValueError: `size` does not hold one page.
-        HostMemoryError: there is not so much memory, or it cannot be pinned.
+        HostMemoryError: there is not enough memory, or it cannot be pinned.
     """
 
     def __init__(self, layout: PageLayout, size: int, device: torch.device = CPU) -> None:
@@ -35,7 +35,7 @@ class HostTier(HostSlots):
         self._bytes = self.arena.numpy()
 
     def close(self) -> None:
-        """No transfer runs any more."""
+        """Release the memory; no transfer may be running."""
         self._memory.close()
 
     def component(self, layer: int, component: int) -> torch.Tensor:
@@ -44,9 +44,9 @@ class HostTier(HostSlots):
         return self.arena[:, start : start + self.layout.component_bytes[layer][component]]
 
     def slot_bytes(self, slot: int) -> memoryview:
-        """`stride` bytes, aligned: the record of a page and its padding."""
+        """Record of a page and its padding: `stride` bytes, aligned."""
         return memoryview(self._bytes[slot])
 
     def record(self, slot: int) -> memoryview:
-        """The bytes of a page, without padding."""
+        """Record of a page, without padding."""
         return self.slot_bytes(slot)[: self.layout.page_bytes]

@@ -1,6 +1,6 @@
-"""Memory of the arena: huge pages, and, where there is a GPU, near to it and pinned.
+"""Memory of the arena: huge pages; with a GPU also pinned, and preferably on the GPU's NUMA node.
 
-All of it but the pinning is best effort: where the system refuses, the memory is as good as any other.
+Everything but pinning is best effort: if the system refuses, ordinary memory does as well.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ import torch
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 << 20
-"""Bytes, and where memory starts. Fewer, larger pages are pinned faster and miss the TLB less."""
+"""Bytes, and alignment of the memory. Fewer, larger pages are pinned faster and miss the TLB less."""
 CHUNK = 1 << 30
-"""Bytes pinned by one call, about: the kernel takes no others while one runs."""
+"""Bytes pinned per call, approximately: the kernel handles no other such call meanwhile."""
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 MBIND = {"x86_64": 237, "aarch64": 235}
-"""Number of the system call; no library of the system's own has it."""
+"""Number of the system call; the system's libraries have no function for it."""
 PREFERRED = 1
-"""Its policy: from this node as long as it has memory."""
+"""Its policy: allocate on this node as long as it has memory."""
 POPULATE_WRITE = 23
-"""Advice of `madvise`, from Linux 5.14 on: take the memory now."""
+"""Advice for `madvise`, from Linux 5.14 on: allocate the memory now."""
 POPULATING = 8
-"""Threads. One alone clears a terabyte in minutes, as the driver would."""
+"""Threads. A single one takes minutes to clear a terabyte, as the driver would."""
 
 Register = Callable[[int, int], str | None]
-"""Pins so many bytes from an address; returns what was wrong, or None."""
+"""Pins memory, given its address and size in bytes; returns an error message, or None."""
 
 
 class HostMemoryError(RuntimeError):
-    """There is not so much host memory, or the GPU cannot be given it; the message says what can be done."""
+    """There is not enough host memory, or it cannot be given to the GPU; the message says what can be done."""
 
 
 class HostMemory:
-    """Zeros until they are used; without a GPU nothing is taken from the system before that.
+    """Zero-initialised memory; without a GPU nothing is allocated before it is used.
 
     Args:
         size: bytes.
-        record: bytes; no record is pinned by two calls, which one copy of it could not span.
-        device: whose transfers it is for; for a GPU's it is pinned, preferably on the GPU's NUMA node.
+        record: bytes; no record is split between two pinning calls, because a single copy could not span them.
+        device: the device whose transfers use the memory; if it is a GPU, the memory is pinned, preferably on the
+            GPU's NUMA node.
 
     Raises:
         HostMemoryError: see there.
@@ -66,7 +67,7 @@ class HostMemory:
         self.bytes = whole[start : start + size]
         """`[size]`, uint8."""
         if device.type == "cuda":
-            # A child would share the pages: the next write of ours would go to a copy that the GPU does not see.
+            # A child would share the pages: our next write would go to a copy that the GPU does not see.
             _advise(mapping, mmap.MADV_DONTFORK)
             self._pin(record, device)
 
@@ -81,7 +82,7 @@ class HostMemory:
         logger.info("CachedAttention: pinned %.1f GB of host memory in %.1f s.", self.bytes.numel() / 1e9, took)
 
     def close(self) -> None:
-        """Unpin; no transfer runs any more. Left to the end of the process it would take the kernel longer."""
+        """Unpin; no transfer may be running. Left to the end of the process, it would take the kernel longer."""
         for start in self._chunks:
             torch.cuda.cudart().cudaHostUnregister(start)
         self._chunks = []
@@ -95,7 +96,7 @@ def _advise(mapping: mmap.mmap, advice: int) -> None:
 
 
 def populate(memory: torch.Tensor, threads: int = POPULATING) -> bool:
-    """Take the pages of `memory` from the system now; returns whether it gave all of them."""
+    """Allocate the pages of `memory` now; returns whether all were allocated."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     step = -(-memory.numel() // (threads * HUGE_PAGE)) * HUGE_PAGE
 
@@ -108,7 +109,7 @@ def populate(memory: torch.Tensor, threads: int = POPULATING) -> bool:
 
 
 def pin(memory: torch.Tensor, record: int, register: Register, chunk: int = CHUNK) -> list[int]:
-    """Pin all of `memory`, about `chunk` bytes, but whole records, at once; returns where the chunks start.
+    """Pin all of `memory` in chunks of whole records, about `chunk` bytes each; returns their addresses.
 
     Raises:
         HostMemoryError: see there.
@@ -138,7 +139,7 @@ def _pci_address(device: torch.device) -> str:
 
 
 def node_of(pci_address: str, devices: Path = PCI_DEVICES) -> int | None:
-    """The NUMA node that the device is attached to; None where there is but one, or it is not said."""
+    """NUMA node that the device is attached to; None if there is only one or it is unknown."""
     try:
         node = int((devices / pci_address / "numa_node").read_text())
     except (OSError, ValueError):
@@ -147,7 +148,7 @@ def node_of(pci_address: str, devices: Path = PCI_DEVICES) -> int | None:
 
 
 def prefer_node(memory: torch.Tensor, node: int) -> bool:
-    """Have the pages of `memory` that are not there yet come from `node`; returns whether it was taken."""
+    """Have pages of `memory` that are not yet allocated come from `node`; returns whether that was accepted."""
     if (number := MBIND.get(platform.machine())) is None:
         return False
     call = ctypes.CDLL(None, use_errno=True).syscall

@@ -15,14 +15,14 @@ class HostSlots:
         return len(self._free)
 
     def clear(self) -> None:
-        """Take every slot back."""
+        """Make every slot free."""
         self._free = list(range(self.capacity - 1, -1, -1))
 
     def take_slot(self) -> int | None:
         return self._free.pop() if self._free else None
 
     def take_slots(self, most: int) -> list[int]:
-        """Up to `most` slots, as from so many calls of `take_slot`."""
+        """Up to `most` slots, as if from repeated calls of `take_slot`."""
         kept = max(0, len(self._free) - most)
         taken = self._free[kept:]
         del self._free[kept:]
@@ -35,11 +35,11 @@ class HostSlots:
         self._free += slots
 
     def slot_bytes(self, slot: int) -> memoryview:
-        """The record of a page; empty here, where slots are only counted."""
+        """Record of a page; empty here, where slots are only counted."""
         return memoryview(b"")
 
     def check_invariants(self, used: set[int]) -> None:
-        """Raises AssertionError unless every slot is either free or in `used`, once."""
+        """Raise AssertionError unless every slot is either free or in `used`, exactly once."""
         free = set(self._free)
         assert len(free) == len(self._free), "a slot is free twice"
         assert not free & used, "a slot is free and in use"

@@ -1,4 +1,4 @@
-"""What moving pages to and from a disk asks of it."""
+"""What page transfers require of a disk or another source of pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
 
 
 class PageSource(Protocol):
-    """Where pages are read from; no method waits. See `DiskTier` and `RemoteTier`."""
+    """A source of pages; no method waits. See `DiskTier` and `RemoteTier`."""
 
     stride: int
     """Bytes of one page in host memory."""
@@ -19,7 +19,7 @@ class PageSource(Protocol):
 
 
 class SharedPages(PageSource, Protocol):
-    """Where pages are read from whose checksum only the record itself tells. See `RemoteTier`."""
+    """A source of pages in which only the record itself has the checksum. See `RemoteTier`."""
 
     def checksum(self, buffer: memoryview) -> int: ...
 

@@ -1,10 +1,9 @@
 """The remote tier: page records of one fingerprint in a Mooncake store that several servers share.
 
-An object is a page record and, behind it, its checksum over key and bytes. Its name is that of the fingerprint
-and of the page, so servers that may not share pages never meet. Records go from the arena to the wire and back
-without a copy, or, with a key of the operator's, encrypted through memory of the tier's own: see `Objects`. Which
-objects there are is known to the store alone: it drops them when it is full, and with the server whose memory
-they lie in.
+An object is a page record followed by its checksum over key and bytes. Its name consists of the fingerprint's and
+the page's, so that servers never see pages they must not share. Records move between arena and wire without a
+copy, or, with an encryption key, encrypted through the tier's own memory: see `Objects`. Only the store knows
+which objects exist: it drops them when it is full, and together with the server whose memory holds them.
 """
 
 from __future__ import annotations
@@ -32,33 +31,33 @@ logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = (1.0, 10.0)
 CALL_ERRORS = (RemoteError, RuntimeError, TypeError, ValueError)
-"""Ours, and those of Mooncake's binding."""
+"""Our own errors, and those of Mooncake's binding."""
 
 
 @dataclass
 class RemoteStats:
-    """Counts since the tier was made, in pages."""
+    """Counts since the tier was created, in pages."""
 
     got: int = 0
     put: int = 0
     refused: int = 0
-    """Not put: no memory free in the store, or out of service."""
+    """Not put: no free memory in the store, or out of service."""
     missed: int = 0
-    """Asked for and not there any more, or the server that had them is gone."""
+    """Requested but no longer there, or the server that held them is gone."""
     damaged: int = 0
-    """Short, foreign, not sealed with this key, or bytes other than were saved; removed."""
+    """Short, foreign, not encrypted with this key, or not the bytes that were saved; removed."""
 
 
 class RemoteTier:
     """Puts pages into the remote store and gets them back; see `PageSource`.
 
-    No method waits for the network but `close`. Futures are completed on the tier's own threads. Until the
-    store is reached, and whenever it cannot be, the tier is out of service: nothing is there, nothing is put.
+    Only `close` waits for the network. Futures are completed on the tier's own threads. Until the store is
+    reached, and whenever it cannot be, the tier is out of service: it finds nothing and puts nothing.
 
     Args:
-        segment: bytes of this process's memory that the store may use for anybody's pages.
-        encryption: pages are sealed with this key, and shared with servers that have it only.
-        probe_seconds: between attempts to reach the store, at first and at most.
+        segment: bytes of this process's memory that the store may use for any server's pages.
+        encryption: key to encrypt pages with; they are shared only with servers that have it.
+        probe_seconds: first and longest interval between attempts to reach the store.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class RemoteTier:
         self.master = address.master
         self.stats = RemoteStats()
         self.outages = 0
-        """How often what was known of the store became void."""
+        """How often all knowledge of the store's content became invalid."""
         self._client = RemoteClient(address, segment)
         self._health = Health(f"mooncake://{address.master}", *probe_seconds, errors_in_a_row=1, healthy=False)
         self._health.on_outage = self._lost
@@ -88,7 +87,7 @@ class RemoteTier:
         self._objects: Objects | None = None
 
     def open(self, host: HostTier) -> None:
-        """Start to reach the store; pages will move from and to the arena of `host`."""
+        """Start to connect to the store; pages will move from and to the arena of `host`."""
         self.stride = host.layout.stride
         self._memory = RecordMemory(host)
         self._make_objects, self._regions = objects_maker(self._memory, self._encryption, self._queue.threads)
@@ -97,7 +96,7 @@ class RemoteTier:
 
     @property
     def healthy(self) -> bool:
-        """False: out of service, comes back by itself."""
+        """False while out of service, until it recovers on its own."""
         return self._health.healthy and self._objects is not None and not self._closing
 
     @property
@@ -105,46 +104,46 @@ class RemoteTier:
         return self._health.errors
 
     def serve(self, fingerprint: Fingerprint) -> None:
-        """From now on the pages are those of `fingerprint`."""
+        """Use the pages of `fingerprint` from now on."""
         self._objects = objects = self._make_objects(fingerprint)
         logger.info("mooncake://%s: the pages of this rank are named %s/...", self.master, objects.prefix)
 
     def pause(self) -> None:
-        """Out of service until `serve`: the pages in host memory are of no fingerprint."""
+        """Out of service until `serve`: the pages in host memory have no fingerprint."""
         self._objects = None
         self._lost()
 
     def exist(self, keys: Sequence[bytes]) -> Future[list[int]]:
-        """How many leading `keys` are in the store, as the only item; 0 where it cannot be asked."""
+        """Number of leading `keys` in the store, as the only item; 0 if the store cannot be asked."""
         ticket = Ticket(1, 0)
         self._submit(Priority.NOW, ticket, self._exist, keys)
         return ticket.future
 
     def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]:
-        """Fill the pages' buffers, verified; their slots and checksums mean nothing. See `DiskTier.read`."""
+        """Fill and verify the pages' buffers; their slots and checksums are ignored. See `DiskTier.read`."""
         ticket = Ticket(len(pages), ReadOutcome.UNAVAILABLE)
         self._submit(Priority.NOW, ticket, self._in_calls, self._get, pages)
         return ticket.future
 
     def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]:
-        """Put pages; per page 0 once it is there, None where it is not."""
+        """Put pages; for each 0 once it is in the store, or None."""
         ticket = Ticket[int | None](len(pages), None)
         self._submit(Priority.WRITE, ticket, self._in_calls, self._put, pages)
         return ticket.future
 
     def remove(self, keys: Iterable[bytes]) -> None:
-        """Forget pages, as far as the store can be reached now."""
+        """Remove pages, if the store can be reached now."""
         if keys := list(keys):
             self._submit(Priority.WRITE, Ticket(0, None), self._remove, keys)
 
     def checksum(self, buffer: memoryview) -> int:
-        """Of the page that was read into `buffer`."""
+        """Checksum of the page that was read into `buffer`."""
         return self._memory.checksum(buffer)
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Let what runs end and leave the store, which loses the pages in our memory.
+        """Let running calls end and leave the store, which loses the pages in our memory.
 
-        False where a call still runs after `timeout` seconds.
+        False if a call still runs after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         self._closing = True
@@ -159,7 +158,7 @@ class RemoteTier:
     # On the tier's threads
 
     def _keep(self) -> None:
-        """Reach the store at first, and again whenever it was lost."""
+        """Connect to the store, and again whenever the connection was lost."""
         while not self._closing:
             seconds = self._health.seconds_to_probe()
             if seconds is not None and seconds <= 0:
@@ -228,7 +227,7 @@ class RemoteTier:
             self._count(got=1)
             return ReadOutcome.READ
         if code == size or (code != NOT_FOUND and self._client.size(extent.key) not in (size, NOT_FOUND)):
-            self._client.remove([extent.key])  # A good one could never take its place.
+            self._client.remove([extent.key])  # Otherwise a good one could never take its place.
             self._count(damaged=1)
         else:
             if code != NOT_FOUND:

@@ -1,4 +1,4 @@
-"""Where a remote store is, and what this server lends to it."""
+"""Address of a remote store, and what this server lends to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cached_attention.config import ConfigError, parse_size
 
 DEFAULT_SEGMENT = "4GB"
 LEAST_SEGMENT = 16 << 20
-"""Bytes; Mooncake takes none that is smaller."""
+"""Bytes; Mooncake accepts no smaller segment."""
 PROTOCOLS = ("tcp", "rdma")
 _FORM = "mooncake://HOST:PORT[?segment=SIZE&protocol=tcp|rdma&device=NAME&metadata=URL&host=ADDRESS]"
 _OPTIONS = ("device", "host", "metadata", "protocol", "segment")
@@ -20,17 +20,17 @@ class RemoteAddress(NamedTuple):
     """A Mooncake master, and how this server takes part in its store."""
 
     host: str
-    """Of the master."""
+    """Host of the master."""
     port: int
     segment: int
-    """Bytes of this machine's memory that the store may use for anybody's pages; 0: none."""
+    """Bytes of this machine's memory that the store may use for any server's pages; 0: none."""
     protocol: str = "tcp"
     device: str = ""
     """RDMA devices, separated by commas; empty: those that Mooncake finds."""
     metadata: str = "P2PHANDSHAKE"
-    """Where the transfer engines find each other: a metadata server's URL, or from one to the other."""
+    """How the transfer engines find each other: a metadata server's URL, or peer to peer."""
     own_host: str | None = None
-    """Address at which other servers reach this one; None: the one that the master is reached from."""
+    """Address at which other servers reach this one; None: the local address of its connection to the master."""
 
     @property
     def master(self) -> str:
@@ -38,7 +38,7 @@ class RemoteAddress(NamedTuple):
 
     @property
     def url(self) -> str:
-        """The inverse of `parse_remote`, with all that was left out or was a share."""
+        """The inverse of `parse_remote`, with defaults and shares resolved."""
         given = {"protocol": self.protocol, "device": self.device, "metadata": self.metadata}
         options = {**given, "host": self.own_host, "segment": str(self.segment)}
         query = urlencode({name: value for name, value in options.items() if value})
@@ -46,13 +46,13 @@ class RemoteAddress(NamedTuple):
 
 
 def parse_remote(flag: str, text: str, available: int = sys.maxsize) -> RemoteAddress:
-    """What `text`, such as `mooncake://10.0.0.1:50051?segment=64GB&protocol=rdma`, means.
+    """Parse an address such as `mooncake://10.0.0.1:50051?segment=64GB&protocol=rdma`.
 
     Args:
-        available: bytes of memory that are free on this machine now, of which a segment may be a share.
+        available: bytes of memory free on this machine now, of which a segment may be a share.
 
     Raises:
-        ConfigError: it is not of that form, or asks for more memory than there is.
+        ConfigError: `text` does not have that form, or asks for more memory than is available.
     """
     url = urlsplit(text)
     if url.scheme != "mooncake" or not url.hostname or url.path not in ("", "/") or (port := _port(text)) is None:

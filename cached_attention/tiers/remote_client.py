@@ -1,4 +1,4 @@
-"""Mooncake's client, in the few words that the remote tier needs of it."""
+"""The part of Mooncake's client that the remote tier needs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cached_attention.tiers.remote_address import RemoteAddress
 
 CONNECT_SECONDS = 2.0
 LOCAL_BUFFER = 16 << 20
-"""Bytes of Mooncake's own staging buffer, which calls that take our addresses do not use."""
+"""Bytes of Mooncake's own staging buffer, unused by calls that take our addresses."""
 NOT_FOUND = -704
 """Mooncake's OBJECT_NOT_FOUND."""
 UNREACHABLE = frozenset({-1, -900})
-"""Mooncake's codes where the master did not answer: not set up, RPC_FAIL."""
+"""Mooncake's codes when the master does not answer: not set up, RPC_FAIL."""
 SETTINGS = {
-    # What fails is counted and said by us, once in a while; Mooncake has a line for each object.
+    # Failures are counted and logged by us, at intervals; Mooncake would log a line per object.
     "GLOG_minloglevel": "3",
     "MC_LOG_LEVEL": "ERROR",
 }
@@ -30,7 +30,7 @@ class RemoteError(Exception):
 
 
 class Extent(NamedTuple):
-    """One object and the registered memory that it lies in, part by part."""
+    """One object, and the parts of registered memory that hold it."""
 
     key: str
     addresses: tuple[int, ...]
@@ -38,10 +38,10 @@ class Extent(NamedTuple):
 
 
 def check_installed(flag: str) -> None:
-    """Whether Mooncake is there; not whether it loads, which needs the machine's libibverbs.
+    """Check that Mooncake is installed; not that it loads, which needs the machine's libibverbs.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not installed.
     """
     if find_spec("mooncake") is None:
         raise ConfigError(
@@ -50,10 +50,10 @@ def check_installed(flag: str) -> None:
 
 
 def load_mooncake() -> type[Any]:
-    """Mooncake's client class.
+    """Load Mooncake's client class.
 
     Raises:
-        RemoteError: it does not load.
+        RemoteError: it cannot be loaded.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -65,9 +65,9 @@ def load_mooncake() -> type[Any]:
 
 
 class RemoteClient:
-    """One connection to a Mooncake store. All calls wait for the network; any thread may make them.
+    """One connection to a Mooncake store. All calls block on the network; any thread may make them.
 
-    Where the master does not answer, a call takes up to about 5 s and raises RemoteError.
+    If the master does not answer, a call takes up to about 5 s and raises RemoteError.
 
     Args:
         segment: bytes that this process lends.
@@ -83,7 +83,7 @@ class RemoteClient:
         return self._store is not None
 
     def connect(self, memory: Sequence[tuple[int, int]]) -> None:
-        """Take part in the store; `memory`: address and bytes of what objects are moved from and to."""
+        """Join the store; `memory`: address and bytes of each region that objects move from or to."""
         own_host = self.ping()  # Mooncake's own attempts take a minute and a half.
         address, store = self._address, load_mooncake()()
         code = store.setup(
@@ -104,7 +104,7 @@ class RemoteClient:
         self._store = store
 
     def ping(self) -> str:
-        """Whether the master takes connections; returns the address that it is reached from."""
+        """Check that the master accepts connections; returns the local address of the connection."""
         address = self._address
         try:
             with socket.create_connection((address.host, address.port), CONNECT_SECONDS) as connection:
@@ -116,11 +116,11 @@ class RemoteClient:
         return [code == 1 for code in self._checked(self._call.batch_is_exist(list(keys)))]
 
     def get(self, extents: Sequence[Extent]) -> list[int]:
-        """Fill the memory of each; per object its bytes, or a negative code."""
+        """Fill the memory of each object; returns for each its bytes, or a negative code."""
         return self._checked(self._call.batch_get_into_multi_buffers(*_columns(extents)))
 
     def put(self, extents: Sequence[Extent]) -> list[bool]:
-        """Whether each is in the store now; one that was there before stays as it is."""
+        """Whether each object is in the store now; one that was there before is left unchanged."""
         return [code == 0 for code in self._checked(self._call.batch_put_from_multi_buffers(*_columns(extents)))]
 
     def size(self, key: str) -> int:
@@ -128,11 +128,11 @@ class RemoteClient:
         return self._checked([self._call.get_size(key)])[0]
 
     def remove(self, keys: Sequence[str]) -> None:
-        """Objects that are read at the moment go as well: their readers check what they got."""
+        """Remove objects, even those being read: their readers verify what they got."""
         self._checked(self._call.batch_remove(list(keys), True))
 
     def close(self) -> None:
-        """Take back what was lent; what lay there is lost to all."""
+        """Take back the lent memory; what it held is lost to all servers."""
         if (store := self._store) is not None:
             self._store = None
             store.close()

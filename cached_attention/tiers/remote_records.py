@@ -1,4 +1,4 @@
-"""How a page lies in the remote store: as it lies in the arena, or sealed; and under which name."""
+"""Layout of a page in the remote store, as in the arena or encrypted, and its name."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote_client import Extent
 
 CALL_PAGES = 16
-"""Pages per call of the store at most, so that a request's first pages land before its last."""
+"""Most pages per call of the store, so that a request's first pages arrive before its last."""
 CHECKSUM_BYTES = 8
 STAGING_BYTES = 32 << 20
-"""Per thread, where pages are sealed; one page at least."""
+"""Per thread, for encrypting pages; at least one page."""
 
 Region = tuple[int, int]
-"""Address and bytes."""
+"""Address and size in bytes."""
 
 
 class Objects(Protocol):
-    """The objects of one fingerprint. Any thread of the tier; what is returned is good until its next call."""
+    """Objects of one fingerprint. Any thread of the tier; results are valid until its next call."""
 
     object_bytes: int
     call_pages: int
-    """Pages per call at most."""
+    """Most pages per call."""
     prefix: str
-    """Of all names, up to a slash."""
+    """Common start of all names, up to a slash."""
 
     def name(self, key: PageKey) -> str: ...
 
     def outgoing(self, pages: Sequence[PageWrite]) -> list[Extent]:
-        """What to put."""
+        """Objects to put, and the memory they are in."""
 
     def incoming(self, pages: Sequence[PageRead]) -> list[Extent]:
-        """Where to get the pages to."""
+        """Objects to get, and the memory to get them into."""
 
     def accept(self, page: PageRead, found: Extent) -> bool:
-        """Fill the page's buffer, and note its checksum, from what was `found`; False if that is not the page."""
+        """Fill the page's buffer from `found` and record its checksum; False if that is not the page."""
 
 
 class RecordMemory:
-    """The arena of a host tier, and the checksums of what moves between its slots and the store."""
+    """The arena of a host tier, and the checksums that move with its slots from and to the store."""
 
     def __init__(self, host: HostTier) -> None:
         self.page_bytes, self._stride = host.layout.page_bytes, host.layout.stride
         self._arena = host.arena.data_ptr(), host.arena.numel()
         self.checksums = np.zeros(host.capacity, np.uint64)
-        """By slot."""
+        """Checksum per slot."""
 
     @property
     def regions(self) -> list[Region]:
         return [self._arena, (self.checksums.ctypes.data, self.checksums.nbytes)]
 
     def slot(self, buffer: memoryview) -> int:
-        """Of the arena, that `buffer` is."""
+        """Arena slot that `buffer` views."""
         return (np.frombuffer(buffer, np.uint8).ctypes.data - self._arena[0]) // self._stride
 
     def checksum(self, buffer: memoryview) -> int:
         return int(self.checksums[self.slot(buffer)])
 
     def addresses(self, slot: int) -> tuple[int, int]:
-        """Of the page and of its checksum."""
+        """Addresses of the page and of its checksum."""
         return self._arena[0] + slot * self._stride, self.checksums.ctypes.data + slot * CHECKSUM_BYTES
 
 
 class PlainObjects:
-    """The page's bytes and behind them its checksum, moved from and to where they lie, without a copy."""
+    """The page's bytes followed by its checksum, transferred in place without a copy."""
 
     call_pages = CALL_PAGES
 
@@ -107,11 +107,11 @@ class PlainObjects:
 
 
 class Staging:
-    """Memory that sealed objects pass through, a part of it for each of `threads`."""
+    """Memory that encrypted objects pass through, with a separate part for each of `threads`."""
 
     def __init__(self, threads: int, object_bytes: int) -> None:
         self.objects = max(1, min(CALL_PAGES, STAGING_BYTES // object_bytes))
-        """Per thread."""
+        """Number of objects per thread."""
         self._bytes, self._threads = object_bytes, threads
         self._whole = memoryview(mmap.mmap(-1, threads * self.objects * object_bytes))
         self._next = count()
@@ -122,12 +122,12 @@ class Staging:
         return [(_address(self._whole), len(self._whole))]
 
     def at(self, address: int) -> memoryview:
-        """The object at `address`."""
+        """Buffer of the object at `address`."""
         start = address - _address(self._whole)
         return self._whole[start : start + self._bytes]
 
     def buffers(self) -> list[memoryview]:
-        """This thread's."""
+        """Buffers of this thread."""
         if not hasattr(self._own, "buffers"):
             thread = next(self._next)
             assert thread < self._threads, "more threads than there is memory for"
@@ -140,12 +140,12 @@ class Staging:
 
 
 class SealedObjects:
-    """The page's bytes encrypted, its checksum encrypted, the tag of each, their nonce and epoch.
+    """The page's bytes encrypted, its checksum encrypted, each followed by its tag; then their nonce and epoch.
 
-    Page and checksum have keys of their own, so that one nonce serves both. The page key and the fingerprint are
-    associated data of both: an object under another name is no page. Names are a keyed hash of page keys: the
-    store does not learn these, with which a guess of a prompt could be confirmed. The checksum covers the page's
-    time in the memory of the server that put it.
+    Page and checksum have separate keys, so that one nonce serves both. The page key and the fingerprint are
+    associated data of both, so an object under another name is invalid. Names are a keyed hash of page keys: the
+    store does not learn the page keys, which could confirm a guessed prompt. The checksum covers the page's time
+    in the memory of the server that put it.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class SealedObjects:
 def objects_maker(
     memory: RecordMemory, key: EncryptionKey | None, threads: int
 ) -> tuple[Callable[[Fingerprint], Objects], list[Region]]:
-    """Makes the objects of a fingerprint, sealed where there is a key; and the memory that they move through."""
+    """Factory for the objects of a fingerprint, encrypted if there is a key; and the memory they move through."""
     if key is None:
         return lambda fingerprint: PlainObjects(memory, fingerprint), memory.regions
     staging = Staging(threads, SealedObjects.bytes_for(memory.page_bytes))

@@ -23,7 +23,7 @@ def _online(name: str, label: str, order: MakeOrder, **traits: bool) -> Policy:
 
 
 def _engine_order(index: PageIndex, tier: Residency, waiting: WaitingOrder, _capacity: int) -> EvictionOrder:
-    """With nothing learnt: LRU where no request waits."""
+    """Without learning: LRU among pages that no waiting request needs."""
     return EvictionOrder(index, tier, waiting)
 
 
@@ -46,4 +46,4 @@ POLICIES = {
         Policy("optimum", "optimum", Belady.of, offline=True),
     )
 }
-"""All that can be simulated; `lru` and `optimum` bound the gap that the others close."""
+"""All policies that can be simulated; `lru` and `optimum` bound the gap that the others close."""

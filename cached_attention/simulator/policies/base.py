@@ -1,4 +1,4 @@
-"""What the simulator asks of a policy, and what the baselines share."""
+"""Interface of a policy in the simulator, and the common part of the baselines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cached_attention.simulator.request import Request
 
 
 class LeafOrder(EvictionOrder):
-    """The order of a baseline: of the unpinned leaves, the one with the lowest `value` goes next.
+    """Eviction order of a baseline: of the unpinned leaves, the one with the lowest `value` is evicted next.
 
-    As in the engine only leaves may go, so that what stays is a usable prefix.
+    As in the engine, only leaves are evicted, so that the remaining pages form a usable prefix.
 
     Args:
         capacity: pages of the tier.
@@ -32,22 +32,22 @@ class LeafOrder(EvictionOrder):
 
     @abstractmethod
     def value(self, row: int) -> Any:
-        """Something that can be compared; the lowest goes first."""
+        """Any comparable value; the lowest is evicted first."""
 
     def begin(self, request: Request) -> None:
-        """The request runs; what it asks for is marked as used next."""
+        """The request runs; the pages it asks for are marked as used next."""
 
     def placed(self, row: int) -> None:
-        """The page is in the tier; called at least once after it came."""
+        """The page is in the tier; called at least once after it was placed there."""
 
     def used(self, row: int) -> None:
-        """A request came back to the page; called after the index took note of it."""
+        """A request used the page again; called after the index recorded the use."""
 
     def removed(self, row: int) -> None:
         """The page is about to leave the tier."""
 
     def admits(self, key: PageKey) -> bool:
-        """Whether the page, just computed, is worth what would have to go for it."""
+        """Whether the page, just computed, is worth the page that would be evicted for it."""
         return True
 
     def offer(self, row: int) -> None:
@@ -74,11 +74,11 @@ class LeafOrder(EvictionOrder):
         return [] if row is None else [row]
 
     def leaves_of(self, row: int) -> Leaves:
-        """The queue in which the page waits to go."""
+        """The queue in which the page waits for eviction."""
         return self._leaves
 
     def next_leaves(self) -> Leaves:
-        """The queue that gives the next page."""
+        """The queue from which the next page is evicted."""
         return self._leaves
 
 
@@ -88,19 +88,19 @@ MakeOrder = Callable[[PageIndex, Residency, WaitingOrder, int], EvictionOrder]
 
 @dataclass(frozen=True)
 class Policy:
-    """A name and what it stands for."""
+    """A policy and its properties."""
 
     name: str
     label: str
     make: Callable[[Sequence[Request]], MakeOrder]
-    """Called with all requests in the order in which they will run, which only the offline optimum looks at."""
+    """Called with all requests in execution order, which only the offline optimum uses."""
     looks_ahead: bool = False
-    """Whether it is told what the waiting requests will ask for."""
+    """Whether it knows what the waiting requests will ask for."""
     learns: bool = False
-    """Whether what no waiting request wants goes by its learnt next use, else by its last use."""
+    """Whether pages that no waiting request needs are evicted by learnt next use, else by last use."""
     fetches_ahead: bool = False
-    """Whether the disk is asked in the order of the queue, before a request is first to run."""
+    """Whether pages are fetched from disk in queue order, before their request is due to run."""
     refreshes: bool = False
     """Whether waiting requests keep their prefixes recent, as in SGLang's device cache."""
     offline: bool = False
-    """Whether it needs all requests beforehand."""
+    """Whether it needs all requests in advance."""

@@ -13,11 +13,11 @@ from cached_attention.simulator.request import Request
 
 
 class Future:
-    """When each page is asked for, by place in the order of execution."""
+    """Uses of each page, as positions in the execution order."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.now = -1
-        """Place of the last request that was begun."""
+        """Position of the last request that has begun."""
         self._uses: dict[PageKey, list[int]] = {}
         self._places = {request.name: place for place, request in enumerate(requests)}
         for place, request in enumerate(requests):
@@ -28,17 +28,17 @@ class Future:
         self.now = max(self.now, self._places[request.name])
 
     def next_use(self, key: PageKey) -> float:
-        """The place of the next request that asks for the page; infinity where none does."""
+        """Position of the next request that uses the page; infinity if there is none."""
         uses = self._uses.get(key, [])
         place = bisect_right(uses, self.now)
         return uses[place] if place < len(uses) else math.inf
 
 
 class Belady(LeafOrder):
-    """The page that is asked for last goes first, and a new one stays out if it is asked for later still.
+    """Evicts the page whose next use is latest, and does not admit a new one whose next use is later still.
 
-    Belady, IBM Systems Journal 5 (2), 1966. A page is asked for no later than what follows it, so keeping to
-    leaves costs the optimum nothing.
+    Belady, IBM Systems Journal 5 (2), 1966. The next use of a page is no later than that of the pages that follow
+    it, so restricting evictions to leaves costs the optimum nothing.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from cached_attention.simulator.policies.base import LeafOrder
 
 
 class FirstInFirstOut(LeafOrder):
-    """By the time at which the page came into the tier."""
+    """By the time at which the page entered the tier."""
 
     def __init__(self, index: PageIndex, tier: Residency, waiting: WaitingOrder, capacity: int) -> None:
         super().__init__(index, tier, waiting, capacity)
@@ -29,7 +29,7 @@ class FirstInFirstOut(LeafOrder):
 
 
 class ConversationsFirstInFirstOut(FirstInFirstOut):
-    """By the time at which the first page of the chain came: whole conversations go, as in the paper."""
+    """By the time at which the chain's first page entered: evicts whole conversations, as in the paper."""
 
     def value(self, row: int) -> int:
         while (parent := self.index.parent[row]) != NOWHERE:

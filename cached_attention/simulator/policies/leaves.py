@@ -8,12 +8,12 @@ from typing import Any
 
 
 class Leaves:
-    """Rows that may go. An entry is checked when it reaches the front: what may not go is dropped, and what has
-    risen since is put right. Whatever lowers a value must offer the row again.
+    """Rows that may be evicted. An entry is checked when it reaches the front: it is dropped if the row may not
+    be evicted, and updated if its value has risen. Whatever lowers a value must offer the row again.
 
     Args:
-        evictable: whether a row may go now.
-        value: of a row that may go, something that can be compared.
+        evictable: whether a row may be evicted now.
+        value: comparable value of an evictable row.
     """
 
     def __init__(self, evictable: Callable[[int], bool], value: Callable[[int], Any]) -> None:
@@ -21,7 +21,7 @@ class Leaves:
         self._value = value
         self._heap: list[tuple[Any, int]] = []
         self._lowest: dict[int, Any] = {}
-        """Per row the value of its entry that counts."""
+        """Value of each row's valid entry."""
 
     def offer(self, row: int) -> None:
         value = self._value(row)
@@ -30,7 +30,7 @@ class Leaves:
             heapq.heappush(self._heap, (value, row))
 
     def front(self) -> int | None:
-        """The row that goes next; it stays."""
+        """The row to evict next; it is not removed."""
         while self._heap:
             value, row = self._heap[0]
             if self._lowest.get(row) != value:
@@ -45,6 +45,6 @@ class Leaves:
         return None
 
     def pop(self) -> None:
-        """Drop what `front` gave."""
+        """Remove the row that `front` returned."""
         _, row = heapq.heappop(self._heap)
         del self._lowest[row]

@@ -1,4 +1,4 @@
-"""Computing everything again."""
+"""Recomputes everything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cached_attention.simulator.policies.base import LeafOrder
 
 
 class KeepNothing(LeafOrder):
-    """No page is kept: what the others are compared with."""
+    """Keeps no page: the baseline for all others."""
 
     def value(self, row: int) -> float:
         return 0.0

@@ -10,23 +10,23 @@ from cached_attention.simulator.policies.base import LeafOrder
 from cached_attention.simulator.policies.leaves import Leaves
 
 SMALL = 0.1
-"""Part of the tier that is for pages on probation."""
+"""Share of the tier for pages on probation."""
 MOST_USES = 3
 
 
 class S3Fifo(LeafOrder):
-    """Three queues: new pages on probation, the main one, and the keys of those that failed (the ghosts).
+    """Three queues: new pages on probation, the main queue, and the keys of pages that failed probation (ghosts).
 
-    A page that is used while on probation, or comes back while its key is a ghost, goes to the main queue, where
-    each use spares it once. Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Here the
-    queues are walked over leaves only.
+    A page that is used on probation, or returns while its key is a ghost, moves to the main queue, where each use
+    spares it once. Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Here only leaves
+    are evicted from the queues.
     """
 
     def __init__(self, index: PageIndex, tier: Residency, waiting: WaitingOrder, capacity: int) -> None:
         super().__init__(index, tier, waiting, capacity)
         self._small: dict[PageKey, int] = {}
         self._main: dict[PageKey, int] = {}
-        """Both: when the page came into the queue."""
+        """Both: when the page entered the queue."""
         self._uses: dict[PageKey, int] = {}
         self._ghosts: OrderedDict[PageKey, None] = OrderedDict()
         self._moves = 0
@@ -68,7 +68,7 @@ class S3Fifo(LeafOrder):
         return self.index.key(row) in self._small
 
     def next_leaves(self) -> Leaves:
-        """Spares what was used, until a page is at the front of its queue that was not."""
+        """Spares used pages until an unused one is at the front of its queue."""
         while True:
             small, main = self._small_leaves.front(), self._main_leaves.front()
             from_small = small is not None and (len(self._small) > SMALL * self.capacity or main is None)

@@ -9,11 +9,11 @@ from cached_attention.policy.demand import WaitingOrder
 from cached_attention.simulator.policies.base import LeafOrder
 
 PROTECTED = 0.8
-"""Part of the tier that pages used more than once may hold."""
+"""Share of the tier that pages used more than once may hold."""
 
 
 class SegmentedLru(LeafOrder):
-    """Pages used again are protected; beyond their part of the tier, the coldest of them is so no more.
+    """Pages used again are protected; when they exceed their share of the tier, the coldest loses its protection.
 
     Karedla, Love and Wherry, "Caching strategies to improve disk system performance", IEEE Computer 27 (3), 1994.
     """

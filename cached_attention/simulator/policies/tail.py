@@ -7,22 +7,22 @@ from cached_attention.policy.demand import WaitingOrder
 from cached_attention.simulator.policies.base import LeafOrder
 
 COMPUTED = 2048
-"""Tokens of a prompt that can be computed within the target for the time to first token."""
+"""Tokens of a prompt that can be computed within the TTFT target."""
 EXPECTED = 512
 """Tokens that the next prompt is expected to add."""
 
 
 class TailOptimisedLru(LeafOrder):
-    """Pages at the end of a conversation that could be computed again within the target go first, then LRU.
+    """Evicts pages at the end of a conversation first if they can be recomputed within the target, then LRU.
 
-    Of a conversation that has reached L tokens, L + `EXPECTED` - `COMPUTED` are enough: Zhang et al.,
+    For a conversation of L tokens it is enough to keep L + `EXPECTED` - `COMPUTED`: Zhang et al.,
     arXiv:2510.15152.
     """
 
     def __init__(self, index: PageIndex, tier: Residency, waiting: WaitingOrder, capacity: int) -> None:
         super().__init__(index, tier, waiting, capacity)
         self._reach: dict[PageKey, int] = {}
-        """Per page in the tier the position of the last page that ever followed it, in tokens."""
+        """Per page in the tier: position of the last page that ever followed it, in tokens."""
 
     def placed(self, row: int) -> None:
         reach = self.index.position[row]

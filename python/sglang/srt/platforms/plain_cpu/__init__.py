@@ -1,17 +1,17 @@
-"""SGLang on any machine without an accelerator, from the unmodified wheel."""
+"""SGLang on any machine without an accelerator, with the unmodified wheel."""
 
 import logging
 import os
 
 logger = logging.getLogger(__name__)
 
-# Of the platform (SGLANG_PLATFORM) and of its attention backend (--attention-backend).
+# Name of the platform (SGLANG_PLATFORM) and of its attention backend (--attention-backend).
 NAME = "plain_cpu"
 PLATFORM_CLASS = "sglang.srt.platforms.plain_cpu.platform.PlainCpuPlatform"
 
 
 def activate() -> str | None:
-    """Class path of the plain-CPU platform, or None where an accelerator or another choice is there."""
+    """Class path of the plain-CPU platform, or None if there is an accelerator or another platform was chosen."""
     chosen = os.environ.get("SGLANG_PLATFORM")
     if chosen and chosen != NAME:
         return None

@@ -1,9 +1,9 @@
 """Attention on a CPU over the new queries only.
 
-Upstream's `torch_native` backend computes the queries of the cached prefix again and throws them away, so a
-cache hit saves little. Here a forward costs what its new tokens cost: torch's CPU flash kernel runs over the
-new queries with an additive mask, the query heads that share a KV head are folded into rows (no head is
-repeated), and indices and masks are made once per forward, not once per layer.
+Upstream's `torch_native` backend recomputes the queries of the cached prefix and discards them, so a cache hit
+saves little. Here a forward costs only its new tokens: torch's CPU flash kernel runs over the new queries with an
+additive mask, the query heads that share a KV head are folded into rows (no head is repeated), and indices and
+masks are built once per forward, not once per layer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class PlainCpuAttnBackend(TorchNativeAttnBackend):
-    """Prefix-aware attention for CPUs; cross attention and encoders stay with upstream's.
+    """Prefix-aware attention for CPUs; cross attention and encoders use upstream's.
 
     Args:
-        drafted: tokens that a draft model has written, with the present one, beyond those that count yet.
+        drafted: tokens written by a draft model, including the current one, beyond the sequence lengths.
     """
 
     def __init__(self, model_runner: ModelRunner, drafted: int = 0) -> None:
@@ -45,7 +45,7 @@ class PlainCpuAttnBackend(TorchNativeAttnBackend):
         if mode.is_decode():
             q_lens = [1] * len(kv_lens)
         elif mode.is_target_verify():
-            # A chain of drafts, each of which sees those before it: new tokens like any.
+            # A chain of drafts, each of which sees those before it: treated like other new tokens.
             width = forward_batch.spec_info.draft_token_num
             q_lens, kv_lens = [width] * len(kv_lens), [length + width for length in kv_lens]
         else:
@@ -199,7 +199,7 @@ def _flash(
     scale: float,
     causal: bool = False,
 ) -> torch.Tensor:
-    """SDPA in torch's flash kernel, which wants one width: narrower operands are padded with zeros."""
+    """SDPA in torch's flash kernel, which requires one width: narrower operands are padded with zeros."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return scaled_dot_product_attention(

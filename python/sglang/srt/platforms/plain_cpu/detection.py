@@ -1,4 +1,4 @@
-"""Is there an accelerator that this torch build could use? Asked without initialising one."""
+"""Detects an accelerator that this torch build could use, without initialising one."""
 
 import glob
 import os
@@ -12,12 +12,12 @@ VENDOR_NODES = {"npu": "/dev/davinci[0-9]*", "hpu": "/dev/accel/accel[0-9]*", "m
 
 
 def accelerator_in_sight() -> str | None:
-    """Name of the accelerator that keeps the plain-CPU platform out, or None.
+    """Name of the accelerator that rules out the plain-CPU platform, or None.
 
-    Device files come first: they answer without loading a driver, and also where a GPU is present but hidden
-    from this process (CUDA_VISIBLE_DEVICES in a Ray driver, say), which must not turn a GPU install into a
-    CPU one. `SGLANG_PLATFORM=plain_cpu` skips them: whoever asks by name gets the CPU unless torch itself
-    would still take the GPU.
+    Device files come first: they answer without loading a driver, and also where a GPU is present but hidden from
+    this process (CUDA_VISIBLE_DEVICES in a Ray driver, say), which must not turn a GPU install into a CPU one.
+    `SGLANG_PLATFORM=plain_cpu` skips them: an explicit choice gets the CPU unless torch itself would still use
+    the GPU.
     """
     if os.environ.get("SGLANG_PLATFORM") != NAME:
         node = _device_file()
@@ -41,7 +41,7 @@ def _device_file() -> str | None:
 
 
 def _torch_speaks(vendor: str) -> bool:
-    """Whether the vendor's torch extension is installed; the node alone serves nobody (laptops have NPUs)."""
+    """Whether the vendor's torch extension is installed; a device file is not enough (laptops have NPUs)."""
     from importlib.util import find_spec
 
     module = {"npu": "torch_npu", "hpu": "habana_frameworks", "musa": "torch_musa"}[vendor]

@@ -1,4 +1,4 @@
-"""Gated delta nets on a CPU (Qwen3-Next, Qwen3.5), with the recurrences of Transformers."""
+"""Gated delta nets on a CPU (Qwen3-Next, Qwen3.5), with the recurrences from Transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hybrid_backend(model_runner: Any, attention: Any, attention_layers: list[int
 
 
 def _replace_kernels() -> None:
-    """What the layers do around the recurrence. Only the module of the model that is served is loaded."""
+    """Replace the kernels around the recurrence. Only the module of the served model is loaded."""
     for norm in ("fused_norm_gate.FusedRMSNormGated", "layernorm_gated.RMSNorm"):
         HookRegistry.register(f"{KERNELS}.{norm}.forward", gated_norm, HookType.REPLACE)
     if f"{MODELS}.qwen3_5" in sys.modules:
@@ -41,7 +41,7 @@ def _replace_kernels() -> None:
     if f"{MODELS}.qwen3_next" in sys.modules:
         split = f"{MODELS}.qwen3_next.fused_qkvzba_split_reshape_cat"
         HookRegistry.register(split, split_grouped_projections, HookType.REPLACE)
-    # The scheduler pins what it says of states, without asking whether there is a device to pin for.
+    # The scheduler pins tensors about states without checking whether there is a device to pin for.
     HookRegistry.register("torch.Tensor.pin_memory", lambda tensor: tensor, HookType.REPLACE)
     HookRegistry.apply_hooks()
 
@@ -66,7 +66,7 @@ def split_projections(
 ) -> tuple[torch.Tensor, ...]:
     """q, k and v `[tokens, all dims]`, z `[tokens, v heads, dim]`, b and a `[tokens, v heads]`.
 
-    `mixed_qkvz` has all of q, then k, v and z; `mixed_ba` b, then a.
+    `mixed_qkvz` holds all of q, then k, v and z; `mixed_ba` holds b, then a.
     """
     qkv, z = mixed_qkvz.split([2 * k_heads * k_dim + v_heads * v_dim, v_heads * v_dim], dim=-1)
     b, a = mixed_ba.chunk(2, dim=-1)
@@ -76,7 +76,7 @@ def split_projections(
 def split_grouped_projections(
     mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, k_heads: int, v_heads: int, k_dim: int, v_dim: int
 ) -> tuple[torch.Tensor, ...]:
-    """As `split_projections`, where q, k, v and z, and b and a, lie together for each head of k."""
+    """Like `split_projections`, but q, k, v and z, and b and a, are grouped by k head."""
     tokens, group = len(mixed_qkvz), v_heads // k_heads
     widths = [k_dim, k_dim, group * v_dim, group * v_dim]
     *qkv, z = mixed_qkvz.view(tokens, k_heads, -1).split(widths, dim=-1)
@@ -86,7 +86,7 @@ def split_grouped_projections(
 
 
 class Stretch(NamedTuple):
-    """Consecutive new tokens of a sequence: from the state in `slot` to that which the slots `written` get."""
+    """Consecutive new tokens of a sequence, from the state in `slot` to the one stored in the slots `written`."""
 
     length: int
     slot: int
@@ -111,7 +111,7 @@ class GatedDeltaNetBackend(MambaAttnBackendBase):
         b: torch.Tensor,
         **_: Any,
     ) -> torch.Tensor:
-        """A token of each of `[requests]` sequences."""
+        """One token of each of `[requests]` sequences."""
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         slots = self.forward_metadata.mamba_cache_indices.long()
         inputs, conv = _convolve(layer, mixed_qkv[:, :, None], cache.conv[0][slots])
@@ -135,7 +135,7 @@ class GatedDeltaNetBackend(MambaAttnBackendBase):
         b: torch.Tensor,
         **_: Any,
     ) -> torch.Tensor:
-        """New tokens of each sequence: `[all tokens]`, one sequence after the other."""
+        """New tokens of each sequence: `[all tokens]`, one sequence after another."""
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         outputs: list[torch.Tensor] = []
         start = 0
@@ -151,7 +151,7 @@ class GatedDeltaNetBackend(MambaAttnBackendBase):
         return torch.cat(outputs, dim=1)
 
     def _stretches(self, forward_batch: ForwardBatch) -> Iterator[Stretch]:
-        """The sequences of the batch, in two parts where the state between them is to be kept."""
+        """The sequences of the batch, in two parts if the state between them is to be kept."""
         metadata, kept_at = self.forward_metadata, forward_batch.mamba_track_aligned_lens()
         kept = [0] * forward_batch.batch_size
         if kept_at is not None:
@@ -167,7 +167,7 @@ class GatedDeltaNetBackend(MambaAttnBackendBase):
 def _convolve(
     layer: RadixLinearAttention, inputs: torch.Tensor, before: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each channel with its weights, and the activation; the last inputs are the next state.
+    """Convolve each channel with its weights and apply the activation; the last inputs are the next state.
 
     Args:
         inputs: `[sequences, channels, tokens]`.
@@ -186,11 +186,11 @@ def _attend(
     b: torch.Tensor,
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[1, all tokens, v heads, v]`, and the state after them.
+    """Output `[1, all tokens, v heads, v]`, and the state after these tokens.
 
     Args:
         qkv: `[sequences, tokens, all dims]`.
-        a, b: `[sequences, tokens, v heads]`: what decay and strength of each update come from.
+        a, b: `[sequences, tokens, v heads]`: inputs to decay and strength of each update.
         state: `[sequences, v heads, v, k]`.
     """
     q, k, v = qkv.split([layer.q_dim, layer.k_dim, layer.v_dim], dim=-1)

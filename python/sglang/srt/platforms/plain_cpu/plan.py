@@ -1,4 +1,4 @@
-"""What one forward's attention reads: slots, query blocks and masks, made once and used by every layer."""
+"""What one forward's attention reads: slots, query blocks and masks, built once and used by every layer."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 
 QUERY_BLOCK = 256
-# Bounds the mask, which has a row per query and query head of a KV head: 32 MiB in bf16.
+# Limits the mask, which has one row per query and query head of a KV head: 32 MiB in bf16.
 MAX_MASK_ELEMENTS = 1 << 24
-# Sequences share a padded decode batch when the shortest has at least this part of the longest's keys.
+# Sequences share a padded decode batch if the shortest has at least this share of the longest's keys.
 MIN_FILL = 0.75
 
 
 class Request(NamedTuple):
-    """One sequence of the batch: its row in `req_to_token`, new tokens, and all tokens including the new."""
+    """One sequence of the batch: its row in `req_to_token`, number of new tokens, number of all tokens."""
 
     pool_row: int
     q_len: int
@@ -21,7 +21,7 @@ class Request(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """What layers must have in common to share slots and masks. `window` is in tokens before the query."""
+    """What layers must have in common to share slots and masks. `window`: tokens visible before the query."""
 
     window: int | None
     group: int
@@ -38,7 +38,7 @@ class Block(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A sequence with several new tokens: where they are in the batch, slots [keys] that it reads."""
+    """A sequence with several new tokens: their place in the batch, and the slots [keys] that it reads."""
 
     tokens: slice
     slots: torch.Tensor
@@ -59,7 +59,7 @@ class LayerWork(NamedTuple):
 
 
 class ForwardPlan:
-    """The batch of one forward.
+    """Slots and masks for the batch of one forward.
 
     Args:
         requests: sequences in batch order.
@@ -76,7 +76,7 @@ class ForwardPlan:
         """Slots, blocks and masks for layers of `kind`.
 
         Args:
-            kind: of the layer.
+            kind: kind of the layers.
             translation: [slots] full slot -> slot of the layer's own pool; None where they are the same.
         """
         if kind not in self._work:
@@ -168,7 +168,7 @@ def _single_batch(items: list[tuple[int, torch.Tensor]], dtype: torch.dtype) -> 
     padded = torch.empty(len(items), width, dtype=items[0][1].dtype)
     for row, (_, slots) in zip(padded, items, strict=True):
         row[: len(slots)] = slots
-        # A slot of the sequence itself: what a foreign one holds may not be finite, and NaN survives a mask.
+        # A slot of the sequence itself: a foreign one may hold non-finite values, and NaN survives a mask.
         row[len(slots) :] = slots[0]
     mask = None
     if min(lengths) < width:

@@ -1,4 +1,4 @@
-"""The platform class: defaults with which the PyPI wheel of SGLang serves on a CPU."""
+"""The platform class: defaults that let SGLang's PyPI wheel serve on a CPU."""
 
 import logging
 import os
@@ -18,11 +18,11 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 logger = logging.getLogger(__name__)
 
-# KV pool and weights take this part of the free memory, over all ranks: the pool's memory is the machine's
-# memory, which the host tier, the tokenizer and everything else live in too.
+# KV pool and weights take this share of the free memory, over all ranks: the pool is in the machine's memory,
+# together with the host tier, the tokenizer and everything else.
 STATIC_MEMORY_FRACTION = 0.6
-# Upstream writes zeros over the whole pool at start: without a limit a small model would take that share of
-# the machine, and half a minute, for millions of slots that no CPU can fill.
+# Upstream zeroes the whole pool at start: without a limit a small model would take that share of the machine, and
+# half a minute, for millions of slots that no CPU can fill.
 MAX_TOTAL_TOKENS = 262_144
 MAX_RUNNING_REQUESTS = 256
 
@@ -40,7 +40,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
             register_hooks()
 
     def get_device(self, device_id: int = 0) -> str:
-        # Upstream compares with the string "cpu" (threads, memory, RoPE): a torch.device would miss that.
+        # Upstream compares with the string "cpu" (threads, memory, RoPE): a torch.device would not match.
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
@@ -62,15 +62,15 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Fill what the user left open: attention and sampling backend, memory share, no graphs."""
+        """Fill in what the user left open: attention and sampling backend, memory share, no graphs."""
         from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
         if server_args.attention_backend in (None, "intel_amx"):
-            # intel_amx is upstream's answer to --device cpu; its kernels are not in the PyPI wheel.
+            # intel_amx is upstream's default for --device cpu; its kernels are not in the PyPI wheel.
             server_args.attention_backend = self.get_default_attention_backend()
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
-        # With attention in replicas these are among the ranks of tensor parallelism.
+        # With DP attention the replicas are among the tensor-parallel ranks.
         replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
         ranks = server_args.tp_size * server_args.pp_size * replicas
         if server_args.mem_fraction_static is None:
@@ -80,7 +80,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         if server_args.dtype == "float32":
-            # Upstream would round the states of convolutions to bfloat16.
+            # Upstream would round convolution states to bfloat16.
             os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
         graphs = with_phase(server_args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
         server_args.cuda_graph_config = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
@@ -88,11 +88,11 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         prepare_threads(ranks)
 
     def get_compile_backend(self, mode: str | None = None) -> str:
-        # Inductor would need a C++ compiler where the server runs, and half a minute of the first request.
+        # Inductor would need a C++ compiler on the serving machine, and half a minute of the first request.
         return "eager"
 
     def init_backend(self) -> None:
-        # Rotating stored keys by a delta needs cos/sin of full precision, as upstream keeps them on CUDA.
+        # Rotating stored keys by a delta needs cos/sin in full precision, as upstream keeps them on CUDA.
         os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
         register_backend()
         register_speculation()
@@ -105,8 +105,8 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 def prepare_threads(ranks: int) -> None:
     """Set what the worker processes read from the environment before their first parallel loop.
 
-    Idle OpenMP threads sleep: where they spin, the default, a rank that shares its cores with the tokenizer, the
-    detokenizer or anything else decodes ten times slower. Several ranks each get CPUs of their own, through the
+    Idle OpenMP threads sleep: if they spin, the default, a rank that shares its cores with the tokenizer, the
+    detokenizer or anything else decodes ten times slower. With several ranks each gets its own CPUs, through the
     variable by which upstream binds ranks; without it upstream allows no more ranks than there are NUMA nodes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -116,7 +116,7 @@ def prepare_threads(ranks: int) -> None:
 
 
 def split_cpus(cpus: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal `cpus` to `ranks` in contiguous, nearly equal parts; ranks beyond the last CPU share."""
+    """Split `cpus` among `ranks` into contiguous, nearly equal parts; if there are too few, ranks share CPUs."""
     if len(cpus) < ranks:
         return [[cpus[rank % len(cpus)]] for rank in range(ranks)]
     bounds = [len(cpus) * rank // ranks for rank in range(ranks + 1)]

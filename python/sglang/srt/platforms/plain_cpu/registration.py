@@ -1,4 +1,4 @@
-"""What a worker process must know before it builds a model runner."""
+"""What a worker process must register before it builds a model runner."""
 
 import os
 from collections.abc import Callable
@@ -13,12 +13,12 @@ SRT = "sglang.srt"
 
 
 def register_hooks() -> None:
-    """Replace three functions in which upstream goes by a backend's or CPU's name. Once per process."""
-    # Upstream takes the torch version for "torch_native" only, and a Triton kernel for any other name.
+    """Replace three functions in which upstream decides by the name of a backend or CPU. Once per process."""
+    # Upstream uses the torch version for "torch_native" only, and a Triton kernel for any other name.
     HookRegistry.register(f"{SRT}.mem_cache.allocation.get_last_loc", last_slots, HookType.REPLACE)
-    # Upstream binds threads with an op of its AMX build, which it takes for granted on ARM.
+    # Upstream binds threads with an op of its AMX build, which it assumes to exist on ARM.
     HookRegistry.register(f"{SRT}.distributed.bootstrap._init_cpu_threads_env", bind_rank, HookType.REPLACE)
-    # Upstream knows one kind of scaled RoPE on the device "cpu", for latent-attention models.
+    # On the device "cpu" upstream knows one kind of scaled RoPE, for latent-attention models.
     HookRegistry.register(f"{SRT}.layers.rotary_embedding.factory.get_rope_cpu", any_rope, HookType.AROUND)
 
 
@@ -27,7 +27,7 @@ def register_backend() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     register_attention_backend(NAME)(_create_backend)
-    # Upstream's linear attention is Triton's.
+    # Upstream's linear attention uses Triton.
     setup = f"{SRT}.model_executor.model_runner_components.attention_backend_setup"
     HookRegistry.register(f"{setup}.attn_backend_wrapper", linear_attention_too, HookType.AROUND)
 
@@ -41,7 +41,7 @@ def _create_backend(model_runner: Any) -> Any:
 
 
 def linear_attention_too(original: Callable[..., Any], model_runner: Any, attention: Any) -> Any:
-    """`attention`, and what the other layers of a hybrid model need."""
+    """`attention`, and the backend that the other layers of a hybrid model need."""
     from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
 
     config = hybrid_gdn_config(model_runner.model_config)
@@ -53,7 +53,7 @@ def linear_attention_too(original: Callable[..., Any], model_runner: Any, attent
 
 
 def use_latent_attention() -> None:
-    """Have DeepSeek-like models attend to the latent KV cache in every forward.
+    """Make DeepSeek-like models attend to the latent KV cache in every forward.
 
     By default they expand the keys of a prefill themselves, for backends that take keys from the caller.
     """
@@ -64,7 +64,7 @@ def use_latent_attention() -> None:
 
 
 def any_rope(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The rotary embedding that the other devices take, where upstream's CPU one would refuse."""
+    """The rotary embedding of other devices, where upstream's CPU version would refuse."""
     from sglang.srt.layers.rotary_embedding.factory import get_rope, get_rope_cpu
 
     call = signature(unwrap(get_rope_cpu)).bind(*args, **kwargs).arguments
@@ -77,13 +77,13 @@ def any_rope(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def last_slots(
     req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, prefix_lens: torch.Tensor
 ) -> torch.Tensor:
-    """Slot of each request's last prefix token, -1 where it has no prefix. All [requests] but the table."""
+    """Slot of each request's last prefix token, -1 if it has no prefix. All [requests] except the table."""
     last = req_to_token[req_pool_indices, (prefix_lens - 1).clamp_min(0)].to(prefix_lens.dtype)
     return torch.where(prefix_lens > 0, last, -1)
 
 
 def bind_rank(*, local_omp_cpuid: str | None, dist_init_method: str | None = None) -> None:
-    """Keep this rank on its CPUs, a list like "0-3,8", where ranks were given CPUs at all."""
+    """Bind this rank to its CPUs, a list like "0-3,8", if ranks were assigned CPUs at all."""
     if local_omp_cpuid is None or not os.environ.get("SGLANG_CPU_OMP_THREADS_BIND"):
         return
     cpus = parse_cpu_list(local_omp_cpuid)

@@ -1,6 +1,6 @@
 """Speculative decoding on a CPU: chains of draft tokens (top-k of 1), drafted by upstream's own workers.
 
-Upstream's kernels for trees of draft tokens need a GPU or its AMX build. For a chain a few functions of torch do.
+Upstream's kernels for trees of draft tokens need a GPU or its AMX build. For a chain a few torch functions do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 KERNELS = "sglang.kernels.ops.speculative"
 STEPS = 3
-"""Drafts in a chain, unless the user says how many."""
+"""Drafts in a chain, unless the user sets a number."""
 
 
 def register_hooks() -> None:
@@ -24,7 +24,7 @@ def register_hooks() -> None:
     factory = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
     HookRegistry.register(f"{factory}.create_decode_backend", decode_backend, HookType.REPLACE)
     HookRegistry.register(f"{factory}.create_draft_extend_backend", extend_backend, HookType.REPLACE)
-    # Warms up a kernel that moves the KV of accepted tokens to the front, where those of a chain are already.
+    # Warms up a kernel that moves the KV of accepted tokens to the front; in a chain it is there already.
     pool = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
     HookRegistry.register(f"{pool}._init_kv_copy_and_warmup", lambda pool: None, HookType.REPLACE)
     replaced = {
@@ -40,10 +40,10 @@ def register_hooks() -> None:
 
 
 def draft_chains(server_args: Any) -> None:
-    """Where the user leaves it open, drafts are chains; upstream would take trees for some models.
+    """Draft chains where the user left it open; upstream would use trees for some models.
 
     Raises:
-        ValueError: trees, or an algorithm that needs more than there is.
+        ValueError: the user asked for trees, or for an algorithm that is not supported.
     """
     algorithm, topk = server_args.speculative_algorithm, server_args.speculative_eagle_topk
     if algorithm is None:
@@ -81,7 +81,7 @@ def write_slots(
     out_cache_loc: torch.Tensor,
     batch_size: int,
 ) -> None:
-    """Write the slots in `out_cache_loc`, one request's after the other's, into the table from start to end."""
+    """Write the slots in `out_cache_loc`, request by request, into the table from start to end."""
     taken = 0
     spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for row, start, end in spans:
@@ -99,7 +99,7 @@ def fill_draft_slots(
     positions: None = None,
     mrope: None = None,
 ) -> None:
-    """Fill `out_cache_loc` with the slots that the draft model writes. `positions`, `mrope`: of GPUs only."""
+    """Fill `out_cache_loc` with the slots that the draft model writes. `positions`, `mrope`: for GPUs only."""
     out_cache_loc.copy_(slots_of_chain(req_pool_indices, req_to_token, seq_lens, topk * num_cols))
 
 
@@ -119,7 +119,7 @@ def build_chain(
 ) -> None:
     """Fill positions and links `[requests, num_verify_tokens]` of a tree whose nodes have one child each.
 
-    The mask stays as it is: the attention backend sees a chain as the new tokens of a prompt.
+    The mask is left unchanged: the attention backend treats a chain like the new tokens of a prompt.
     """
     node = torch.arange(num_verify_tokens)
     requests = len(seq_lens)
@@ -140,12 +140,12 @@ def verify_chain(
     target_predict: torch.Tensor,
     topk: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Accept of each chain the draft tokens that the target model would have chosen, and its own next one.
+    """Accept, in each chain, the draft tokens that the target model would have chosen, and its own next token.
 
     Args:
-        predicts: `[requests * width]`, gets the target's choices.
-        accept_index: `[requests, width]`, gets the numbers of the accepted nodes, then -1.
-        accept_token_num: `[requests]`, gets how many drafts were right.
+        predicts: `[requests * width]`, receives the target's choices.
+        accept_index: `[requests, width]`, receives the indices of the accepted nodes, then -1.
+        accept_token_num: `[requests]`, receives the number of correct drafts.
         candidates, target_predict: `[requests, width]` tokens; the target's choice after each candidate.
     """
     right = candidates[:, 1:] == target_predict[:, :-1]
@@ -170,7 +170,7 @@ def fill_bonus_tokens(
 
 
 class DraftSteps:
-    """The attention of the draft model where it drafts several tokens, a backend per step."""
+    """Attention of the draft model while it drafts several tokens, one backend per step."""
 
     def __init__(self, runner: Any, steps: int) -> None:
         from sglang.srt.platforms.plain_cpu.attention import PlainCpuAttnBackend
@@ -183,13 +183,13 @@ class DraftSteps:
 
 
 def decode_backend(factory: Any) -> DraftSteps | None:
-    """For upstream's `DraftBackendFactory`."""
+    """Decode backend for upstream's `DraftBackendFactory`."""
     steps = factory.speculative_num_steps
     return DraftSteps(factory.draft_model_runner, steps) if steps > 1 else None
 
 
 def extend_backend(factory: Any) -> Any:
-    """The attention of the draft model where it reads what the target model has accepted."""
+    """Attention of the draft model while it reads the tokens that the target model has accepted."""
     from sglang.srt.platforms.plain_cpu.attention import PlainCpuAttnBackend
 
     return PlainCpuAttnBackend(factory.draft_model_runner)
