@@ -1,4 +1,4 @@
-"""Pages that a truncated prompt shares with what came before it, at other positions."""
+"""Pages that a truncated prompt shares with earlier prompts, at other positions."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 
 Source = Sequence[PageKey | None]
-"""Per page of a chain the key under which the same tokens were computed at another position, if they were."""
+"""Per page of a chain: the key of the same tokens computed at another position, or None."""
 POOLS_REMEMBERED = 4
-"""Device pools full of rotated pages that are told from computed ones."""
+"""Number of rotated pages to remember, as a multiple of the device pool's pages."""
 
 
 class Aliases:
-    """Gives pages of a chain the bytes that are there under other keys; no bytes are moved.
+    """Aliases pages of a chain to pages stored under other keys; moves no bytes.
 
-    Also remembers which pages on the device are rotated copies. They must not be saved: a page that was
-    rotated, saved and rotated again would drift, while an original that is rotated by the sum of all
-    deltas does not.
+    Also remembers which pages on the device are rotated copies. These must not be saved: a page that is rotated,
+    saved and rotated again drifts, while an original that is rotated by the sum of all deltas does not.
 
     Args:
-        page_size: tokens.
-        device_pages: of the device pool.
+        page_size: tokens per page.
+        device_pages: number of pages of the device pool.
     """
 
     def __init__(self, pages: Hierarchy, page_size: int, device_pages: int) -> None:
@@ -33,16 +32,16 @@ class Aliases:
         self._remembered = POOLS_REMEMBERED * device_pages
         self._rotated: OrderedDict[PageKey, None] = OrderedDict()
         self._loaded: dict[str, Sequence[PageKey]] = {}
-        """Rotated pages of requests that run, which the device may not show to others yet."""
+        """Rotated pages per running request; the engine's cache may not contain them yet."""
         self._loading: Counter[PageKey] = Counter()
-        """How many of these requests have the page."""
+        """Number of these requests per page."""
         self.named = 0
-        """Aliases made."""
+        """Number of aliases made."""
 
     def extend(self, keys: Sequence[PageKey], sources: Iterable[Source]) -> None:
-        """Name the pages of the chain `keys` that are in no tier, up to the first that has no source.
+        """Alias the pages of the chain `keys` that are in no tier, up to the first one without a source.
 
-        `sources`: in the order of preference; each is made only when those before it lack a page.
+        `sources`: in order of preference; each is generated only if those before it lack a page.
         """
         lazily = _Remembered(sources)
         for page in range(reach(keys, 0, self._pages.is_kept), len(keys)):
@@ -58,7 +57,7 @@ class Aliases:
         return original is not None and self._pages.alias(key, parent, page * self._page_size, original)
 
     def loaded_rotated(self, request: str, keys: Sequence[PageKey]) -> None:
-        """The device holds these pages as rotated copies, as long as `request` runs at least."""
+        """The device holds these pages as rotated copies, at least while `request` runs."""
         self.ended(request)
         if keys:
             self._loaded[request] = keys
@@ -70,14 +69,14 @@ class Aliases:
             self._rotated.popitem(last=False)
 
     def ended(self, request: str) -> None:
-        """`request` does not run any more."""
+        """`request` has ended."""
         for key in self._loaded.pop(request, ()):
             self._loading[key] -= 1
             if not self._loading[key]:
                 del self._loading[key]
 
     def left_device(self, keys: Iterable[PageKey]) -> None:
-        """The device does not show these pages; where they are computed there anew, they are originals."""
+        """The engine's cache does not contain these pages; if they are recomputed, they are originals."""
         for key in keys if self._rotated else ():
             if key not in self._loading:
                 self._rotated.pop(key, None)
@@ -88,7 +87,7 @@ class Aliases:
 
 
 class _Remembered:
-    """Iterates over `sources` any number of times, and asks for each once."""
+    """Iterates over `sources` any number of times, but generates each only once."""
 
     def __init__(self, sources: Iterable[Source]) -> None:
         self._known: list[Source] = []

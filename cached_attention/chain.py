@@ -18,29 +18,29 @@ class Chain:
 
     keys: list[PageKey] = field(default_factory=list)
     restorable: int = 0
-    """Leading pages in some tier when last asked; the store's memo, see `restorable_pages`."""
+    """Leading pages in some tier at the last lookup; the store's memo, see `restorable_pages`."""
     loadable: int = 0
-    """Leading pages in host memory when last asked; the store's memo, see `loadable_pages`."""
+    """Leading pages in host memory at the last lookup; the store's memo, see `loadable_pages`."""
     epoch: int = -1
 
 
 @dataclass(frozen=True)
 class PageRun:
-    """Consecutive pages of a chain that lie on the device."""
+    """Consecutive pages of a chain that are on the device."""
 
     parent: PageKey | None
     """Key of the page before the run; None at the start of a prompt."""
     first_page: int
-    """Pages before the run."""
+    """Number of pages before the run."""
     keys: list[PageKey]
     device_slots: torch.Tensor
     """`[len(keys) * page_size]`, integer: the token slots, in order."""
 
 
 def reach(keys: Sequence[PageKey], known: int, present: Callable[[PageKey], bool]) -> int:
-    """How many leading keys are present, of which `known` were when last asked.
+    """Number of leading keys that are present; at the last call it was `known`.
 
-    Pages leave from the tail, so it is enough to look at the end of what was known.
+    Pages leave from the tail, so it is enough to check the end of the known part.
     """
     end = min(known, len(keys))
     while end and not present(keys[end - 1]):

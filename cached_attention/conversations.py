@@ -1,4 +1,4 @@
-"""Which conversations are continued most. Knows page keys and counts, no text."""
+"""Which conversations are continued most. Knows only page keys and counts, no text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import xxhash
 from cached_attention.index import PageKey
 
 REMEMBERED = 4_096
-"""Conversations; those that ended a turn longest ago are forgotten."""
+"""Maximum number of conversations; those whose last turn ended longest ago are forgotten."""
 
 
 @dataclass
@@ -25,10 +25,10 @@ class _Conversation:
 
 
 class Conversation(NamedTuple):
-    """What is known of one."""
+    """What is known about one conversation."""
 
     name: str
-    """Of its last page; hashed with a secret of this process, so that nobody can check a guess of the text."""
+    """Hash of its last page's key with a secret of this process, so that nobody can check a guess of the text."""
     last: PageKey
     turns: int
     pages: int
@@ -39,7 +39,7 @@ class Conversation(NamedTuple):
 
 
 class Conversations:
-    """Recognises a turn by the last page of the turn before, which is one of its own.
+    """Recognises a turn by the last page of the previous turn, which is one of its own pages.
 
     Args:
         clock: seconds.
@@ -68,7 +68,7 @@ class Conversations:
             self._by_end.popitem(last=False)
 
     def hottest(self, count: int) -> list[Conversation]:
-        """Most turns first, of equals the one used last."""
+        """The `count` conversations with the most turns; ties are broken by the latest turn."""
         ranked = sorted(self._by_end.items(), key=lambda item: (item[1].turns, item[1].last_turn), reverse=True)
         now = self._clock()
         return [

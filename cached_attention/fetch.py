@@ -1,4 +1,4 @@
-"""Pages on their way to host memory, from disk or the remote store, for requests that wait, head first."""
+"""Fetches pages from disk or the remote store into host memory for queued requests, head first."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
 from cached_attention.tiers.page_disk import PageDisk, PageSource, SharedPages
 
 SETTLING = 2.5e-4
-"""Seconds after which a poll leaves what else has come to the next one: a burst must not hold up a pass."""
+"""Seconds after which a poll leaves further arrivals to the next one: a burst must not hold up a pass."""
 
 
 class Remote(NamedTuple):
-    """Where pages come from that are not on disk."""
+    """The source of pages that are not on disk."""
 
     tier: SharedPages
     pace: Pace
-    """Learns how long its reads take, in bytes."""
+    """Learns how long its reads take, depending on their bytes."""
     page_tokens: int
 
 
 class InFlight(NamedTuple):
-    """Bytes that were asked for and have not come."""
+    """Bytes requested but not yet received."""
 
     disk: int
     remote: int
 
 
 class Arrived(NamedTuple):
-    """What came for a request: pages of its chain, one after the other."""
+    """The pages fetched for a request: consecutive pages of its chain."""
 
     first_page: int = 0
-    """Its place in the chain."""
+    """Place of the first of them in the chain."""
     pages: int = 0
     remote_pages: Sequence[int] = ()
-    """Places of those that came from the remote store, in order; the others came from disk."""
+    """Places of those from the remote store, in order; the others came from disk."""
 
 
 @dataclass(eq=False)
 class _Read:
-    """Pages asked of one tier in one call."""
+    """Pages requested from one tier in one call."""
 
     rows: list[int]
     is_remote: bool
     future: Future[list[ReadOutcome]]
     started: float
     ahead_bytes: int
-    """In flight from the same tier when it was asked for."""
+    """Bytes in flight from the same tier when this read was requested."""
     ended: float | None = None
-    """Noted by the tier's thread: the scheduler may look much later."""
+    """Set by the tier's thread, since the scheduler may look much later."""
 
 
 @dataclass
 class _Hold:
-    """What is held for a request: the pinned rows of its chain that were not ready when it asked."""
+    """What is held for a request: pinned rows of its chain that were not ready when they were requested."""
 
     started: float
     ahead: InFlight
@@ -71,19 +71,19 @@ class _Hold:
     rows: list[int] = field(default_factory=list)
     reads: list[_Read] = field(default_factory=list)
     landed: int = 0
-    """Leading rows that are known to be on their way no more."""
+    """Leading rows that are known to be no longer on their way."""
     remote_pages: list[int] = field(default_factory=list)
-    """Places in the chain of those that were asked of the remote store."""
+    """Places in the chain of the rows requested from the remote store."""
 
 
 class Fetch:
-    """Reads pages into host memory and keeps them there until the request that asked runs or leaves.
+    """Reads pages into host memory and pins them there until their request runs or leaves the queue.
 
-    All calls come from one thread; none waits for a tier but `wait`.
+    All calls come from one thread; only `wait` waits for a tier.
 
     Args:
         disk, remote: at least one of them.
-        pace: learns how long reads from disk take, in bytes.
+        pace: learns how long reads from disk take, depending on their bytes.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Fetch:
         """Rows that are being read from the remote store."""
         self._holds: dict[str, _Hold] = {}
         self.held = 0
-        """Pages held for requests, those that several ask for counted for each."""
+        """Pages held for requests, counted once per request that holds them."""
 
     @property
     def pins(self) -> int:
-        """Pins held for requests and reads."""
+        """Number of pins held for requests and reads."""
         return self.held + sum(self.in_flight) // self.page_bytes
 
     @property
@@ -122,14 +122,14 @@ class Fetch:
         return bool(self._reads)
 
     def holders(self) -> list[str]:
-        """Requests that pages are held for, first come first."""
+        """Requests that pages are held for, oldest first."""
         return list(self._holds)
 
     def start(self, request: str, keys: Sequence[PageKey], first: int, end: int, rank: int) -> int:
-        """Fetch the pages `first` to `end` of the chain `keys`, evicting only what `rank` may.
+        """Fetch the pages `first` to `end` of the chain `keys`, evicting only what a request at `rank` may evict.
 
-        Returns the page up to which they are there or on their way; less than `end` where there is no room for
-        the next one, or it is in no tier.
+        Returns the page up to which they are in host memory or on their way; less than `end` if there is no room
+        for the next one, or it is in no tier.
         """
         missing: list[int] = []
         coming: list[int] = []
@@ -155,7 +155,7 @@ class Fetch:
         return page
 
     def _bring(self, keys: Sequence[PageKey], page: int, rank: int, missing: list[int]) -> list[int]:
-        """The row of one page, which is in host memory or, added to `missing`, has room there; else none."""
+        """The row of one page, admitted and added to `missing` if not in host memory; empty if impossible."""
         row = self._pages.index.find(keys[page])
         if row != NOWHERE and row not in self._pages.in_host:
             self._pages.join(row)
@@ -181,7 +181,7 @@ class Fetch:
         return hold
 
     def _position(self, row: int, page: int) -> int:
-        """Base position of a page, which may be known by its place in the chain only."""
+        """Base position of a page; if it is not on disk, its place in the chain gives it."""
         if row != NOWHERE and row in self._pages.on_disk:
             return self._pages.index.position[row]
         assert self._remote is not None, "a page to fetch is in no tier"
@@ -228,7 +228,7 @@ class Fetch:
         ]
 
     def landing(self, request: str) -> int:
-        """Pages asked for `request`, from the first that is still on its way to the last."""
+        """Number of pages requested for `request`, from the first that is still on its way to the last."""
         hold = self._holds.get(request)
         if hold is None:
             return 0
@@ -241,12 +241,12 @@ class Fetch:
         return len(rows) - hold.landed
 
     def begun(self, request: str) -> tuple[float, InFlight] | None:
-        """When the fetch for `request` began, and the bytes that were in flight then; None if it did not."""
+        """When the fetch for `request` began, and the bytes in flight then; None if it has not begun."""
         hold = self._holds.get(request)
         return None if hold is None else (hold.started, hold.ahead)
 
     def arrived(self, request: str) -> Arrived:
-        """What of that which `request` asked for is there."""
+        """The pages requested for `request` that have arrived."""
         hold = self._holds.get(request)
         if hold is None:
             return Arrived()
@@ -255,7 +255,7 @@ class Fetch:
         return Arrived(hold.first_page, pages, [page for page in hold.remote_pages if page < end])
 
     def release(self, request: str) -> None:
-        """Let go of what is held for `request`; what nobody else waits for is given up, as `poll` then sees."""
+        """Release what is held for `request`; cancels reads that nothing else needs, which `poll` settles."""
         hold = self._holds.pop(request, None)
         if hold is None:
             return
@@ -267,7 +267,7 @@ class Fetch:
                 read.future.cancel()
 
     def poll(self) -> None:
-        """Take note of what has ended, for `SETTLING` seconds at most; the rest comes at the next poll."""
+        """Process reads that have ended, for at most `SETTLING` seconds; the next poll continues."""
         until = self._clock() + SETTLING
         while self._ended:
             self._settle(self._ended.popleft())
@@ -323,7 +323,7 @@ class Fetch:
             self._disk.remove(slots)
 
     def _lose(self, row: int, is_remote: bool) -> list[int]:
-        """The page is not where it was thought to be; returns the slots on disk that are free by it."""
+        """The page is not where it was expected; returns the disk slots that this frees."""
         self._pages.stats.lost += 1
         if not is_remote:
             return self._pages.lose(row)
@@ -331,7 +331,7 @@ class Fetch:
         return []
 
     def wait(self) -> None:
-        """Until the disk touches no page of the arena; nothing is held any more."""
+        """Release everything, and wait until no read touches a page of the arena."""
         for request in list(self._holds):
             self.release(request)
         for read in list(self._reads):

@@ -1,4 +1,4 @@
-"""Which page is in which tier, and which goes when room is needed. Moves no bytes."""
+"""Which page is in which tier, and which is evicted when room is needed. Moves no bytes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cached_attention.tiers.host_slots import HostSlots
 
 
 class Hierarchy:
-    """The index, the host slots, and the order of eviction of each tier.
+    """The index, the host slots, and the eviction order of each tier.
 
-    Three columns of residency: in host memory, on disk, and `dirty`: in host memory, wanted on disk and
-    not there. The host tier is closed under prefixes: a page enters it after the page before it and
-    leaves after all that follow it. Rows that share their bytes, see `PageIndex`, share a slot in each tier
-    that they are in, and at most one of them is dirty.
+    Residency has three columns: in host memory, on disk, and `dirty`: in host memory and still to be written to
+    disk. The host tier is closed under prefixes: a page enters it after its predecessor and leaves it after all
+    its successors. Rows that share their bytes (see `PageIndex`) share a slot in each tier that they are in, and
+    at most one of them is dirty.
 
     Args:
-        order: makes the order in which pages leave host memory, and that in which they leave the disk.
-        feed: is told what becomes usable in a tier and what leaves it.
-        stats: what leaves host memory, and why, is counted there.
+        order: creates the eviction order of host memory, and that of the disk.
+        feed: notified of pages that become usable in a tier or leave it.
+        stats: counts the pages that leave host memory, by reason.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Hierarchy:
         self.host = host
         self.feed = feed or ResidencyFeed()
         self.remote = RemotePages(max(REMEMBERED, 4 * host.capacity) if has_remote else 0, self.feed)
-        """Such pages need no row here."""
+        """Pages in the remote store; they need no row in the index."""
         self.index = PageIndex("host", "disk", "dirty")
         self.in_host, self.on_disk, self.dirty = self.index.tiers
         self.waiting = WaitingOrder()
@@ -54,9 +54,9 @@ class Hierarchy:
         self.dirty_order = EvictionOrder(self.index, self.dirty, next_use=self.next_use)
         self.has_disk = has_disk
         self.is_closed = True
-        """Whether a page is of no use without the one before it."""
+        """Whether a page is useless without its predecessor."""
         self.epoch = 0
-        """Changes when a page is lost out of turn: what was known of chains must be looked up again."""
+        """Changes when pages are lost out of order: what is remembered about chains must be looked up again."""
         self.feed.follow(self)
         self.stats = stats or StoreStats()
 
@@ -75,12 +75,12 @@ class Hierarchy:
         return self.index.is_resident(key) or key in self.remote
 
     def loadable(self, keys: Sequence[PageKey], known: int) -> int:
-        """How many leading pages can be loaded from host memory now, of which `known` could when last asked."""
+        """Number of leading pages that can be loaded from host memory; at the last call it was `known`."""
         find, ready = self.index.find, self.in_host.ready
         return reach(keys, known, lambda key: (row := find(key)) != NOWHERE and bool(ready[row]))
 
     def restorable(self, keys: Sequence[PageKey], known: int) -> int:
-        """How many leading pages have bytes in some tier, of which `known` had when last asked."""
+        """Number of leading pages that are in some tier; at the last call it was `known`."""
         find, ready, slot, remote = self.index.find, self.in_host.ready, self.on_disk.slot, self.remote
         return reach(
             keys,
@@ -91,7 +91,7 @@ class Hierarchy:
         )
 
     def last_row(self, keys: Sequence[PageKey]) -> int:
-        """Of the last of `keys` that is known here; NOWHERE where none is."""
+        """Row of the last of `keys` that has one; NOWHERE if none has."""
         return next((row for row in map(self.index.find, reversed(keys)) if row != NOWHERE), NOWHERE)
 
     def pin(self, row: int) -> None:
@@ -102,32 +102,32 @@ class Hierarchy:
         self.offer(row)
 
     def offer(self, row: int) -> None:
-        """Something may have made `row` evictable."""
+        """Queue `row` for eviction if it has become evictable; called after any change that may have done so."""
         if row != NOWHERE and not self.index.pins[row]:
             for order in (self.host_order, self.disk_order, self.dirty_order):
                 if order.tier.slot[row] != NOWHERE:
                     order.offer(row)
 
     def is_idle(self, row: int) -> bool:
-        """Whether the page could be evicted from every tier that it is in, were it its turn."""
+        """Whether the page is evictable from every tier it is in: no successors, no queued request, no pins."""
         unfollowed = not any(tier.children[row] for tier in self.index.tiers)
         wanted = any(order.demand.is_wanted(row) for order in (self.host_order, self.disk_order))
         return unfollowed and not wanted and not self.index.pins[row]
 
     def note_prompt(self, request: str, keys: Sequence[PageKey], now: float) -> None:
-        """`request`, with the prompt `keys`, came; to be called once for each."""
+        """`request` with the prompt `keys` has arrived; must be called once per request."""
         find, kind = self.index.find, self.index.kind
         for key, known in zip(keys, self.next_use.asked(request, keys, now), strict=True):
             if (row := find(key)) != NOWHERE:
                 kind[row] = known
 
     def want(self, request: str, row: int) -> None:
-        """`request`, which waits, will ask for the pages up to `row`."""
+        """The queued `request` needs the pages up to `row`."""
         for order in (self.host_order, self.disk_order):
             order.demand.want(request, row)
 
     def unwant(self, request: str, now: float) -> None:
-        """`request` waits no more."""
+        """`request` has left the queue."""
         self.next_use.ran(request, now)
         for order in (self.host_order, self.disk_order):
             order.demand.forget(request)
@@ -136,9 +136,9 @@ class Hierarchy:
     def admit(
         self, key: PageKey, parent: PageKey | None, position: int, for_rank: int = NOT_WAITING
     ) -> int | None:
-        """A pinned row with a host slot for `key`, evicting what may go first; None where nothing can go.
+        """A pinned row with a host slot for `key`, evicting if necessary; None if nothing can be evicted.
 
-        The page is not ready until `land`. `for_rank`: of the waiting request that it is for.
+        The page is not ready until `land`. `for_rank`: rank of the queued request that needs it.
         """
         self.make_room(1, parent, for_rank)
         slot = self.host.take_slot()
@@ -153,28 +153,28 @@ class Hierarchy:
         return row
 
     def kind_before(self, row: int) -> int | None:
-        """Class of the page before `row`; None where there is none in a tier: elsewhere it is not kept."""
+        """Class of the page before `row`; None if that page is in no tier, because its class is then unknown."""
         parent = self.index.parent[row]
         return self.index.kind[parent] if parent in self.in_host or parent in self.on_disk else None
 
     def make_room(self, slots: int, before: PageKey | None, for_rank: int = NOT_WAITING) -> None:
-        """Evict until so many slots are free or nothing may go, but not `before`, whose chain is to grow."""
+        """Evict until `slots` slots are free or nothing is evictable; spares `before`, whose chain will grow."""
         if self.host.free_slots >= slots:
             return
         row = NOWHERE if before is None else self.index.find(before)
         if row != NOWHERE:
             self.index.pin(row)
         while (missing := slots - self.host.free_slots) > 0 and self._evict(missing, for_rank):
-            pass  # The slot of a page that shared it is not free yet.
+            pass  # Evicting a page that shares its slot does not free the slot.
         if row != NOWHERE:
             self.unpin(row)
 
     def _evict(self, most: int, for_rank: int) -> bool:
-        """Let up to `most` pages leave host memory, in the order of eviction; False where none may."""
+        """Evict up to `most` pages from host memory, in eviction order; False if none could be evicted."""
         run = self.host_order.take_run(most, for_rank)
         leaving = len(run)
         if for_rank != NOT_WAITING:
-            # Fetching ahead must not lose what is on no disk yet: it will be written soon.
+            # Prefetching must not lose pages that are not on disk yet: they will be written soon.
             leaving = next((place for place, row in enumerate(run) if row in self.dirty), leaving)
         self.leave_host_run(run[:leaving])
         for row in run[leaving:]:
@@ -183,7 +183,7 @@ class Hierarchy:
         return leaving > 0
 
     def leave_host_run(self, run: list[int]) -> None:
-        """`leave_host` for pages each of which is followed by the one before it, and by no other."""
+        """`leave_host` for a run of a chain, tail first: the only successor of each page is the one before it."""
         if len(run) < 2 or not self.are_plain(run):
             for row in run:
                 self.leave_host(row)
@@ -197,12 +197,12 @@ class Hierarchy:
             self.host_order.offer(parent)
 
     def are_plain(self, rows: Iterable[int]) -> bool:
-        """Whether none of these pages shares its bytes or is to be written to disk."""
+        """Whether none of these pages shares its bytes or is dirty."""
         is_shared, dirty = self.index.is_shared, self.dirty.slot
         return not any(dirty[row] != NOWHERE or is_shared(row) for row in rows)
 
     def join(self, row: int) -> bool:
-        """Put `row` in every tier that holds its bytes for another row; False where none does."""
+        """Put `row` into every tier that holds its bytes for another row; returns whether it is in any tier."""
         for tier in (self.in_host, self.on_disk):
             other = NOWHERE if row in tier else self.index.shares(row, tier)
             if other != NOWHERE:
@@ -213,10 +213,10 @@ class Hierarchy:
         return row in self.in_host or row in self.on_disk
 
     def alias(self, key: PageKey, parent: PageKey | None, place: int, source: PageKey) -> bool:
-        """Give `key`, which is in no tier, the bytes of the page `source`; False where that is in no tier either.
+        """Make `key`, which is in no tier, an alias of the page `source`; False if that is in no tier either.
 
-        The page before it, `parent`, is in a tier; its first token is at `place` in its prompt. Where the bytes
-        of `key` itself are there under another name it gets these.
+        Its predecessor `parent` is in a tier; its first token is at `place` in its prompt. If a tier still holds
+        the bytes of `key` for another row, `key` gets those instead.
         """
         row = self.index.find(key)
         if row != NOWHERE and self._join_as_used(row):
@@ -227,13 +227,13 @@ class Hierarchy:
         return self._join_as_used(self.index.alias(key, parent, place, self.index.origin(named)))
 
     def _join_as_used(self, row: int) -> bool:
-        """`join` for a name that comes anew: it was used with the latest of the others, else it would expire."""
+        """`join`, with the latest last use of all sharers: with an older one the row would expire."""
         last_use = self.index.last_use
         last_use[row] = max(last_use[sharer] for sharer in self.index.sharers(row))
         return self.join(row)
 
     def land(self, row: int, *, clean: bool) -> None:
-        """The bytes of an admitted page have arrived; `clean`: from the disk."""
+        """The bytes of an admitted page have arrived; `clean`: they came from the disk."""
         for sharer in self.index.sharers(row):
             self.in_host.ready[sharer] = sharer in self.in_host
             self.feed.entered(sharer, self.in_host)
@@ -242,7 +242,7 @@ class Hierarchy:
             self.remote.offer(self.index.key(self.index.origin(row)))
 
     def mark_dirty(self, row: int) -> None:
-        """Say that the page in host memory is wanted on disk, unless its bytes are there or on their way."""
+        """Queue the page in host memory for writing to disk, unless its bytes are there or already queued."""
         if not self.has_disk or row not in self.in_host or row in self.on_disk or row in self.dirty:
             return
         if self.index.shares(row, self.on_disk) != NOWHERE:
@@ -252,7 +252,7 @@ class Hierarchy:
             self.dirty_order.offer(row)
 
     def mark_clean(self, row: int) -> None:
-        """The page is not, or no longer, wanted on disk."""
+        """The page need not be written to disk, or not any more."""
         if row in self.dirty:
             self._leave(row, self.dirty_order)
             if not self.index.pins[row]:
@@ -260,7 +260,7 @@ class Hierarchy:
 
     def leave_host(self, row: int) -> None:
         if row not in self.on_disk and self.on_disk.children[row]:
-            self.epoch += 1  # Pages on disk that follow it are out of reach until it is computed again.
+            self.epoch += 1  # Its successors on disk are out of reach until it is recomputed.
         self.index.pin(row)
         was_dirty = row in self.dirty
         self.mark_clean(row)
@@ -272,9 +272,9 @@ class Hierarchy:
         self.index.unpin(row)
 
     def settle_on_disk(self, row: int, slot: int) -> list[int]:
-        """The bytes of `row` are in `slot` on disk: for it, and for all in host memory that share them.
+        """The bytes of `row` have been written to `slot` on disk, for it and for its sharers in host memory.
 
-        Returns the slot where it is not needed: one that shares them was written at the same time.
+        Returns the disk slots to free: `slot`, if a sharer was written at the same time.
         """
         if row in self.on_disk:
             return [slot]
@@ -286,9 +286,9 @@ class Hierarchy:
         return []
 
     def leave_disk(self, row: int) -> list[int]:
-        """Returns the slots that are free by it, one or none; the disk tier is to be told."""
+        """Take the page off the disk; returns the disk slots that this frees, at most one, for the disk tier."""
         if row not in self.in_host and self.in_host.children[row]:
-            self.epoch += 1  # Pages in host memory that follow it are out of reach until it is computed again.
+            self.epoch += 1  # Its successors in host memory are out of reach until it is recomputed.
         self.index.pin(row)
         slot = self._leave(row, self.disk_order)
         freed = [slot] if self.index.shares(row, self.on_disk) == NOWHERE else []
@@ -298,7 +298,7 @@ class Hierarchy:
         return freed
 
     def forget(self, row: int) -> list[int]:
-        """A client said that the page is of no use any more. Returns the disk slots that are free by it."""
+        """A client said that the page is no longer needed: drop it. Returns the disk slots that this frees."""
         slots: list[int] = []
         if row in self.in_host:
             self.leave_host(row)
@@ -316,7 +316,7 @@ class Hierarchy:
                 self.leave_host(sharer)
 
     def lose(self, row: int) -> list[int]:
-        """The record of `row` on disk is damaged: no row has it any more. Returns its slot."""
+        """The record of `row` on disk is damaged: drop it for all sharers; returns the disk slots freed."""
         self.epoch += 1
         slots: list[int] = []
         for sharer in list(self.index.sharers(row)):
@@ -325,7 +325,7 @@ class Hierarchy:
         return slots
 
     def adopt(self, records: Iterable[RecordColumns], count: int, remove: Callable[[list[int]], None]) -> None:
-        """Take in what the disk held when it was opened, `count` pages."""
+        """Add the `count` pages that the disk held when it was opened; `remove` gets the slots of duplicates."""
         self.index.reserve(count)
         twice: list[int] = []
         for some in records:
@@ -336,7 +336,7 @@ class Hierarchy:
         remove(twice)
 
     def forget_disk(self) -> None:
-        """There is no disk tier any more; its pages stay where they are. Walks all rows."""
+        """Continue without the disk tier, which keeps its pages. Walks all rows."""
         self.has_disk = False
         for row in self.rows_on_disk():
             self.leave_disk(row)
@@ -349,9 +349,9 @@ class Hierarchy:
         return [row for row in self.index.rows() if row in self.on_disk]
 
     def drop(self, keys: Sequence[PageKey]) -> tuple[int, list[int]]:
-        """Let the chain leave every tier of this server, its tail first, up to a page that is needed.
+        """Remove the chain from every tier of this server, tail first, until it reaches a page that is needed.
 
-        Returns how many pages left, and the slots on disk that are free by it.
+        Returns the number of pages removed, and the disk slots that this frees.
         """
         dropped, slots = 0, list[int]()
         for key in reversed(keys):
@@ -374,7 +374,7 @@ class Hierarchy:
         return expired
 
     def _leave(self, row: int, order: EvictionOrder) -> int:
-        """`row` leaves the tier of `order`; returns its slot there."""
+        """Remove `row` from the tier of `order`; returns its slot there."""
         parent = self.index.parent[row]
         order.demand.left(row)
         self.feed.leaves(row, order.tier)
@@ -384,7 +384,7 @@ class Hierarchy:
         return slot
 
     def check_invariants(self) -> None:
-        """Walks everything; raises AssertionError where a count, slot or link disagrees."""
+        """Walks everything; raises AssertionError if a count, slot or link disagrees."""
         self.index.check_invariants()
         for order in (self.host_order, self.disk_order):
             order.demand.check_invariants()

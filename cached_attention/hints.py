@@ -1,4 +1,4 @@
-"""What clients said of conversations whose next turn has not arrived."""
+"""Clients' hints about conversations whose next turn has not arrived yet."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 from cached_attention.index import PageKey
 
 GRACE = 60.0
-"""Seconds beyond its time that an expected turn is waited for."""
+"""Seconds that an expected turn may be late before its hint expires."""
 MOST_HINTS = 1024
-"""Of which the last to be due give way to new ones."""
+"""Maximum number of hints; beyond it, those that are due last are dropped."""
 _PREFIX = "hint "
 
 
@@ -18,11 +18,11 @@ class Hint(NamedTuple):
     due: float
     """When the next turn is expected, in seconds since the epoch."""
     until: float
-    """When the hint is no longer good."""
+    """When the hint expires, in seconds since the epoch."""
 
 
 class Hints:
-    """Hints by the name under which the conversation waits for its turn, behind all real requests."""
+    """Hints by the name under which the conversation is queued, behind all real requests."""
 
     def __init__(self) -> None:
         self._hints: dict[str, Hint] = {}
@@ -36,7 +36,7 @@ class Hints:
 
     @staticmethod
     def name(last: PageKey) -> str:
-        """Of the hint for the chain that ends with `last`; no request is called so."""
+        """Name of the hint for the chain that ends with `last`; no request has such a name."""
         return f"{_PREFIX}{last.hex()}"
 
     @staticmethod
@@ -45,11 +45,11 @@ class Hints:
         return request.startswith(_PREFIX)
 
     def order(self) -> Sequence[str]:
-        """Names, the first to be due first."""
+        """Names of the hints, earliest due first."""
         return self._order
 
     def add(self, name: str, hint: Hint) -> list[str]:
-        """Replaces what was said before; returns names that give way."""
+        """Add a hint, or replace an earlier one; returns the names of hints dropped to make room."""
         self._hints[name] = hint
         self._sort()
         return [self.discard(last) for last in self._order[MOST_HINTS:]]
@@ -60,7 +60,7 @@ class Hints:
         return name
 
     def expire(self, now: float) -> list[str]:
-        """Removes and returns the names of hints that are no longer good."""
+        """Remove hints that have expired; returns their names."""
         over = [name for name, hint in self._hints.items() if hint.until < now]
         for name in over:
             del self._hints[name]

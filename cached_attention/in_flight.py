@@ -10,14 +10,14 @@ from cached_attention.hierarchy import Hierarchy
 
 
 class InFlight:
-    """Batches of pinned rows and what the tier answers, oldest first. All calls come from one thread."""
+    """Batches of pinned rows with the tier's pending answers, oldest first. All calls come from one thread."""
 
     def __init__(self, pages: Hierarchy) -> None:
         self._pages = pages
         self._batches: deque[tuple[Sequence[int], Future[list[int | None]]]] = deque()
 
     def __len__(self) -> int:
-        """Batches."""
+        """Number of batches."""
         return len(self._batches)
 
     @property
@@ -25,14 +25,14 @@ class InFlight:
         return sum(len(rows) for rows, _ in self._batches)
 
     def add(self, rows: Sequence[int], answer: Future[list[int | None]]) -> None:
-        """`rows`, which are pinned, were handed to the tier; `answer` has one item for each."""
+        """The pinned `rows` were handed to the tier; `answer` has one item per row."""
         self._batches.append((rows, answer))
 
     def settled(self, wait: bool = False) -> Iterator[tuple[int, int | None]]:
-        """Rows whose batch has been answered, with their answers; each is unpinned after its turn.
+        """Rows of answered batches with their answers; each row is unpinned after being yielded.
 
         Args:
-            wait: for the batches that have not been answered too.
+            wait: also wait for batches that have not been answered.
         """
         while self._batches and (wait or self._batches[0][1].done()):
             rows, answer = self._batches.popleft()

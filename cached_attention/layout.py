@@ -1,4 +1,4 @@
-"""How the KV of one page lies in memory: `[layer][component][token][...]`, the same in every tier."""
+"""Memory layout of the KV of one page: `[layer][component][token][...]`, the same in every tier."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class DevicePool:
 
     def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int) -> None:
         self.buffers = [list(layer) for layer in layers]
-        """The tensors as they were given."""
+        """The tensors as given."""
         self.layers = [[_pages_of(buffer, page_size) for buffer in layer] for layer in layers]
         self.device = self.layers[0][0].device
         self.num_pages = min(buffer.shape[0] for layer in self.layers for buffer in layer)

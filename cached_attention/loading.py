@@ -27,14 +27,14 @@ class _Batch(NamedTuple):
     pinned: list[int]
     """As in `_QueuedLoad`, one per request."""
     started: float
-    """By the monotonic clock, in seconds."""
+    """Seconds on the monotonic clock."""
 
 
 class Loads:
-    """Keeps the pages of loads in host memory from when they are queued until they have landed.
+    """Pins the pages of loads in host memory from when they are queued until they have landed.
 
     Args:
-        stats: what has landed is counted there, when `poll` sees it.
+        stats: counts loads that have landed, when `poll` notices them.
     """
 
     def __init__(self, pages: Hierarchy, transfers: Transfers, stats: StoreStats) -> None:
@@ -43,13 +43,13 @@ class Loads:
         self._stats = stats
         self.queued: dict[str, _QueuedLoad] = {}
         self._running: dict[int, _Batch] = {}
-        """By number: their forwards were not launched."""
+        """By number: batches whose forwards have not been launched."""
         self._landing: list[_Batch] = []
-        """Their forwards were launched, which need not mean that the bytes have moved."""
+        """Batches whose forwards have been launched; their bytes may not have moved yet."""
 
     @property
     def pins(self) -> int:
-        """Pages that are kept for loads that have not ended."""
+        """Number of pins held for loads that have not ended."""
         return len(self.queued) + sum(len(batch.pinned) for batch in self._started())
 
     def _started(self) -> list[_Batch]:
@@ -65,7 +65,7 @@ class Loads:
         self.queued[request] = _QueuedLoad(pages, last_row)
 
     def cancel(self, request: str) -> bool:
-        """False when nothing is queued for `request`."""
+        """False if nothing is queued for `request`."""
         load = self.queued.pop(request, None)
         if load is None:
             return False
@@ -90,7 +90,7 @@ class Loads:
         return error is None
 
     def poll(self) -> None:
-        """Let go of what has landed. Batches land in order."""
+        """Unpin the pages of batches that have landed. Batches land in order."""
         while self._landing and self._landing[0].load.has_ended:
             self._landed(self._landing.pop(0))
 
@@ -102,6 +102,6 @@ class Loads:
             self._stats.transferred(Direction.LOAD, "host", batch.load.pages, seconds)
 
     def wait(self) -> None:
-        """Until no load touches memory."""
+        """Wait until no load touches memory."""
         for batch in self._started():
             batch.load.layers[-1].synchronize()

@@ -1,4 +1,4 @@
-"""Bringing up what the waiting queue will ask for, in its order, before it is asked."""
+"""Prefetches the pages that queued requests need into host memory, in the order of the queue."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from cached_attention.index import PageKey
 from cached_attention.policy.waiting import Outstanding, WaitOrRecompute
 
 HELD = 0.9
-"""Part of the host slots that fetched pages may hold; the rest stays for loads and saves."""
+"""Share of the host slots that fetched pages may hold; the rest is left for loads and saves."""
 BATCH = 16
-"""Pages asked for in one call at most."""
+"""Maximum number of pages requested in one call."""
 ASKING, ASKING_MOST, ASKING_SHARE = 1e-4, 2e-3, 0.01
-"""Seconds after which a pass asks for no more: this part of the time since the last pass, within these bounds.
+"""Seconds after which a pass requests no more pages: `ASKING_SHARE` of the time since the last pass, but at least
+`ASKING` and at most `ASKING_MOST`.
 
-A pass makes one call at least, so the disk is never left without work that there is: the pages of an 8B model are
-2 MiB per 16 tokens, and a `BATCH` of them keeps a disk of 7 GB/s busy for 5 ms, of 64 tokens for 20 ms. Where
-passes are long, for long prefills, there is time to ask for what the disk reads meanwhile.
+A pass makes at least one call, so the disk is never idle while there is work: pages of 16 tokens of an 8B model
+are 2 MiB, and a `BATCH` of them keeps a disk of 7 GB/s busy for 5 ms; with pages of 64 tokens, for 20 ms. If
+passes are long, because of long prefills, there is time to request what the disk can read meanwhile.
 """
 REVIEWED = 8
-"""Requests of which a pass decides anew whether they go on waiting: so many at the front of the queue, and as
-many of the others, each in its turn."""
+"""Requests for which a pass decides again whether they keep waiting: this many at the front of the queue, and as
+many of the others, in rotation."""
 
 
 @dataclass(slots=True)
@@ -36,15 +37,15 @@ class _Ask:
     """The restorable part of its chain."""
     first: int
     remote: int
-    """Pages of it that are in the remote store only."""
+    """Number of these pages that are only in the remote store."""
     next: int
-    """The first page that was not asked of the disk yet."""
+    """The first page that has not been requested yet."""
     page_tokens: int
-    """Tokens to compute per page that is not waited for."""
+    """Tokens to recompute per page that is not waited for."""
     held_since: float | None = None
-    """When the scheduler would first have run it."""
+    """When the scheduler would first have run the request."""
     given_up: bool = False
-    """It may run with what is there."""
+    """Whether the request may run with the pages that it has."""
 
     @property
     def pages(self) -> int:
@@ -55,20 +56,20 @@ class _Ask:
         return self.next >= len(self.keys)
 
     def extend(self, keys: Sequence[PageKey], page_tokens: int, is_kept: Callable[[PageKey], bool]) -> None:
-        """More of the chain turned out to be restorable; what was asked for goes on."""
+        """More of the chain turned out to be restorable; requested reads continue."""
         self.remote += sum(not is_kept(key) for key in keys[len(self.keys) :])
         self.keys, self.page_tokens = keys, page_tokens
 
 
 class LookAhead:
-    """Starts fetches in the order of the queue, while what they hold fits the host tier.
+    """Starts fetches in the order of the queue, as long as their pages fit into host memory.
 
-    The paper's window of look-ahead fetching is the memory that is free for it over the mean size of a
-    conversation (section 3.3.1); here the bytes themselves are counted. Where a request that now runs
-    earlier finds no room, pages held for the last in the queue are let go for it.
+    The paper's look-ahead window for prefetching is the memory available for it divided by the mean size of a
+    conversation (section 3.3.1); here the bytes themselves are counted. If a request that has moved forward in
+    the queue finds no room, pages held for the last requests in the queue are released for it.
 
     Args:
-        window: requests at the front of the queue that are looked at.
+        window: number of requests at the front of the queue to prefetch for.
     """
 
     def __init__(
@@ -88,28 +89,28 @@ class LookAhead:
         self._clock = clock
         self._asks: dict[str, _Ask] = {}
         self._waits: dict[str, None] = {}
-        """Requests that shall go on waiting by what was known when it was decided, longest ago first."""
+        """Requests that were decided to keep waiting, oldest decision first."""
         self._passed_at = clock()
         self._open: set[str] = set()
-        """Requests of which not all was asked of the disk."""
+        """Requests with pages that have not been requested yet."""
 
     @property
     def _limit(self) -> int:
-        """Pages that may be held for all requests."""
+        """Maximum number of pages held for all requests."""
         return max(1, int(HELD * self._pages.host.capacity))
 
     @property
     def depth(self) -> int:
-        """Requests whose pages are on their way or held."""
+        """Number of requests whose pages are all on their way or held."""
         return len(self._asks) - len(self._open)
 
     def ask(self, request: str, keys: Sequence[PageKey], loadable: int, page_tokens: int | None = None) -> None:
-        """`request`, which waits, can have the pages `keys`, of which the first `loadable` are in host memory.
+        """The queued `request` can use the pages `keys`, of which the first `loadable` are in host memory.
 
-        What of them can never be in host memory at once is not waited for.
+        Pages beyond those that fit into host memory at once are not waited for.
 
         Args:
-            page_tokens: what a page that is not waited for costs to compute; tokens per page unless given.
+            page_tokens: tokens to recompute per page that is not waited for; the page size unless given.
         """
         keys = keys[: min(loadable + self._limit, self._pages.host.capacity)]
         known = self._asks.get(request)
@@ -121,7 +122,7 @@ class LookAhead:
         self._open.add(request)
 
     def leave(self, request: str) -> None:
-        """`request` runs, or was given up."""
+        """`request` runs or was aborted."""
         ask = self._asks.pop(request, None)
         if ask is not None and ask.given_up:
             self._pages.stats.recomputed += self._missing(request, ask)
@@ -130,18 +131,18 @@ class LookAhead:
         self._waits.pop(request, None)
 
     def advance(self) -> None:
-        """A pass begins: ask the disk for more, in the order of the queue, for as long as `ASKING` says."""
+        """A pass begins: request more pages, in the order of the queue, for as long as `ASKING` allows."""
         until = self._begin_pass()
         for rank, request in enumerate(self._pages.waiting.requests[: self._window] if self._open else ()):
             while request in self._open:
                 asked = self._ask_for(request, rank)
                 if request in self._open and not asked:
-                    return  # No room: nobody overtakes.
+                    return  # No room: later requests must not overtake.
                 if self._clock() >= until:
                     return
 
     def _begin_pass(self) -> float:
-        """Returns when it is to stop asking."""
+        """Returns the time at which the pass must stop requesting pages."""
         now = self._clock()
         since, self._passed_at = now - self._passed_at, now
         for request in (*islice(self._waits, REVIEWED), *self._pages.waiting.requests[:REVIEWED]):
@@ -149,20 +150,20 @@ class LookAhead:
         return now + min(max(ASKING, ASKING_SHARE * since), ASKING_MOST)
 
     def _ask_for(self, request: str, rank: int) -> int:
-        """A batch more for the request at `rank`; returns how many pages."""
+        """Request another batch for the request at `rank`; returns its number of pages."""
         ask = self._asks[request]
-        if ask.next == ask.first:  # Nothing is held yet: what was in host memory may have left it.
+        if ask.next == ask.first:  # Nothing is held yet: pages may have left host memory.
             ask.first = ask.next = self._pages.loadable(ask.keys, ask.first)
         end = min(ask.next + min(BATCH, self._room(rank)), len(ask.keys))
         first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
         if ask.next < end and not self._pages.is_restorable(ask.keys[ask.next]):
-            ask.keys = ask.keys[: ask.next]  # Lost since the request came: neither it nor the rest is waited for.
+            ask.keys = ask.keys[: ask.next]  # Lost since the request arrived: wait neither for it nor the rest.
         if ask.is_whole:
             self._open.discard(request)
         return ask.next - first
 
     def _room(self, rank: int) -> int:
-        """Pages that may be held for the request at `rank`, once those behind it let go of theirs."""
+        """Number of pages that may be held for the request at `rank`, after releasing those of later requests."""
         while self._fetch.held >= self._limit and (last := self._last_holder(rank)) is not None:
             self._fetch.release(last)
             self._fetch.poll()
@@ -177,9 +178,9 @@ class LookAhead:
         return holder if last > rank else None
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
-        """Whether `request` may run: nothing is on its way for it, or waiting for it is not worth it.
+        """Whether `request` may run: nothing is being fetched for it, or waiting is not expected to pay off.
 
-        Its pages are fetched on until it really runs: there may be no room for it in the batch for a while.
+        Fetching continues until it really runs: there may be no room for it in the batch for a while.
         """
         ask = self._asks.get(request)
         if ask is None or ask.given_up:
@@ -197,12 +198,12 @@ class LookAhead:
         return ask.given_up
 
     def gave_up(self, request: str) -> bool:
-        """Whether `request` may run because its pages are not worth waiting for."""
+        """Whether `request` may run because waiting for its pages is not expected to pay off."""
         ask = self._asks.get(request)
         return ask is not None and ask.given_up
 
     def _missing(self, request: str, ask: _Ask) -> int:
-        """Pages that are not in host memory yet."""
+        """Number of pages that are not in host memory yet."""
         return self._fetch.landing(request) + len(ask.keys) - ask.next
 
     def _outstanding(self, request: str, ask: _Ask) -> Outstanding:

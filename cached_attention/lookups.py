@@ -1,4 +1,4 @@
-"""Asking the remote store for the pages of waiting requests that this server does not have."""
+"""Looks up pages of queued requests that this server does not have in the remote store."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class _Lookup:
     keys: Sequence[PageKey]
     """The whole chain."""
     first: int
-    """The first page that was asked for."""
+    """The first page that was looked up."""
     on_device: int
-    """Leading pages that the device has."""
+    """Leading pages that are on the device."""
     answer: Future[list[int]]
     held_since: float | None = None
     """When the scheduler would first have run the request."""
 
 
 class Lookups:
-    """One question per request and length of its chain; the answers come through `poll`.
+    """Makes one lookup per request and length of its chain; `poll` returns the results.
 
     All calls come from one thread; none waits.
 
@@ -50,13 +50,13 @@ class Lookups:
         self._clock = clock
         self._open: dict[str, _Lookup] = {}
         self._asked: dict[str, tuple[int, bool]] = {}
-        """Per waiting request the length of its chain, in pages, and whether the device lacked some of it."""
+        """Per queued request: length of its chain in pages, and whether some of it was not on the device."""
         self.asked = 0
 
     def ask(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
-        """Ask for the pages of the chain `keys` after the first `restorable`, if that was not done before.
+        """Look up the pages of the chain `keys` after the first `restorable`, unless that was done before.
 
-        Not where the device has them all, the first `on_device`.
+        Skipped if the whole chain is on the device, which has its first `on_device` pages.
         """
         state = len(keys), on_device < len(keys)
         if self._asked.get(request) == state or not self._remote.healthy:
@@ -69,19 +69,19 @@ class Lookups:
             self._open[request] = _Lookup(keys, restorable, on_device, answer)
 
     def _offer(self, keys: Sequence[PageKey]) -> None:
-        """Share again what is in use and not known to be there: the store may have lost it."""
+        """Offer pages in use that are not known to be in the store for sharing again: it may have lost them."""
         index, remote = self._pages.index, self._pages.remote
         for key in keys:
             if key not in remote and (row := index.find(key)) in self._pages.in_host:
                 remote.offer(index.key(index.origin(row)))
 
     def leave(self, request: str) -> None:
-        """`request` runs, or was given up."""
+        """`request` runs or was aborted."""
         self._open.pop(request, None)
         self._asked.pop(request, None)
 
     def poll(self) -> list[tuple[str, Sequence[PageKey]]]:
-        """Requests that can have more than when they asked, and than the device has, with their chains."""
+        """Requests for which new pages were found, beyond those on the device, with their chains."""
         found: list[tuple[str, Sequence[PageKey]]] = []
         for request, lookup in [entry for entry in self._open.items() if entry[1].answer.done()]:
             del self._open[request]
@@ -94,7 +94,7 @@ class Lookups:
         return found
 
     def is_ready(self, request: str, may_give_up: bool) -> bool:
-        """Whether nothing was asked for `request`, or the answer is not worth waiting for."""
+        """Whether no lookup is pending for `request`, or waiting for it is not expected to pay off."""
         lookup = self._open.get(request)
         if lookup is None:
             return True

@@ -1,4 +1,4 @@
-"""All that moves between host memory and the tiers below it."""
+"""All transfers between host memory and the tiers below it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from cached_attention.tiers.remote import RemoteTier
 from cached_attention.write_behind import WriteBehind
 
 TOLD_AT_ONCE = 256
-"""Pages per poll that are told to have left the remote tier after it went out of reach."""
+"""Pages per poll that are reported to have left the remote tier after an outage."""
 
 
 class Migration:
-    """Fetch and its look-ahead over all tiers, write-behind to each. All calls come from one thread.
+    """Prefetching from all lower tiers, and write-behind to each. All calls come from one thread.
 
     Args:
         disk, remote: at least one of them.
-        look_ahead: waiting requests whose pages are fetched before they run.
-        min_uses: a page is written to disk once it was used this often.
+        look_ahead: number of queued requests whose pages are fetched before they run.
+        min_uses: write a page to disk after this many uses.
         page_tokens: tokens per page.
     """
 
@@ -57,7 +57,7 @@ class Migration:
 
     @property
     def pins(self) -> int:
-        """Pins held for requests, reads and writes."""
+        """Number of pins held for requests, reads and writes."""
         writers = (self.write_behind, self._put_behind)
         return self.fetch.pins + sum(writer.rows_in_flight for writer in writers if writer is not None)
 
@@ -96,12 +96,12 @@ class Migration:
         page_tokens: int | None = None,
         on_device: int = 0,
     ) -> None:
-        """`request` waits with the chain `keys`.
+        """`request` with the chain `keys` is queued.
 
         Args:
-            loadable, restorable: leading pages of it in host memory, and in any tier.
-            page_tokens: what a page that is not waited for costs to compute; tokens per page unless given.
-            on_device: leading pages of it that the device has: none is brought up where these are all.
+            loadable, restorable: number of its leading pages in host memory, and in any tier.
+            page_tokens: tokens to recompute per page that is not waited for; the page size unless given.
+            on_device: leading pages that are on the device. If all restorable pages are, nothing is fetched.
         """
         if restorable > max(loadable, on_device):
             self.ahead.ask(request, keys[:restorable], loadable, page_tokens)
@@ -109,13 +109,13 @@ class Migration:
             self._lookups.ask(request, keys, restorable, on_device)
 
     def leave(self, request: str) -> None:
-        """`request` runs, or was given up."""
+        """`request` runs or was aborted."""
         self.ahead.leave(request)
         if self._lookups is not None:
             self._lookups.leave(request)
 
     def gave_up(self, request: str) -> bool:
-        """Whether `request` may run because its pages are not worth waiting for."""
+        """Whether `request` may run because waiting for its pages is not expected to pay off."""
         return self.ahead.gave_up(request)
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
@@ -124,7 +124,7 @@ class Migration:
         return is_known and self.ahead.is_ready(request, may_give_up)
 
     def poll(self) -> None:
-        """Take note of what has ended, and start more; never waits."""
+        """Process transfers that have ended, and start more; never waits."""
         self.fetch.poll()
         self._poll_lookups()
         self.ahead.advance()
@@ -146,7 +146,7 @@ class Migration:
             self.ahead.ask(request, keys[:restorable], loadable)
 
     def forget(self, keys: Sequence[PageKey]) -> None:
-        """Remove from the store what this server has dropped of a chain; others may have put the rest."""
+        """Remove a chain from the remote store, except for the leading pages that this server still keeps."""
         if self._remote is not None:
             dropped = keys[reach(keys, 0, self._pages.is_kept) :]
             for key in dropped:
@@ -154,7 +154,7 @@ class Migration:
             self._remote.remove(dropped)
 
     def expire(self, count: int, limit: float) -> None:
-        """Remove from the disk up to `count` pages that were last used before `limit`."""
+        """Remove up to `count` pages last used before `limit` from the disk."""
         if self._disk is None or self.write_behind is None:
             return
         slots = self.write_behind.evict(count, limit)
@@ -162,14 +162,14 @@ class Migration:
         self._disk.remove(slots)
 
     def clear(self) -> None:
-        """Remove every page from the disk; what is shared with others stays. Walks all pages."""
+        """Remove every page from the disk; the remote store keeps its pages. Walks all pages."""
         if self._disk is not None:
             self._pages.stats.left("disk", Reason.FLUSH, self._pages.on_disk.pages)
             rows = self._pages.rows_on_disk()
             self._disk.remove([slot for row in rows for slot in self._pages.leave_disk(row)])
 
     def flush(self, timeout: float) -> int:
-        """Write and share what is to be, for at most `timeout` seconds; returns the pages not on disk then."""
+        """Write and share pending pages for at most `timeout` seconds; returns the pages not written to disk."""
         deadline = time.monotonic() + timeout
         left = 0 if self.write_behind is None else self.write_behind.flush(timeout)
         if self._put_behind is not None:
@@ -177,7 +177,7 @@ class Migration:
         return left
 
     def wait(self) -> None:
-        """Until no tier touches a page of the arena; nothing is held for requests any more."""
+        """Release everything held for requests, and wait until no tier touches a page of the arena."""
         self.fetch.wait()
         for writer in (self.write_behind, self._put_behind):
             if writer is not None:

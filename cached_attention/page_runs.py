@@ -1,6 +1,6 @@
-"""What `Hierarchy` does with one page, done with consecutive pages of a chain at once: many times faster.
+"""What `Hierarchy` does with one page, for consecutive pages of a chain at once: many times faster.
 
-For pages that come from disk, which are most of what a scheduling pass moves.
+For pages from disk, which are most of the pages that a scheduling pass moves.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from cached_attention.index import NOWHERE, PageKey
 
 
 def find_on_disk(pages: Hierarchy, keys: Sequence[PageKey], first: int, end: int) -> list[int]:
-    """Rows of the pages from `first` on, before `end`, that are on disk, not in host memory, and share no bytes.
+    """Rows of the pages from `first` to before `end` that are on disk, not in host memory, and share no bytes.
 
-    Ends where one is not like that, or is not known to follow the one before it.
+    Stops at the first page that is not like that, or is not known to follow the one before it.
     """
     index, find = pages.index, pages.index.find
     in_host, on_disk, parents, is_shared = pages.in_host.slot, pages.on_disk.slot, index.parent, index.is_shared
@@ -35,7 +35,7 @@ def find_on_disk(pages: Hierarchy, keys: Sequence[PageKey], first: int, end: int
 
 
 def admit(pages: Hierarchy, rows: list[int], for_rank: int) -> list[int]:
-    """`Hierarchy.admit` for what `find_on_disk` found; returns the leading rows that found room."""
+    """`Hierarchy.admit` for the result of `find_on_disk`; returns the leading rows that got a slot."""
     index = pages.index
     parent = index.parent[rows[0]]
     pages.make_room(len(rows), None if parent == NOWHERE else index.key(parent), for_rank)
@@ -61,10 +61,10 @@ def land(pages: Hierarchy, rows: Sequence[int]) -> None:
 
 
 def give_up(pages: Hierarchy, rows: list[int]) -> None:
-    """`Hierarchy.give_up` for pages that were to come from disk, where they stay; the tail of a chain last.
+    """`Hierarchy.give_up` for pages that should have come from disk, where they stay; the tail of a chain last.
 
-    What was known of chains holds on: none of these pages could be loaded, all can be restored. Only where
-    one of them is followed by a page in host memory is there a gap now.
+    What is remembered about chains stays valid: none of these pages was loadable, and all are still restorable.
+    Only a page with a successor in host memory leaves a gap.
     """
     index, children = pages.index, pages.in_host.children
     wanted = pages.host_order.demand.is_wanted
@@ -78,7 +78,7 @@ def give_up(pages: Hierarchy, rows: list[int]) -> None:
 
 
 def unpin(pages: Hierarchy, rows: Sequence[int]) -> None:
-    """`Hierarchy.unpin` for each."""
+    """`Hierarchy.unpin` for each row."""
     index = pages.index
     pins, forget_unused = index.pins, index.forget_unused
     loose: list[int] = []

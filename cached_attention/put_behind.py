@@ -1,4 +1,4 @@
-"""Pages on their way from host memory to the remote store, in the order in which they were saved."""
+"""Write-behind from host memory to the remote store, in the order in which pages were saved."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cached_attention.write_behind import page_write, written
 BATCH_PAGES = 32
 BATCHES_IN_FLIGHT = 2
 REFUSED_PAUSE = 0.5
-"""Seconds without puts after one was refused: a full store makes room, a new master learns of its servers."""
+"""Seconds without puts after a refused one: a full store makes room, a new master learns of its servers."""
 SHARE = 0.1
-"""Part of the host slots that puts may hold at most: such pages cannot be evicted."""
+"""Maximum share of the host slots that puts may hold: their pages cannot be evicted."""
 
 
 class PutBehind:
-    """Shares what was saved, as fast as the network takes it. All calls come from one thread; `poll` never waits.
+    """Shares saved pages as fast as the network allows. All calls come from one thread; `poll` never waits.
 
-    A page that is evicted before its turn is not shared. While the store is full or out of reach pages wait.
+    A page that is evicted before its turn is not shared. While the store is full or unreachable, pages wait.
     """
 
     def __init__(self, pages: Hierarchy, remote: RemoteTier) -> None:
@@ -38,11 +38,11 @@ class PutBehind:
 
     @property
     def waiting(self) -> int:
-        """Pages that are to be put, those that will turn out to be there or gone included."""
+        """Number of pages to put, including those that will turn out to be shared already or evicted."""
         return self._pages.remote.unshared + self.rows_in_flight
 
     def poll(self) -> None:
-        """Take note of what was put, and put more."""
+        """Process puts that have ended, and start more."""
         self._settle()
         while len(self._puts) < BATCHES_IN_FLIGHT and self._may_put and (rows := self._choose()):
             for row in rows:
@@ -75,11 +75,11 @@ class PutBehind:
                 self._resume_at = time.monotonic() + REFUSED_PAUSE
 
     def wait(self) -> None:
-        """Until no put touches a page of the arena."""
+        """Wait until no put touches a page of the arena."""
         self._settle(wait=True)
 
     def flush(self, timeout: float) -> None:
-        """Put what waits, for at most `timeout` seconds or until a put is refused."""
+        """Put waiting pages for at most `timeout` seconds, or until a put is refused."""
         deadline = time.monotonic() + timeout
         self.poll()
         while self.waiting and self._may_put and time.monotonic() < deadline:

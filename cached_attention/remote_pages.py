@@ -1,4 +1,4 @@
-"""What is in the remote store, as far as this server knows, and what it might lack."""
+"""Which pages the remote store has, as far as this server knows, and which it may lack."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from cached_attention.index import PageKey
 from cached_attention.residency import ResidencyFeed, ResidentPage
 
 REMEMBERED = 65_536
-"""Keys that are remembered at least, at about 260 bytes each."""
+"""Keys to remember, at least, at about 260 bytes each."""
 
 
 class RemotePages:
-    """Page keys that were seen in the store or put there, the oldest forgotten first.
+    """Page keys that were found in the store or put there; the oldest are forgotten first.
 
-    The store drops pages without a word, so this is a guess that saves questions: a page that is not there is
-    a miss when it is read, and what was forgotten is asked for again.
+    The store drops pages silently, so this is a guess that saves lookups: a page that is not there is a miss when
+    it is read, and forgotten pages are looked up again.
 
     Args:
-        most: keys that are remembered; 0: there is no remote store.
-        feed: is told what becomes known and what is forgotten.
+        most: number of keys to remember; 0: there is no remote store.
+        feed: notified of pages that become known or are forgotten.
     """
 
     def __init__(self, most: int, feed: ResidencyFeed) -> None:
         self._most = most
         self._feed = feed
         self._known: OrderedDict[PageKey, int] = OrderedDict()
-        """By key, the place of the page in `_pages`."""
+        """Place of the page in `_pages`, by key."""
         self._void: OrderedDict[PageKey, int] = OrderedDict()
-        """Not known any more, which the feed has not been told."""
+        """The same for pages that are no longer known, of which the feed has not been notified yet."""
         self._pages: list[ResidentPage | None] = []
         self._free: list[int] = []
         self._unshared: OrderedDict[PageKey, None] = OrderedDict()
@@ -41,7 +41,7 @@ class RemotePages:
         return len(self._known)
 
     def add(self, keys: Sequence[PageKey], parent: PageKey | None) -> None:
-        """The store has these pages, each of which follows the one before it, and the first of them `parent`."""
+        """The store has these consecutive pages, the first of which follows `parent`."""
         if not self._most:
             return
         for key in keys:
@@ -66,7 +66,7 @@ class RemotePages:
         self._feed.entered_page(page)
 
     def discard(self, key: PageKey) -> None:
-        """The store does not have it."""
+        """The store does not have the page."""
         if (place := self._known.pop(key, None)) is not None:
             self._forget(key, place)
 
@@ -77,16 +77,16 @@ class RemotePages:
 
     @property
     def unshared(self) -> int:
-        """Pages that were in host memory when they were offered, and that the store may lack."""
+        """Number of pages that were in host memory when they were offered, and that the store may lack."""
         return len(self._unshared)
 
     def offer(self, key: PageKey) -> None:
-        """The page is in host memory."""
+        """The page is in host memory, and may be put into the store."""
         if key not in self._known and len(self._unshared) < self._most:
             self._unshared[key] = None
 
     def next_unshared(self) -> PageKey | None:
-        """The oldest, which is offered no more; None where there is none."""
+        """Take the oldest offered page that is not known to be in the store; None if there is none."""
         while self._unshared:
             key, _ = self._unshared.popitem(last=False)
             if key not in self._known:
@@ -94,22 +94,22 @@ class RemotePages:
         return None
 
     def clear(self) -> None:
-        """Nothing is known of the store any more. Constant time: see `tell`."""
+        """Forget everything about the store. Constant time, see `tell`."""
         if self._void:
-            self._void.update(self._known)  # Not many: the last time was a moment ago.
+            self._void.update(self._known)  # Not many: the last call was a moment ago.
             self._known.clear()
         else:
             self._known, self._void = OrderedDict(), self._known
 
     def tell(self, count: int) -> None:
-        """Let the feed know of up to `count` pages that are not known any more since `clear`."""
+        """Notify the feed of up to `count` pages that `clear` has forgotten."""
         for _ in range(min(count, len(self._void))):
             self._forget(*self._void.popitem(last=False))
 
     # What the feed was told
 
     def told(self, key: PageKey) -> ResidentPage | None:
-        """The page, as long as the feed takes it for known."""
+        """The page, if the feed believes it to be known."""
         place = self._known.get(key, self._void.get(key))
         return None if place is None else self._pages[place]
 
@@ -118,7 +118,7 @@ class RemotePages:
         return len(self._pages)
 
     def walk(self, first: int, count: int) -> Iterator[ResidentPage]:
-        """The pages that are known at so many places."""
+        """The known pages at `count` places from `first` on."""
         for page in self._pages[first : first + count]:
             if page is not None and page.key in self._known:
                 yield page

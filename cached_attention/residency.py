@@ -1,4 +1,4 @@
-"""Which pages are usable in which tier, told as it changes to one who wants to know."""
+"""Which pages are usable in which tier; reports changes to an observer."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ if TYPE_CHECKING:
 
 
 class ResidentPage(NamedTuple):
-    """A page whose bytes can be had from a tier."""
+    """A page that is usable in a tier."""
 
     tier: str
     key: PageKey
     parent: PageKey | None
-    """Key of the page before it; None at the start of a prompt, or where that is not known."""
+    """Key of the page before it; None at the start of a prompt, or if unknown."""
 
 
 class ResidencyObserver(Protocol):
-    """Is told on the thread that calls the store, in the middle of its work; must not call the store."""
+    """Called on the thread that calls the store, in the middle of its work; must not call the store."""
 
     def entered(self, page: ResidentPage) -> None:
         """All bytes of the page have arrived in the tier. An alias is a page of its own.
 
-        In the remote tier: this server has put it there, or asked and was told that it is there.
+        For the remote tier: this server has put the page there, or has found it there.
         """
 
     def left(self, tier: str, key: PageKey) -> None:
-        """The page that had entered the tier is there no more: evicted, expired, dropped, lost.
+        """A page that had entered the tier has left it: evicted, expired, dropped or lost.
 
-        In the remote tier: this server does not know it to be there any more.
+        For the remote tier: this server no longer knows whether the page is there.
         """
 
     def cleared(self) -> None:
-        """No page is in any tier but those adopted from a disk just opened, which `ResidencyFeed.walk` finds."""
+        """All tiers are empty, except for pages adopted from a disk just opened: see `ResidencyFeed.walk`."""
 
 
 class ResidencyFeed:
-    """Tells `observer`, if there is one, of the pages of one hierarchy after the other."""
+    """Reports the pages of the store's present hierarchy to `observer`, if there is one."""
 
     observer: ResidencyObserver | None = None
     adopted = 0
-    """The pages that a disk held when it was opened are in the rows before this one."""
+    """The pages that the disk held when it was opened are in the rows before this one."""
 
     def follow(self, pages: Hierarchy) -> None:
-        """`pages` is the store's hierarchy from now on; what it adopts is not told, see `walk`."""
+        """`pages` is the store's hierarchy from now on; pages that it adopts are not reported, see `walk`."""
         self._pages, self.adopted = pages, 0
         self._tiers = [tier for tier in pages.index.tiers if tier is not pages.dirty]
         if self.observer is not None:
@@ -58,12 +58,12 @@ class ResidencyFeed:
             self.observer.entered(self._page(row, tier))
 
     def leaves(self, row: int, tier: Residency) -> None:
-        """To be called before the page has left."""
+        """Must be called before the page has left."""
         if self.observer is not None and tier in self._tiers and self._is_usable(row, tier):
             self.observer.left(tier.name, self._pages.index.key(row))
 
     def entered_page(self, page: ResidentPage) -> None:
-        """Of a tier whose pages need no row."""
+        """`entered` for a tier whose pages have no row."""
         if self.observer is not None:
             self.observer.entered(page)
 
@@ -72,19 +72,19 @@ class ResidencyFeed:
             self.observer.left(tier, key)
 
     def tiers_of(self, key: PageKey) -> list[ResidentPage]:
-        """Where the page is, as far as the observer was told."""
+        """The page in each of its tiers, as far as the observer was told."""
         row, remote = self._pages.index.find(key), self._pages.remote.told(key)
         own = [self._page(row, tier) for tier in self._tiers if row != NOWHERE and self._is_usable(row, tier)]
         return own if remote is None else [*own, remote]
 
     def is_known(self, key: PageKey) -> bool:
-        """Whether the page is in a tier, or followed by one that is."""
+        """Whether the page is in a tier, or has a row in the index for another reason, see `PageIndex`."""
         return self._pages.index.find(key) != NOWHERE or self._pages.remote.told(key) is not None
 
     def walk(self, first: int, count: int) -> Iterator[ResidentPage]:
-        """The usable pages at so many places; nothing may change meanwhile. None is left at place `end`.
+        """The usable pages at `count` places from `first` on; nothing may change meanwhile. Places end at `end`.
 
-        A place is a row of the index or, after those, one of the remote tier.
+        A place is a row of the index or, after those, a place of the remote tier.
         """
         keys, remote = self._pages.index.keys, self._pages.remote
         for row in range(first, min(first + count, len(keys))):

@@ -21,26 +21,26 @@ from cached_attention.transfer.streams import Event
 logger = logging.getLogger(__name__)
 
 COMPLAINT_SECONDS = 60.0
-"""Between two log lines about saves that failed."""
+"""Seconds between two log lines about failed saves."""
 CHAIN_SOONER = 1e-6
-"""Seconds per page, so that of chains that were saved at once the first goes first."""
+"""Seconds per page by which earlier pages of a save count as older, so that its first chain is evicted first."""
 
 
 class _Await(NamedTuple):
     last: PageKey
-    """The page that lands last: saves end in order."""
+    """The page that lands last, since saves end in order."""
     until: float
-    """By then they are computed again as soon."""
+    """Time by which recomputing the pages would have been as fast."""
 
 
 class Saves:
-    """Admits pages to host memory, has them copied, and tells in order what became of it.
+    """Admits pages to host memory, starts their copies, and reports the outcomes in order.
 
     Args:
-        stats: what is saved, declined and failed is counted there.
-        page_size: tokens.
+        stats: counts the pages saved, declined and failed.
+        page_size: tokens per page.
         clock: seconds since the epoch.
-        chain_pages: see `CachedAttentionStore`; a chain then also begins where the page before is in no tier.
+        chain_pages: see `CachedAttentionStore`; a new chain then also begins after a page that is in no tier.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class Saves:
 
     @property
     def in_flight(self) -> int:
-        """Saves that have not ended."""
+        """Number of saves that have not ended."""
         return len(self._running)
 
     @property
     def pins(self) -> int:
-        """Pages that are kept for saves that have not ended."""
+        """Number of pages pinned for saves that have not ended."""
         return sum(len(save.rows) for save in self._running)
 
     def lacks_parent(self, run: PageRun) -> bool:
-        """Whether the page before `run` is in no tier, and has to be."""
+        """Whether the page before `run` is in no tier although it must be."""
         return self._chain_pages is None and run.parent is not None and not self._pages.is_kept(run.parent)
 
     def _begins_chain(self, place: int, parent: PageKey | None) -> bool:
-        """Whether the page at `place` of its prompt, after `parent`, is kept without those before it."""
+        """Whether the page at `place` of its prompt, after `parent`, starts a chain."""
         if parent is None or self._chain_pages is None:
             return parent is None
         return place % self._chain_pages == 0 or not self._pages.is_kept(parent)
@@ -96,9 +96,9 @@ class Saves:
         self._running.append(PageSave(rows, whole, landed))
 
     def _admit(self, run: PageRun) -> tuple[list[int], bool]:
-        """Give a pinned slot to each page of `run` that lacks one, in order, until none is left.
+        """Admit the pages of `run` that are not in the store; stops at a rotated copy, or if no slot is left.
 
-        Returns the pages admitted and whether all of `run` is in the store now.
+        Returns the indices of the admitted pages in `run`, and whether all of `run` is in the store now.
         """
         admitted: list[int] = []
         if self.lacks_parent(run):
@@ -126,7 +126,7 @@ class Saves:
         return admitted, True
 
     def await_landing(self, request: str, keys: Sequence[PageKey], recompute: Callable[[int], float]) -> None:
-        """See `CachedAttentionStore.await_saves`; `recompute`: seconds that a number of pages takes."""
+        """See `CachedAttentionStore.await_saves`; `recompute`: seconds to recompute a number of pages."""
         here = list(takewhile(lambda row: row in self._pages.in_host, map(self._pages.index.find, keys)))
         coming = [place for place, row in enumerate(here) if not self._pages.in_host.ready[row]]
         if coming:
@@ -134,7 +134,7 @@ class Saves:
             self._awaits[request] = _Await(keys[coming[-1]], until)
 
     def has_landed(self, request: str) -> bool:
-        """Whether `request` awaits no page, or has done so for long enough."""
+        """Whether `request` awaits no save, or has waited long enough."""
         if (awaited := self._awaits.get(request)) is None:
             return True
         row = self._pages.index.find(awaited.last)
@@ -145,11 +145,11 @@ class Saves:
         return True
 
     def leave(self, request: str) -> None:
-        """`request` awaits nothing any more."""
+        """`request` no longer awaits saves."""
         self._awaits.pop(request, None)
 
     def poll(self) -> int:
-        """Take note of the saves that have ended; returns how many wait for `pop`."""
+        """Process the saves that have ended; returns the number that wait for `pop`."""
         while self._running and self._running[0].landed.done():
             self._finish(self._running.popleft())
         return len(self._finished)
@@ -159,7 +159,7 @@ class Saves:
         return self._finished.popleft()
 
     def wait(self) -> None:
-        """Until no copy runs; the outcomes come through `poll`."""
+        """Wait until no copy is running; `poll` reports the outcomes."""
         wait([save.landed for save in self._running])
 
     def _finish(self, save: PageSave) -> None:

@@ -9,14 +9,14 @@ from cached_attention.index import NOWHERE
 from cached_attention.tiers.disk import DiskTier
 
 USE_NOTED = 60.0
-"""Seconds that a page's last use may lag behind that of a page after it, in memory and on disk."""
+"""Seconds by which a page's last use may lag behind that of its successors, in memory and on disk."""
 
 
 class Uses:
-    """Notes uses in the index, and on disk for pages that are there.
+    """Records uses in the index, and on disk for pages that are there.
 
     Args:
-        min_uses: a page goes to disk once it was used this often.
+        min_uses: write a page to disk after this many uses.
         clock: seconds since the epoch.
     """
 
@@ -30,7 +30,7 @@ class Uses:
         self._clock = clock
 
     def mark(self, row: int) -> None:
-        """`row` is in use now, and so are the pages before it, which are updated if their last use is old.
+        """`row` is in use now, and so are the pages before it.
 
         The walk ends at the first page with a recent last use, so a chain is walked once per `USE_NOTED`.
         """
@@ -44,7 +44,7 @@ class Uses:
             row = parent[row]
 
     def count(self, rows: Sequence[int]) -> None:
-        """`rows`, consecutive pages of a chain, are loaded."""
+        """`rows`, consecutive pages of a chain, are being loaded."""
         now = self._clock()
         for row in rows:
             self._index.uses[row] += 1
@@ -58,7 +58,7 @@ class Uses:
             self._disk.touch(slot, now, self._index.uses[row])
 
     def _raise_before(self, row: int) -> None:
-        """Let pages before `row` that the device still has go to disk with it: it is of no use without them."""
+        """Raise the uses of pages before `row` that the device still had: on disk `row` needs them."""
         parent, uses = self._index.parent, self._index.uses
         least = min(uses[row], self._min_uses)
         while (row := parent[row]) != NOWHERE and uses[row] < least:

@@ -1,4 +1,4 @@
-"""Pages on their way from host memory to disk, coldest first, so that a host slot can be had without waiting."""
+"""Write-behind from host memory to disk, coldest pages first, so that host slots can be freed without waiting."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ BATCH_PAGES = 32
 """Pages per write; the disk tier merges neighbours and commits once per batch."""
 BATCHES_IN_FLIGHT = 2
 RESERVE = 0.1
-"""Part of the host slots that is to be free or clean; below it, writes no longer wait for slack."""
+"""Share of the host slots that should be free or clean; below it, writes no longer yield to reads."""
 URGENT_BATCHES = 8
-"""In flight while the reserve is short, and at most if passes are so long that the disk runs dry in between."""
+"""Batches in flight while the reserve is short; at most so many if the disk runs dry between passes."""
 SHARE = 0.1
-"""Part of the host slots that writes may hold where they are not urgent: such pages cannot be evicted."""
+"""Share of the host slots that non-urgent writes may hold: their pages cannot be evicted."""
 ROOM_PAUSE = 0.5
-"""Seconds before more room is made on a full disk: slots come free once their removal is durable."""
+"""Seconds until more room is made on a full disk: slots become free once their removal is durable."""
 FLUSH_REPORT = 2.0
 """Seconds between log lines of a long flush."""
 
 
 def page_write(pages: Hierarchy, row: int) -> PageWrite:
-    """The record of `row`, which is in host memory, under the key that it was saved under."""
+    """The record of `row`, which is in host memory, under the key with which it was saved."""
     index, origin = pages.index, pages.index.origin(row)
     parent = index.parent[origin]
     return PageWrite(
@@ -48,11 +48,11 @@ def page_write(pages: Hierarchy, row: int) -> PageWrite:
 class WriteBehind:
     """Copies dirty pages to disk. All calls come from one thread; `poll` never waits.
 
-    All that is dirty is written sooner or later, so that a crash loses little. Writes use what reads leave
-    of the device, until so many host slots are dirty that a slot might not be had without losing a page.
+    Every dirty page is written sooner or later, so that a crash loses little. Writes yield to reads, until so
+    many host slots are dirty that freeing one might lose a page.
 
     Args:
-        min_uses: a page is written once it was used this often; saves the disk what is never asked for.
+        min_uses: write a page after this many uses; spares the disk pages that are never reused.
     """
 
     def __init__(self, pages: Hierarchy, disk: PageDisk, min_uses: int, clock: Callable[[], float]) -> None:
@@ -71,14 +71,14 @@ class WriteBehind:
         return self._writes.rows
 
     def reserve_is_short(self, held: int = 0) -> bool:
-        """Whether fewer host slots than the reserve are free or clean, those of `held` pages left out."""
+        """Whether fewer host slots than the reserve are free or clean, not counting those of `held` pages."""
         taken = self._pages.dirty.pages + self.rows_in_flight + held
         return taken > (1 - RESERVE) * self._pages.host.capacity
 
     def poll(self, reading: bool = False, held: int = 0) -> None:
-        """Take note of what was written, and write more.
+        """Process writes that have ended, and start more.
 
-        `reading`: the disk is wanted for reads. `held`: pages that waiting requests keep in host memory.
+        `reading`: whether reads need the disk. `held`: pages that queued requests keep in host memory.
         """
         self._adapt_depth()
         urgent = self.reserve_is_short(held)
@@ -86,7 +86,7 @@ class WriteBehind:
         while len(self._writes) < batches and self._disk.healthy:
             if not (rows := self._choose()):
                 break
-            rows.reverse()  # The head of a chain first: neighbours on disk in the order in which they are read.
+            rows.reverse()  # The head of a chain first: pages lie on disk in the order in which they are read.
             future = self._disk.write([page_write(self._pages, row) for row in rows])
             self._pages.stats.watch(Direction.DEMOTE, "disk", future, written)
             self._writes.add(rows, future)
@@ -109,16 +109,16 @@ class WriteBehind:
                 break
             self._pages.mark_clean(row)
             if self._disk.free_slots <= len(rows):
-                continue  # All that is on disk was used later than this.
+                continue  # Everything on disk was used more recently.
             if self._pages.index.uses[row] >= self._min_uses:
                 self._pages.pin(row)
                 rows.append(row)
         return rows
 
     def _make_room(self, row: int) -> bool:
-        """Remove from a full disk what is colder than `row`; its slots are free at a later poll.
+        """Evict pages colder than `row` from a full disk; their slots become free at a later poll.
 
-        False where nothing is colder.
+        False if nothing is colder.
         """
         now = self._clock()
         if now >= self._make_room_at:
@@ -131,7 +131,7 @@ class WriteBehind:
         return True
 
     def evict(self, count: int, limit: float) -> list[int]:
-        """Disk slots of up to `count` pages last used before `limit`; they are in the tier no more."""
+        """Take up to `count` pages last used before `limit` off the disk; returns the slots that this frees."""
         slots: list[int] = []
         while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
             slots += self._pages.leave_disk(victim)
@@ -148,11 +148,11 @@ class WriteBehind:
             self._disk.remove(unneeded)
 
     def wait(self) -> None:
-        """Until the disk touches no page of the arena."""
+        """Wait until no write touches a page of the arena."""
         self._settle(wait=True)
 
     def flush(self, timeout: float) -> int:
-        """Write what is dirty for at most `timeout` seconds; returns the pages that are still dirty."""
+        """Write dirty pages for at most `timeout` seconds; returns the number not written."""
         deadline = time.monotonic() + timeout
         report = time.monotonic() + FLUSH_REPORT
         self.poll()

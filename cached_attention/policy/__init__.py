@@ -1,1 +1,1 @@
-"""Who goes and who comes: functions of the index and the queue, without I/O."""
+"""What to evict, and whether to wait for a fetch: functions of the index and the queue, without I/O."""

@@ -1,4 +1,4 @@
-"""What the waiting queue will ask for: the look-ahead of fetch and eviction (the paper's section 3.3)."""
+"""Which pages queued requests need: the look-ahead of prefetching and eviction (section 3.3 of the paper)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from cached_attention.index import NOWHERE, PageIndex, Residency
 
 
 class WaitingOrder:
-    """Waiting requests and their ranks in the order in which the scheduler will run them, 0 first."""
+    """Queued requests and their ranks in the order in which the scheduler will run them, from 0."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self._ranks: dict[str, int] = {}
-        """Of all that wait; of `_ranked_at` changes, and right at the next call of `rank`."""
+        """Position of each queued request as of change `_ranked_at`; `rank` refreshes it."""
         self._ranked_at = 0
         self.changes = 0
-        """Counts changes of the order, so that what was derived from it can be kept until the next."""
+        """Number of changes of the order; what is derived from it can be cached until the next one."""
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -31,7 +31,7 @@ class WaitingOrder:
         return self._ranks[request]
 
     def append(self, request: str) -> None:
-        """`request` waits, behind all others until the scheduler says otherwise."""
+        """`request` is queued, behind all others until the scheduler reorders the queue."""
         if request not in self._ranks:
             self._ranks[request] = len(self.requests)
             self.requests.append(request)
@@ -39,7 +39,7 @@ class WaitingOrder:
             self.changes += 1
 
     def replace(self, requests: list[str]) -> list[str]:
-        """The scheduler's order now, of requests that are known; returns those that wait no more."""
+        """Adopt the scheduler's order of the known requests; returns the requests that have left the queue."""
         if requests == self.requests:
             return []
         ordered = [request for request in requests if request in self._ranks]
@@ -60,14 +60,14 @@ class WaitingOrder:
 
 
 class Demand:
-    """Which pages of one tier the waiting requests will ask for.
+    """Which pages of one tier the queued requests need.
 
-    Only leaves of a tier may go, so it is enough to know, for each request, the last page of its chain
-    that is in the tier: its anchor. All before it are kept by the anchor, and all after it are unwanted.
-    So a request costs one entry, however long its chain, and a new order of the queue costs nothing here.
+    Only leaves of a tier can be evicted, so it is enough to know, for each request, the last page of its chain
+    that is in the tier: its anchor. The anchor keeps all pages before it, and those after it are not needed. So a
+    request costs one entry, however long its chain, and a new order of the queue costs one walk over requests.
 
     Args:
-        freed: called with a row that no waiting request wants any more.
+        freed: called with a row that no queued request needs any more.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Demand:
         self._anchors: dict[str, int] = {}
         self._requests: dict[int, set[str]] = {}
         self._first: dict[int, int] = {}
-        """Per anchor the rank of the first request that wants it."""
+        """Per anchor: rank of the first request that needs it."""
         self._cursor, self._fresh = 0, -1
 
     def want(self, request: str, row: int) -> None:
-        """`request` will ask for the pages up to `row`; pages of it that are not in the tier do not count."""
+        """`request` needs the pages up to `row`, as far as they are in the tier."""
         while row != NOWHERE and row not in self._tier:
             row = self._index.parent[row]
         if self._anchors.get(request, NOWHERE) != row:
@@ -100,7 +100,7 @@ class Demand:
             self.offer(row)
 
     def forget(self, request: str) -> None:
-        """`request` wants nothing any more."""
+        """`request` no longer needs any page."""
         row = self._anchors.pop(request, NOWHERE)
         if row == NOWHERE:
             return
@@ -115,12 +115,12 @@ class Demand:
         return row in self._requests
 
     def rank(self, row: int) -> int:
-        """Of the first request that wants the anchor `row`."""
+        """Rank of the first request that needs the anchor `row`."""
         self._refresh()
         return self._first[row]
 
     def left(self, row: int) -> None:
-        """The page has left the tier: what its requests can still have ends before it."""
+        """The page has left the tier: its requests get the last page before it in the tier as their anchor."""
         parent = self._index.parent[row]
         while parent != NOWHERE and parent not in self._tier:
             parent = self._index.parent[parent]
@@ -129,10 +129,10 @@ class Demand:
             self._place(request, parent)
 
     def furthest(self) -> Iterator[int]:
-        """Anchors from the back of the queue on; goes on where it was left last time.
+        """Anchors from the back of the queue to its front; resumes where the last call stopped.
 
-        The walk starts anew when the order of the queue changes, and goes back to what is offered, so taking
-        many anchors costs one walk over the queue, not one each.
+        The walk restarts when the order of the queue changes, and moves back to anchors that are offered, so
+        taking many anchors costs one walk over the queue, not one each.
         """
         self._refresh()
         while self._cursor:
@@ -145,7 +145,7 @@ class Demand:
             self._cursor -= 1
 
     def offer(self, row: int) -> None:
-        """The anchor `row` may have become evictable: the walk of `furthest` goes back to it."""
+        """The anchor `row` may have become evictable: the walk of `furthest` moves back to it."""
         self._cursor = max(self._cursor, self._first[row] + 1)
 
     def _refresh(self) -> None:
@@ -158,7 +158,7 @@ class Demand:
                 self._first.setdefault(self._anchors[request], rank)
 
     def check_invariants(self) -> None:
-        """Raises AssertionError where an anchor is not in the tier, or its request does not wait."""
+        """Raises AssertionError if an anchor is not in the tier, or its request is not queued."""
         for request, row in self._anchors.items():
             assert request in self._order, f"{request} wants pages and does not wait"
             assert row in self._tier, "an anchor is not in the tier"

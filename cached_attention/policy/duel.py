@@ -1,4 +1,4 @@
-"""Is the learnt order of eviction better than LRU here? Two ghost caches tell, by the hits that they count."""
+"""Whether the learnt eviction order beats LRU on this workload, decided by the hits of two ghost caches."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 GHOSTS = 1024
-"""Keys in a ghost cache at most; of a larger tier they are a sample."""
+"""Maximum number of keys in a ghost cache; for a larger tier they are a sample."""
 EVERYTHING = 1 << 32
-"""Hashes are below this; a sample is of the keys whose hash is below a part of it."""
+"""Upper bound of the hashes; a sample consists of the keys whose hash is below a fraction of it."""
 CANDIDATES = 16
-"""Keys of which a ghost cache gives up the one of least worth."""
+"""Number of keys from which a ghost cache evicts the one of least worth."""
 CERTAIN = 2.0
 """Standard deviations by which the learnt order must lead before it is followed."""
 REMEMBERED = 512
-"""Requests to which one of the orders did better that count, roughly."""
+"""Number of recent requests that count, roughly, of those for which one order did better."""
 
 
 class Sampled(NamedTuple):
-    """A page of the sample that a request asks for."""
+    """A sampled page that a request needs."""
 
     hashed: int
     key: bytes
@@ -28,11 +28,11 @@ class Sampled(NamedTuple):
 
 
 class GhostCache:
-    """The keys that a tier would hold under one order of eviction, without their bytes.
+    """The keys that a tier would hold under one eviction order, without their bytes.
 
-    The victim is the worst of a few keys that are spread evenly over the cache, the next ones each time: no
-    queue is kept in order, and what is found differs little from the exact order (as in Redis, and LHD,
-    Beckmann et al., NSDI 2018, section 5).
+    The victim is the worst of a few keys spread evenly over the cache, different ones each time: this needs no
+    sorted queue, and differs little from the exact order (as in Redis, and LHD, Beckmann et al., NSDI 2018,
+    section 5).
 
     Args:
         bounds: ages at which the columns of a table of worth begin, in seconds.
@@ -61,7 +61,7 @@ class GhostCache:
             self._pages[place], self._used[place] = page, now
 
     def shrink(self, size: int, worth: Sequence[Sequence[float]] | None, now: float) -> None:
-        """Evict until `size` keys are left: by `worth`, per class and age, or, without it, the coldest first."""
+        """Evict until `size` keys are left: least `worth` (per class and age) first; if None, coldest first."""
         while len(self._pages) > size:
             self._turn += 1
             stride = max(1, len(self._pages) // CANDIDATES)
@@ -91,18 +91,18 @@ class GhostCache:
 
 
 class Duel:
-    """Runs LRU and the learnt order side by side on a sample of the pages, and follows the one that finds more.
+    """Runs LRU and the learnt order side by side on a sample of the pages, and follows the one with more hits.
 
-    Each order has a ghost cache, as much smaller than the tier as the sample is smaller than all pages
-    (SHARDS, Waldspurger et al., FAST 2015; miniature simulations, Waldspurger et al., ATC 2017). That one of
-    two policies is chosen by counting where they differ is from set duelling (Qureshi et al., ISCA 2007). LRU is
-    followed until the learnt order leads by more than chance, and again as soon as it no longer leads. So where
-    there is nothing to learn, or what was learnt misleads, eviction is LRU, but for the time it takes to see it.
+    Each order has a ghost cache, smaller than the tier in the ratio of the sample to all pages (SHARDS,
+    Waldspurger et al., FAST 2015; miniature simulations, Waldspurger et al., ATC 2017). Choosing between two
+    policies by counting where they differ is from set duelling (Qureshi et al., ISCA 2007). LRU is followed until
+    the learnt order leads by more than chance, and again as soon as it no longer leads. So if there is nothing to
+    learn, or the estimates mislead, eviction is LRU, except for the time it takes to notice.
 
-    The queue is not looked at: what waits is kept in any case, whichever order is followed.
+    The queue is ignored: pages of queued requests are kept in any case, whichever order is followed.
 
     Args:
-        pages: that the tier holds.
+        pages: capacity of the tier.
         bounds: see `GhostCache`.
     """
 
@@ -116,11 +116,11 @@ class Duel:
 
     @property
     def size(self) -> int:
-        """Keys in each ghost cache at most."""
+        """Maximum number of keys in each ghost cache."""
         return max(1, self._pages * self.threshold // EVERYTHING)
 
     def asked(self, pages: Iterable[Sampled]) -> None:
-        """A request came that asks for `pages`; counts which of the two would have had more of them."""
+        """A request that needs `pages` has arrived; counts which ghost cache holds more of them."""
         lead = 0
         for page in pages:
             lead += (page.key in self.learnt) - (page.key in self.lru)
@@ -134,7 +134,7 @@ class Duel:
             self.prefers_learnt = True
 
     def ran(self, pages: Iterable[Sampled], worth: Sequence[Sequence[float]], now: float) -> None:
-        """The request ran: `pages` are in the tier. `worth`: what was learnt, per class and age."""
+        """The request ran: `pages` are in the tier. `worth`: the learnt estimates, per class and age."""
         for page in pages:
             if page.hashed < self.threshold:
                 self.lru.put(page, now)
@@ -143,7 +143,7 @@ class Duel:
         self.learnt.shrink(self.size, worth, now)
 
     def thin_out(self, threshold: int) -> None:
-        """The sample is of hashes below `threshold` from now on."""
+        """Restrict the sample to hashes below `threshold` from now on."""
         self.threshold = min(self.threshold, threshold)
         for ghosts in (self.lru, self.learnt):
             ghosts.thin_out(self.threshold)

@@ -1,5 +1,5 @@
-"""The order in which pages leave a tier: unwanted and least likely to be used first, the tail of a chain
-before its head.
+"""The eviction order of a tier: pages that no queued request needs first, least worth keeping before others, and
+the tail of a chain before its head.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from cached_attention.policy.demand import Demand, WaitingOrder
 from cached_attention.policy.next_use import BINS, BOUNDS, KINDS, NextUse, bin_of
 
 NOT_WAITING = -1
-"""Rank of what goes before all that waits: it may push out any page that a waiting request wants."""
+"""Rank of work that comes before all queued requests: it may evict any page that they need."""
 
 
 AGED_AT_ONCE = 1024
-"""Pages that move to the queue of another age at once; after a long silence the others follow, a bit later."""
+"""Maximum number of pages moved to the queue of another age at once; after a long pause the rest follow later."""
 
 
 class EvictionOrder:
-    """Unpinned leaves of one tier: first what no waiting request wants, that of least worth before others,
-    then what is wanted, from the request that is furthest from running.
+    """Unpinned leaves of one tier: first those that no queued request needs, in order of worth, least first; then
+    those that are needed, from the request furthest from running.
 
-    Only a page that no page of the tier follows may go, so a chain shrinks from its tail and what
-    stays is always a usable prefix. Touching, pinning or wanting a page changes columns of the index and
-    the demand, not this order: an entry that is out of date is put right when it reaches the front. Each
-    page is queued at most once, so the order never outgrows the tier.
+    Only a page without successors in the tier can be evicted, so a chain shrinks from its tail and what stays is
+    always a usable prefix. Using, pinning or wanting a page changes columns of the index and the demand, not this
+    order: a stale entry is corrected when it reaches the front. Each page is queued at most once, so the order
+    never outgrows the tier.
 
-    Pages of one class and age bin are alike (see `NextUse`), so there is one queue for each of these, the
-    coldest page first, and a page moves on to the queue of the next bin as it ages. Of queues of equal
-    worth the one with the coldest page goes first, so the order is that of last use while nothing is known.
+    Pages of the same class and age bin are alike (see `NextUse`), so there is one queue per class and bin, with
+    the coldest page first, and a page moves to the queue of the next bin as it ages. Of queues of equal worth,
+    the one with the coldest page comes first, so the order is LRU while nothing is known.
 
     Args:
-        next_use: shared by the orders of all tiers; where it is never told of a use, the order is LRU.
+        next_use: shared by the orders of all tiers; if it never learns of a use, the order is LRU.
     """
 
     def __init__(
@@ -48,24 +48,24 @@ class EvictionOrder:
         self.tier = tier
         self._next_use = NextUse() if next_use is None else next_use
         self._queues: list[list[tuple[float, int]]] = [[] for _ in range(KINDS * BINS)]
-        """Of (last use, row), by class and bin."""
+        """Heaps of (last use, row), by class and bin."""
         self._fronts: list[tuple[float, float, int]] = []
-        """Of (worth, last use of the first page, queue): an entry for the front of each queue, among others."""
+        """Heap of (worth, last use of the first page, queue): the front of each queue, among stale entries."""
         self._queued = bytearray()
         self.spared: Residency | None = None
-        """Pages that are in this tier too go after all others that no request wants: what is on no disk yet
-        would be lost. They are to be offered when they leave it."""
+        """Pages that are also in this tier are evicted after all others that no request needs: not being on disk
+        yet, they would be lost. They must be offered when they leave it."""
         self._set_aside: dict[int, None] = {}
-        """Pages that were spared when they came to the front."""
+        """Pages that were spared when they reached the front."""
         self._seen = (-1, 0.0)
         self.demand = Demand(WaitingOrder() if waiting is None else waiting, index, tier, freed=self.offer)
 
     def __len__(self) -> int:
-        """Pages queued."""
+        """Number of pages queued."""
         return sum(map(len, self._queues))
 
     def offer(self, row: int) -> None:
-        """Say that `row` may have become evictable: placed, unpinned, unwanted, or left by the page after it."""
+        """`row` may have become evictable: placed, unpinned, no longer wanted, or its successor has left."""
         if row >= len(self._queued):
             self._queued.extend(bytes(row + 1 - len(self._queued)))
         if self.demand.is_wanted(row):
@@ -80,23 +80,23 @@ class EvictionOrder:
                 self._announce(number)
 
     def offer_many(self, rows: Iterable[int]) -> None:
-        """`offer` for each; what is followed by a page of the tier is passed over."""
+        """`offer` for each row; those with successors in the tier are skipped."""
         children = self.tier.children
         for row in rows:
             if not children[row]:
                 self.offer(row)
 
     def _announce(self, number: int) -> None:
-        """The queue has another front."""
+        """The queue has a new front."""
         if queue := self._queues[number]:
             worth = self._next_use.worth[number // BINS][number % BINS]
             heapq.heappush(self._fronts, (worth, queue[0][0], number))
 
     def take(self, used_before: float = math.inf, for_rank: int = NOT_WAITING) -> int | None:
-        """The page to evict next, or None when nothing evictable was last used before `used_before`.
+        """The page to evict next, or None if no evictable page was last used before `used_before`.
 
-        The caller displaces it. With `used_before` the coldest page goes first, whatever its worth.
-        `for_rank`: who takes waits at this rank, and gets no page that is wanted at that rank or before it.
+        The caller must displace it. With `used_before` the coldest page comes first, whatever its worth.
+        `for_rank`: rank of the request to make room for; pages needed at that rank or before it are not taken.
         """
         if used_before < math.inf:
             return self._coldest(used_before)
@@ -104,10 +104,10 @@ class EvictionOrder:
         return self._wanted_behind(for_rank) if row is None else row
 
     def take_run(self, most: int, for_rank: int = NOT_WAITING) -> list[int]:
-        """Up to `most` pages that go next, each of them followed by the one before it in the list.
+        """Up to `most` pages to evict next: a run of a chain, tail first.
 
-        The same pages in the same order as from as many calls of `take`, in less time: once the tail of a
-        chain goes, what is before it is of the same worth and goes next.
+        The same pages in the same order as from as many calls of `take`, in less time: once the tail of a chain
+        is evicted, the page before it has the same worth and comes next.
         """
         row = self._unwanted()
         if row is None:
@@ -151,7 +151,7 @@ class EvictionOrder:
         return None
 
     def _catch_up(self) -> None:
-        """Time went on, or the estimates changed: move on what has aged, and order the queues anew."""
+        """Time has passed or estimates have changed: move pages that have aged, and reorder the queues."""
         self._seen = self._next_use.version, self._next_use.now
         left = AGED_AT_ONCE
         for number, queue in enumerate(self._queues):
@@ -177,11 +177,11 @@ class EvictionOrder:
                 return row
 
     def _pop(self, number: int) -> int | None:
-        """The first page of a queue; None where its entry was out of date."""
+        """Take the first page of a queue; None if its entry was stale."""
         last_use, row = heapq.heappop(self._queues[number])
         self._queued[row] = False
         if not self._evictable(row) or self.demand.is_wanted(row):
-            return None  # It is offered again when that ends.
+            return None  # It is offered again when that changes.
         if self._index.last_use[row] > last_use or self._index.kind[row] != number // BINS:
             self.offer(row)
             return None

@@ -1,4 +1,4 @@
-"""How soon will a page be used again? Learnt from the gaps seen: the order of eviction where no request waits."""
+"""How soon a page will be used again, learnt from past gaps: orders evictions where the queue does not decide."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from zlib import crc32
 from cached_attention.policy.duel import EVERYTHING, Duel, Sampled
 
 SHORTEST, RATIO, BINS = 2.0, math.sqrt(2), 34
-"""The first age bin ends at so many seconds; the next ones grow in this ratio, to two days; the last is open."""
+"""Age bins: the first ends at `SHORTEST` seconds, further ends grow by `RATIO` to 1.5 days; the last is open."""
 BOUNDS = [0.0, *(SHORTEST * RATIO**k for k in range(BINS - 1)), math.inf]
-"""Seconds at which the bins begin, and at which the last ends."""
+"""Ages in seconds at which the bins begin, and at which the last one ends."""
 USES = (1, 2, 3, 5, 8)
-"""Upper ends of the classes of uses; the last class is open."""
+"""Upper bounds of the classes of uses; the last class is open."""
 KIND = bytes(bisect_left(USES, uses) for uses in range(257))
-"""Class of a page by its uses."""
+"""Class of a page by its number of uses."""
 ENDS = len(USES) + 1
 """Added to the class of the last page of a prompt."""
 KINDS = 2 * ENDS
 PRIOR_USES = 400.0
-"""Weight of what is assumed of a class, in page uses: a few conversations, whose pages return together."""
+"""Weight of the prior of a class, in page uses: a few conversations, whose pages return together."""
 PRIOR = [0.3] + [0.1] * (BINS - 1)
-"""Assumed chance of a use in each bin: then the worth of a page falls as one over its age, which is LRU."""
+"""Prior probability of a use in each bin: the worth of a page then falls as one over its age, which is LRU."""
 WATCHED = 1 << 15
-"""Pages that are watched at most."""
+"""Maximum number of watched pages."""
 CELLS = 1 << 22
-"""Counters of uses, a byte each; pages whose keys fall on one cell share it."""
+"""Number of use counters, a byte each; pages whose keys map to the same cell share it."""
 FORGETTING = 1 << 20
-"""Uses after which what was counted weighs half."""
+"""Number of uses after which all counts are halved."""
 HALF = bytes(count // 2 for count in range(256))
 
 
@@ -43,7 +43,7 @@ def bin_of(age: float) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Watch:
-    """A sampled page since its last use, wherever its bytes are by now."""
+    """A sampled page since its last use, wherever its bytes are now."""
 
     key: bytes
     used: float
@@ -53,55 +53,55 @@ class _Watch:
 
 
 class _Prompt(NamedTuple):
-    """The sampled pages of a request that has not run: three objects, however many they are."""
+    """The sampled pages of a request that has not run: three objects, however many pages there are."""
 
     keys: list[bytes]
     kinds: bytearray
     duelled: list[Sampled]
-    """The few of them that the ghost caches are about."""
+    """The few of them that are in the sample of the ghost caches."""
 
 
 class NextUse:
-    """The expected uses of a page per second that it is kept, by its class and its age.
+    """The expected uses of a page per second that it is kept, by its class and age.
 
-    Pages are classed by what is cheap to know: how often they were used, and whether they end a prompt (an
-    end that is not a whole block, or that the next turn replaces, does not come back). Per class, the hazard
-    of a use in each age bin is the part of the pages reaching the bin that are used in it. It is learnt
-    from a sample of pages that are watched from use to use, in a tier or out of it, so that pages that were
-    evicted count as those that were kept, and pages that never return count from the first bin on. Uses are
-    counted for all pages, evicted ones too, in cells by hash (TinyLFU, Einziger et al., ACM ToS 2017). Where keys
-    share a cell, too much is counted; since a page is used at least as often as those that follow it, the least
-    count of a prompt up to the page is nearer to the truth.
-    The sample is of keys below a threshold that falls as the record fills (SHARDS, Waldspurger et al., FAST
-    2015, section 3.2), so memory is bounded and each page stands for the same number of others.
+    Pages are classified by features that are cheap to know: how often they were used, and whether they end a
+    prompt (a last page that is not a whole block, or that the next turn replaces, is not used again). Per class,
+    the hazard of a use in each age bin is the fraction of the pages reaching the bin that are used in it. It is
+    learnt from a sample of pages that are watched from use to use, in a tier or not, so that evicted pages count
+    like kept ones, and pages that never return count from the first bin on. Uses are counted for all pages,
+    evicted ones too, in cells by hash (TinyLFU, Einziger et al., ACM ToS 2017). Keys that share a cell are
+    overcounted; since a page is used at least as often as its successors, the minimum count in a prompt up to the
+    page is a better estimate. The sample consists of the keys whose hash is below a threshold that falls as the
+    record fills (SHARDS, Waldspurger et al., FAST 2015, section 3.2), so memory is bounded and each sampled page
+    represents the same number of pages.
 
     The worth of a page is the Gittins index of its class and age (Gittins, J. R. Stat. Soc. B 41, 1979): the
-    highest ratio, over all times to give up at, of the chance of a use to the seconds kept until it or until
-    giving up. In contrast to the hazard at hand it sees that a user takes a while to type; in contrast to
-    hit density (LHD, Beckmann et al., NSDI 2018, section 4) it does not depend on what was evicted so far.
+    highest ratio, over all times at which to give up, of the probability of a use to the expected seconds kept
+    until that use or until giving up. Unlike the current hazard, it accounts for the time that a user takes to
+    type; unlike hit density (LHD, Beckmann et al., NSDI 2018, section 4), it does not depend on past evictions.
 
-    A class of which little is known is taken for the mean of all classes, and that for `PRIOR`, where
-    worth falls with age: a cold start is LRU. What was learnt is followed while it does better, see `Duel`.
+    A class about which little is known is assumed to be like the mean of all classes, and the mean like `PRIOR`,
+    where worth falls with age: a cold start is LRU. The estimates are followed while they do better, see `Duel`.
 
     Args:
-        pages: that the tier holds; None: what was learnt is followed in any case.
+        pages: capacity of the tier; None: the estimates are always followed.
     """
 
     def __init__(self, pages: int | None = None) -> None:
         self.now = 0.0
-        """Of the last use, in seconds."""
+        """Time of the last use, in seconds."""
         self._reached = [[0.0] * BINS for _ in range(KINDS)]
         self._used = [[0.0] * BINS for _ in range(KINDS)]
         self._watched: dict[bytes, _Watch] = {}
         self._asked: dict[str, _Prompt] = {}
-        """Of the requests that have not run."""
+        """Per request that has not run."""
         self._by_bin: list[deque[_Watch]] = [deque() for _ in range(BINS)]
         self._threshold = EVERYTHING
         self._counts = bytearray(CELLS)
         self._uses, self._refresh_at, self._halve_at = 0, 64, FORGETTING
         self._next_kind = 0
         self.version = 0
-        """Counts the changes of `worth`."""
+        """Number of changes of `worth`."""
         self._cold = [_gittins(PRIOR)] * KINDS
         self._learnt = self._cold.copy()
         self._duel = None if pages is None else Duel(pages, BOUNDS[:-1])
@@ -109,9 +109,9 @@ class NextUse:
         """Per class and age bin: expected uses per second kept, from the start of the bin on."""
 
     def asked(self, request: str, keys: Sequence[bytes], now: float) -> list[int]:
-        """A request with the prompt `keys` came; returns the class of each page from now on.
+        """A request with the prompt `keys` has arrived; returns the class of each page from now on.
 
-        To be called once per request, with all pages of its prompt, whether they are in a tier or not.
+        Must be called once per request, with all pages of its prompt, whether they are in a tier or not.
         """
         self.now = max(self.now, now)
         self._age()
@@ -149,7 +149,7 @@ class NextUse:
                 self.version += 1
 
     def ran(self, request: str, now: float) -> None:
-        """`request` runs now, or was given up: from now on its pages may go, and are watched."""
+        """`request` runs or was aborted: from now on its pages may be evicted, and are watched."""
         self.now = max(self.now, now)
         if (prompt := self._asked.pop(request, None)) is None:
             return
@@ -168,9 +168,9 @@ class NextUse:
             known.is_over = True
 
     def kinds(self, keys: Iterable[bytes], before: int | None = None) -> list[int]:
-        """Classes of consecutive pages that are made now; those of a prompt were told of when it came.
+        """Classes of consecutive pages that enter a tier. Counts no uses: for prompts, `asked` has done so.
 
-        `before`: class of the page before them, None at the start of a prompt.
+        `before`: class of the page before them; None if there is none.
         """
         counts, least = self._counts, ENDS if before is None else before % ENDS
         return [least := min(least, KIND[counts[crc32(key) % CELLS]]) for key in keys]
@@ -193,7 +193,7 @@ class NextUse:
             self._learn()
 
     def _thin_out(self) -> None:
-        """Watch half as many; walks what is watched, once in `WATCHED` / 2 new pages."""
+        """Halve the sample; walks all watched pages, once per `WATCHED` / 2 new ones."""
         self._threshold //= 2
         self._weigh_half()
         for key in [key for key in self._watched if crc32(key) >= self._threshold]:
@@ -213,7 +213,7 @@ class NextUse:
         self._counts = self._counts.translate(HALF)
 
     def _learn(self) -> None:
-        """Estimate the worth of one class anew, each in its turn, so that no pass bears the cost of all."""
+        """Estimate the worth of one class again, in rotation, so that no pass bears the cost of all."""
         kind, self._next_kind = self._next_kind, (self._next_kind + 1) % KINDS
         weight = PRIOR_USES * self._threshold / EVERYTHING
         reached = [sum(column) for column in zip(*self._reached, strict=True)]
@@ -228,7 +228,7 @@ def _hazard(used: list[float], reached: list[float], prior: list[float], weight:
 
 
 def _gittins(hazard: list[float]) -> list[float]:
-    """Per bin the highest ratio of expected uses to expected seconds, over all bins to give up after."""
+    """Per bin: the highest ratio of expected uses to expected seconds, over all bins after which to give up."""
     worth = []
     for first in range(BINS - 1):
         left, uses, seconds, best = 1.0, 0.0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Copies between the engine's KV pool and the arena: per layer on the way in, whole pages on the way out."""
+"""Copies between the engine's KV pool and the arena: loads layer by layer, saves whole pages."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cached_attention.position.rotation import Rotation
 from cached_attention.tiers.host import HostTier
 
 Rotations = Sequence[Rotation | None]
-"""Per layer how its keys are rotated; None for one whose keys know no position."""
+"""Per layer: how its keys are rotated; None for layers without positions."""
 
 
 Part = Callable[[int], None]
-"""Copies one layer, whose number it is given, of some pages of a load."""
+"""Copies one layer, given by number, of some pages of a load."""
 
 
 class PageCopier(ABC):
-    """Its calls run on a stream: on CUDA they return before the bytes have landed, else when they have."""
+    """Copies pages on a stream: on CUDA its calls return before the bytes have landed, otherwise after."""
 
     wants_numbers = False
-    """Whether loads are quicker when the numbers of their device pages are known on the host."""
+    """Whether loads are faster if the numbers of their device pages are known on the host."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         self._rotating = None if rotations is None else rope_on_load(device, host, rotations)
@@ -47,8 +47,8 @@ class PageCopier(ABC):
         """What `load` needs to copy the records in `slots` into the device `pages`, made once for all layers.
 
         Args:
-            pages: `[n]`, integer: a tensor where the pool lies, or an array, where they are known on the host.
-            deltas: per record how many tokens its keys turn by; without, none turns.
+            pages: `[n]`, integer: a tensor on the pool's device, or an array if they are known on the host.
+            deltas: per record: tokens by which its keys are rotated; empty: none are rotated.
         """
 
     def load(self, layer: int, moves: Sequence[Part]) -> None:
@@ -57,7 +57,7 @@ class PageCopier(ABC):
             part(layer)
 
     def _split(self, pages: np.ndarray, slots: np.ndarray, deltas: Sequence[int]) -> list[Part]:
-        """What turns goes through the kernel, what does not is copied as quickly as bytes can be."""
+        """Rotated pages go through the kernel; all others are copied verbatim, as fast as possible."""
         turns = np.array(deltas, bool) if len(deltas) else np.zeros(len(slots), bool)
         parts = []
         if not turns.all():
@@ -80,11 +80,11 @@ class PageCopier(ABC):
 
 
 class CpuCopier(PageCopier):
-    """Streams all components of a page, or of a layer, in one call that leaves the interpreter to others."""
+    """Streams all components of a page, or of a layer, in one call that runs without the GIL."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         super().__init__(device, host, rotations)
-        # Compiled on import, for a second: only where it is used.
+        # Compiled on import, which takes a second: imported only where it is used.
         from cached_attention.transfer.streaming import copy_rows
 
         self._stream = copy_rows
@@ -124,7 +124,7 @@ class CpuCopier(PageCopier):
 
 
 def _rows_of(arrays: Sequence[torch.Tensor]) -> np.ndarray:
-    """`[arrays, 2]`: address of row 0 and bytes from row to row of `[rows, bytes]` byte tensors."""
+    """`[arrays, 2]`: address of row 0 and stride in bytes, for each of the `[rows, bytes]` byte tensors."""
     return np.array([(array.data_ptr(), array.stride(0)) for array in arrays], dtype=np.intp)
 
 
@@ -136,7 +136,7 @@ def by_kernel(
 
 
 def rope_on_load(device: DevicePool, host: HostTier, rotations: Rotations) -> RopeOnLoad:
-    """Moves of whole layers; K, or the latent of MLA, comes first in each."""
+    """Moves whole layers and rotates the first component of each: K, or the latent of MLA."""
     layers = []
     for layer, (buffers, rotation) in enumerate(zip(device.buffers, rotations, strict=True)):
         turns = [rotation, *[None] * (len(buffers) - 1)]
@@ -146,7 +146,7 @@ def rope_on_load(device: DevicePool, host: HostTier, rotations: Rotations) -> Ro
 
 
 def whole_pages(device: DevicePool, host: HostTier) -> RopeOnLoad:
-    """Moves of whole layers that turn nothing, whatever lies in them: each page is one slot of bytes."""
+    """Moves whole layers of any content without rotation: each page is one slot of bytes."""
     layers = [
         [PagedComponent(pages, host.component(layer, component)) for component, pages in enumerate(buffers)]
         for layer, buffers in enumerate(device.layers)

@@ -1,4 +1,4 @@
-"""Streams where there are none: a thread each."""
+"""Streams for devices that have none: a thread each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cached_attention.transfer.streams import Event, Op, Priority, Stream, regis
 
 
 class CpuEvent:
-    """A point in a thread's work. The engine works on the thread that calls it, so that is what waits."""
+    """A point in a thread's work. The engine computes on the calling thread, so that is the one that waits."""
 
     def __init__(self) -> None:
         self._happened = threading.Event()
@@ -38,7 +38,7 @@ class CpuEvent:
 
 @register("cpu")
 class CpuStream(Stream):
-    """A thread that runs ops in order. Priorities are the operating system's matter."""
+    """A thread that runs ops in order. Priorities are left to the operating system."""
 
     def __init__(self, device: torch.device, name: str, priority: Priority) -> None:
         self._ops: SimpleQueue[tuple[Op, CpuEvent | None] | None] = SimpleQueue()
@@ -65,7 +65,7 @@ class CpuStream(Stream):
         while (item := self._ops.get()) is not None:
             op, event = item
             error = error or self._attempt(op)
-            # What waited for an event that failed is not run: the error goes to the event after it.
+            # An op after a wait for a failed event does not run: its event gets the error.
             if event is not None:
                 event.happen(error)
                 error = None
@@ -74,6 +74,6 @@ class CpuStream(Stream):
     def _attempt(op: Op) -> BaseException | None:
         try:
             op()
-        except BaseException as error:  # noqa: BLE001  It belongs to whoever waits for the event.
+        except BaseException as error:  # noqa: BLE001  It is raised to whoever waits for the event.
             return error
         return None

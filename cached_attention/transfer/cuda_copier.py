@@ -1,16 +1,16 @@
 """Copies between a pool on a GPU and pinned host memory. They are put on the current stream; nothing waits.
 
-There are two ways. A kernel reads and writes host memory directly: a launch for any number of pages, and it can
-turn keys. The copy engines leave the GPU's cores to the model, but take a copy per page and component, whose
-addresses the host must know. Which way is quicker, and from which size of a page on, is the machine's matter:
-for saves and for loads it is measured at start-up, on the pages that this server has.
+There are two ways. A kernel reads and writes host memory directly: it needs one launch for any number of pages,
+and can rotate keys. The copy engines leave the GPU's cores to the model, but need one copy per page and
+component, with addresses known on the host. Which way is faster, and from which page size on, depends on the
+machine: it is measured at start-up, for saves and for loads, on this server's own pages.
 
-The numbers of the device pages of a load are computed on the device. They come to the host when the load is
-queued (`PageNumbers`), and as a rule are there when it starts. Nothing waits for them: a load that starts before
-they are there is made by the kernel, which reads them where they are. A page whose keys turn is always loaded by
-the kernel.
+The numbers of the device pages of a load are computed on the device. They are copied to the host when the load is
+queued (`PageNumbers`), and have usually arrived when it starts. Nothing waits for them: a load that starts before
+they have arrived uses the kernel, which reads them on the device. A page whose keys are rotated is always loaded
+by the kernel.
 
-On the device this takes 12 bytes per page of the loads and saves that run, and the table of deltas: with the
+This takes 12 bytes of device memory per page of the running loads and saves, plus the table of deltas: with the
 granularity of torch's allocator, 2 MiB per stream.
 """
 
@@ -36,42 +36,42 @@ from cached_attention.transfer.copier import PageCopier, Part, Rotations, by_ker
 logger = logging.getLogger(__name__)
 
 SAVE_BLOCKS = 8
-"""Nobody waits for a save: few of the GPU's cores are taken from the model."""
+"""Thread blocks of a save: few, because no request waits for a save and the model needs the GPU's cores."""
 WORTH_CORES = 0.9
-"""The kernel moves pages when it takes less than this part of the engines' time: those leave the cores alone.
-Expected, until it was measured: engines from 64 KiB per page and component, since a copy costs an engine about
-a microsecond, in which the link moves as much."""
+"""The kernel is used if it takes less than this fraction of the copy engines' time, as those leave the cores to
+the model. Expected, before any measurement: engines from 64 KiB per page and component on, since a copy costs an
+engine about a microsecond, in which the link moves that much."""
 PROBED_PAGES = 16
 PROBES = 3
-"""Of each way and direction, besides one that does not count: 16 times 16 pages, which for pages of 64 tokens of
-Llama-3-8B are 2 GiB, and less than 0.1 s of a PCIe 5.0 link."""
+"""Measurements per way and direction, after one to warm up: 16 times 16 pages in all, which for pages of 64
+tokens of Llama-3-8B are 2 GiB, and take less than 0.1 s on a PCIe 5.0 link."""
 
 
 class Time(NamedTuple):
-    """What a transfer takes, in milliseconds."""
+    """Duration of a transfer, in milliseconds."""
 
     on_device: float
     """From its start to its end."""
     on_host: float
-    """Until all of it is handed over."""
+    """Until all of it is issued."""
 
 
 class Way(NamedTuple):
-    """What the same pages take one way."""
+    """Durations for the same pages in one of the two ways."""
 
     saves: Time
     loads: Time
 
 
 class ByEngines(NamedTuple):
-    """Which transfers the copy engines make."""
+    """Which transfers use the copy engines."""
 
     saves: bool
     loads: bool
 
 
 class CudaCopier(PageCopier):
-    """Kernels or copy engines."""
+    """Copies with kernels or copy engines."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         super().__init__(device, host, rotations)
@@ -81,7 +81,7 @@ class CudaCopier(PageCopier):
         self._layers = [slice(*span) for span in pairwise(ends)]
         self._plain = None
         if library is None:
-            # Without a compiler torch moves the pages. It reads page numbers on the CPU, and waits for them.
+            # Without a compiler torch copies the pages. It reads page numbers on the CPU, and waits for them.
             logger.error(
                 "CachedAttention: each load stops the scheduler until it has ended: no kernel was compiled."
             )
@@ -144,10 +144,10 @@ class CudaCopier(PageCopier):
         return rows.to(self._device, non_blocking=True)
 
     def _compare(self, rows: list[int]) -> ByEngines:
-        """Measured once, while nobody uses the pool. Page i goes to slot i and back, so it stays as it is.
+        """Measure both ways, while nobody uses the pool. Page i is copied to slot i and back: no page changes.
 
         Raises:
-            RuntimeError: no way works on this GPU.
+            RuntimeError: neither way works on this GPU.
         """
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -187,7 +187,7 @@ class CudaCopier(PageCopier):
 
 
 def choose(engines: Way | RuntimeError, cores: Way | RuntimeError) -> ByEngines:
-    """The break-even, from what both took for the same pages. A way that failed is not gone.
+    """Choose by what both ways took for the same pages. A way that failed is not used.
 
     Raises:
         RuntimeError: both failed.
@@ -200,9 +200,9 @@ def choose(engines: Way | RuntimeError, cores: Way | RuntimeError) -> ByEngines:
             ) from cores
         logger.warning("CachedAttention: the kernel that moves pages does not run on this GPU: %s", cores)
         return ByEngines(saves=True, loads=True)
-    if isinstance(engines, RuntimeError):  # A driver that knows no batches of copies.
+    if isinstance(engines, RuntimeError):  # A driver without batched copies.
         return ByEngines(saves=False, loads=False)
-    # A thread of their own hands over saves, the scheduler's hands over loads: there its time counts too.
+    # Saves are issued on a thread of their own, loads on the scheduler's thread, whose time counts too.
     return ByEngines(
         saves=engines_are_worth_it(engines.saves.on_device, cores.saves.on_device),
         loads=engines_are_worth_it(sum(engines.loads), sum(cores.loads)),
@@ -210,7 +210,7 @@ def choose(engines: Way | RuntimeError, cores: Way | RuntimeError) -> ByEngines:
 
 
 def engines_are_worth_it(engines: float, cores: float) -> bool:
-    """Whether copy engines, which leave the cores to the model, are quick enough; both in milliseconds."""
+    """Whether copy engines, which leave the cores to the model, are fast enough; both in milliseconds."""
     return cores >= WORTH_CORES * engines
 
 
@@ -219,7 +219,7 @@ def _format(time: Time) -> str:
 
 
 def _time(copy: Callable[[], None]) -> Time:
-    """The best of `PROBES` on the current stream, after one that does not count."""
+    """The best of `PROBES` runs on the current stream, after one to warm up."""
     best = Time(float("inf"), float("inf"))
     for probe in range(1 + PROBES):
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""CUDA's streams, made for the transfers alone."""
+"""CUDA streams that only the transfers use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cached_attention.transfer.streams import Event, Op, Priority, Stream, regis
 
 @register("cuda")
 class CudaStream(Stream):
-    """Ops are launched at once, on the calling thread.
+    """Launches ops immediately, on the calling thread.
 
-    torch deals its streams out of a pool of 32 in turns, so that one of them may be the forward's own, and
-    saves would queue in front of it. Hence one made here.
+    torch hands out its streams from a pool of 32, round-robin. One of them could be the forward's own, and saves
+    would queue in front of the forward, so this class creates its own stream.
 
     Raises:
-        RuntimeError: CUDA made no stream.
+        RuntimeError: CUDA created no stream.
     """
 
     def __init__(self, device: torch.device, name: str, priority: Priority) -> None:
@@ -30,8 +30,8 @@ class CudaStream(Stream):
         self._stream = torch.cuda.ExternalStream(int(handle), device)
 
     def serve_thread(self) -> None:
-        # A new thread is on GPU 0, and when it leaves a stream torch returns there: each rank would get a context
-        # on that GPU, of some hundred MB.
+        # A new thread starts on GPU 0, and torch returns there when the thread leaves a stream: each rank would
+        # get a context of some hundred MB on that GPU.
         torch.cuda.set_device(self._stream.device)
 
     def run(self, ops: Iterable[Op]) -> list[Event]:
@@ -39,7 +39,7 @@ class CudaStream(Stream):
         with torch.cuda.stream(self._stream):
             for op in ops:
                 op()
-                # A thread that waits for one sleeps instead of spinning.
+                # A thread that waits for a blocking event sleeps instead of spinning.
                 events.append(self._stream.record_event(torch.cuda.Event(blocking=True)))
         return events
 
@@ -47,7 +47,7 @@ class CudaStream(Stream):
         event.wait(self._stream)
 
     def close(self) -> None:
-        # Never destroyed: torch's allocator may hold memory that was last used on it. A process makes two.
+        # Never destroyed: torch's allocator may hold memory that was last used on it. A process makes only a few.
         self._stream.synchronize()
 
 

@@ -23,33 +23,33 @@ from cached_attention.transfer.streams import Event, Op, Priority, make_stream
 from cached_attention.transfer.work import Step, Work
 
 NO_CHECKSUM = 0
-"""Of a page that never leaves memory."""
+"""Checksum of a page that never leaves memory."""
 SAVED_AT_ONCE = 32 << 20
-"""Bytes: about a millisecond of a PCIe link. Between two such parts a save makes way for loads."""
+"""Bytes per part of a save: about a millisecond on a PCIe link. Between two parts a save makes way for loads."""
 SAVES_IN_FLIGHT = 2
-"""Parts."""
+"""Parts in flight."""
 MAKE_WAY = 0.02
-"""Seconds, at most, that a part of a save makes way. Its device pages cannot be freed as long as it waits."""
+"""Maximum number of seconds that a part of a save makes way. Its device pages cannot be freed while it waits."""
 
 
 class PageSave(NamedTuple):
-    """Pages on their way to the host; `landed` resolves to checksums when the last layer has."""
+    """Pages on their way to the host; `landed` resolves to their checksums when the last layer has landed."""
 
     rows: list[int]
     whole: bool
-    """Whether every page of the run was taken; False when host memory was too full for the rest."""
+    """Whether every page of the run was taken; False if the rest was declined."""
     landed: Future[list[int]]
 
 
 class Transfers:
-    """The two transfer streams of one rank, and the thread that ends saves.
+    """The transfer streams of one rank, and the thread that completes saves.
 
     Loads are put on their stream by the thread that starts them: an event must have been recorded before the
-    forward's stream can wait for it. Where nothing waits for the device, that is a launch per layer.
+    forward's stream can wait for it. As long as nothing waits for the device, that costs one launch per layer.
 
     Args:
-        device: where the engine's pool lies.
-        checksums: saves yield one per page. Only pages that leave memory need it.
+        device: device of the engine's pool.
+        checksums: whether saves compute one per page, which only pages that leave memory need.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Transfers:
         self._numbers = make_stream(device, "numbers", Priority.HIGH) if copier.wants_numbers else None
         self._saver = ThreadPoolExecutor(1, "cached-attention-save", self._saves.serve_thread)
         self._last_load: tuple[Event, Event] | None = None
-        """Its copies have begun, and have ended."""
+        """Two events: its copies have begun, and have ended."""
         self._saved_at_once = max(1, SAVED_AT_ONCE // host.layout.page_bytes)
 
     def read_numbers(self, device_slots: torch.Tensor, after: Sequence[Event]) -> PageNumbers | None:
-        """Let the page numbers of a load come to the host after the events `after`; None: nobody wants them."""
+        """Start copying the page numbers of a load to the host after the events `after`; None if not needed."""
         if self._numbers is None:
             return None
         for event in after:
@@ -99,12 +99,12 @@ class Transfers:
             of_run = PageNumbers(run.device_slots, self._page_size, self._saves).wait_here().tolist()
             return self._save_in_parts([run.keys[i] for i in places], [of_run[i] for i in places], slots)
         except BaseException:
-            # The slots go to others now: nothing may be written to them any more.
+            # The slots are about to be reused: nothing may be written to them any more.
             self._saves.record().synchronize()
             raise
 
     def _save_in_parts(self, keys: Sequence[PageKey], pages: Sequence[int], slots: Sequence[int]) -> list[int]:
-        """One part is copied while the checksums of the one before are computed."""
+        """Copy each part while the checksums of the previous one are computed; returns all checksums."""
         checksums: list[int] = []
         parts = [slice(first, first + self._saved_at_once) for first in range(0, len(pages), self._saved_at_once)]
         running: deque[tuple[Step, slice]] = deque()
@@ -129,7 +129,7 @@ class Transfers:
         return page_checksum(key, self._host.record(slot)) if self._checksums else NO_CHECKSUM
 
     def _make_way(self) -> None:
-        """Somebody waits for a load, nobody for a save. One that itself waits for a forward needs no way yet."""
+        """Let a load pass: requests wait for loads, not saves. Ignores loads that still wait for a forward."""
         until = time.monotonic() + MAKE_WAY
         while self._is_loading() and time.monotonic() < until:
             time.sleep(MAKE_WAY / 40)
@@ -141,7 +141,7 @@ class Transfers:
         return begun.query() and not ended.query()
 
     def close(self) -> None:
-        """Let what runs finish; nothing new starts."""
+        """Finish what is running; nothing new starts."""
         self._saver.shutdown(cancel_futures=True)
         self._loads.close()
         self._saves.close()

@@ -1,4 +1,4 @@
-"""Page records on their way to the device, one layer after the other."""
+"""Page records on their way to the device, layer by layer."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ class PageLoad(NamedTuple):
     """`[pages * page_size]`, integer: token slots on the device."""
     host_slots: list[int]
     deltas: list[int]
-    """Per page: tokens from where it was computed to where it is loaded."""
+    """Per page: tokens from the position where it was computed to the one where it is loaded."""
     numbers: PageNumbers | None = None
-    """Of its device pages, where the copier wants them."""
+    """Numbers of its device pages, if the copier wants them."""
 
 
 def device_pages(device_slots: torch.Tensor, page_size: int) -> torch.Tensor:
-    """The pages that whole runs of `device_slots` fill, where these lie."""
+    """Numbers of the whole pages that `device_slots` fill, on the same device."""
     return device_slots[::page_size] // page_size
 
 
 class LayerWiseLoad(Work):
     """The pages of one batch on their way to the device.
 
-    Which device slots may be written, and when? The load's slots were free when they were given to it, but
-    the forward before, which may still run, can own some of them:
+    When may the device slots be written? They were free when they were allocated to the load, but the previous
+    forward, which may still be running, can use some of them:
 
-    - A request that ended is released when its last result is read; by then the next forward, which has it
-      in its batch for one token more, is running. It reads all slots of that request and writes one.
-    - A node of the tree is evicted when no request holds it. The forward of the request that held it last
-      may be running.
-    - A captured graph writes padding into slot 0, which is never given to anybody.
-    - A save that reads slots holds the lock of their node until it is reported: they are not free.
-    - An earlier load of slots that were freed since is in front, on the same stream.
+    - A finished request is released when its last result is read; by then the next forward is running, with the
+      request in its batch for one more token. It reads all slots of that request and writes one.
+    - A node of the tree is evicted when no request holds it. The forward of the last request that held it may
+      still be running.
+    - A captured graph writes padding into slot 0, which is never allocated.
+    - A save that reads slots holds the lock of their node until it is reported, so they are not free.
+    - An earlier load into slots that were freed since is ahead on the same stream.
 
-    So a load waits for everything that was put on the forward's stream when it starts (`after`), which holds
-    all forwards before its own: its own is launched later and waits for it, layer by layer. Where `LoadFence`
-    knows that the last of them touches none of the slots, it waits for those before that one only. `after` also
-    says that the numbers in `device_slots` are computed. Whoever uses the slots next does so on the forward's
+    So a load waits for everything that is on the forward's stream when it starts (`after`). That includes all
+    forwards before its own, which is launched later and waits for the load, layer by layer. If `LoadFence` knows
+    that the last of them touches none of the slots, the load waits only for the ones before it. `after` also
+    implies that the numbers in `device_slots` are computed. The next user of the slots runs on the forward's
     stream, which has waited for the last layer (`CachedAttentionStore.finish_load`), or on the load's.
     """
 
     layers: Sequence[Event]
-    """`layers[l]`: layer l of all pages is there, or will never be, see `error`."""
+    """`layers[l]`: layer l of all pages has landed, or never will, see `error`."""
 
     def __init__(self, copier: PageCopier, loads: Sequence[PageLoad], page_size: int) -> None:
         self._copier = copier
@@ -76,7 +76,7 @@ class LayerWiseLoad(Work):
         self._moves = self._copier.moves(self._device_pages(), host_slots, deltas)
 
     def _device_pages(self) -> np.ndarray | torch.Tensor:
-        """Where their numbers are: on the host, if those of all loads have arrived."""
+        """Page numbers of all loads: on the host if all have arrived there, else on the device."""
         known = [None if load.numbers is None else load.numbers.known() for load in self._loads]
         arrived = [numbers for numbers in known if numbers is not None]
         if len(arrived) == len(known):
@@ -87,10 +87,10 @@ class LayerWiseLoad(Work):
         self._copier.load(layer, self._moves)
 
     def wait(self, stream: Any = None) -> None:
-        """Let `stream`, or that of the calling thread, wait for all layers; see `Event.wait`."""
+        """Let `stream`, or the calling thread's stream, wait for all layers; see `Event.wait`."""
         self.layers[-1].wait(stream)
 
     @property
     def has_ended(self) -> bool:
-        """Whether it touches memory no more."""
+        """Whether the load no longer touches memory."""
         return self.layers[-1].query()

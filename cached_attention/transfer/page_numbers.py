@@ -1,4 +1,4 @@
-"""The numbers of device pages, which the device computes, on their way to the host."""
+"""Copies the numbers of device pages, which are computed on the device, to the host."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cached_attention.transfer.work import Step, Work
 
 
 class PageNumbers:
-    """Of a run of whole pages. They start on their way at once.
+    """Numbers of a run of whole pages; their copy starts at once.
 
     Args:
-        device_slots: `[pages * page_size]`, integer: token slots, as the device leaves them for `stream`. Copied
-            as they are, so that nothing is allocated on the device.
-        stream: what copies them.
+        device_slots: `[pages * page_size]`, integer: token slots, computed by the time `stream` gets to the copy.
+            Copied unchanged, so that nothing is allocated on the device.
+        stream: stream that copies them.
     """
 
     def __init__(self, device_slots: torch.Tensor, page_size: int, stream: Stream) -> None:
@@ -32,11 +32,11 @@ class PageNumbers:
         self._here.copy_(there, non_blocking=True)
 
     def known(self) -> np.ndarray | None:
-        """`[pages]`, integer; None while they are not there. Never waits."""
+        """`[pages]`, integer; None until they have arrived. Never waits."""
         return self._pages() if self._step.has_succeeded else None
 
     def wait_here(self) -> np.ndarray:
-        """As `known`; the calling thread waits.
+        """Like `known`, but the calling thread waits.
 
         Raises:
             RuntimeError: the copy failed.

@@ -1,8 +1,7 @@
-"""Copies of many rows at the speed of one large memcpy: written around the CPU's caches.
+"""Copies many rows at the speed of one large memcpy, by writing around the CPU's caches.
 
-A memcpy of some kilobytes writes through the caches, which reads each line from memory before it is
-written: half the speed of what libc does for copies larger than the caches. Rows of pages are small, all
-together they are not.
+A memcpy of a few kilobytes writes through the caches, which reads each line from memory before it is written:
+half the speed of what libc does for copies larger than the caches. Rows of pages are small, but many.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 LINE = 64
-"""Bytes that are moved at once."""
+"""Bytes moved at once."""
 _BYTE = ir.IntType(8)
 _LINE = ir.VectorType(_BYTE, LINE)
 _MEMORY_PAGE = 4096
@@ -25,7 +24,7 @@ _BLOCK = 4 * _MEMORY_PAGE
 
 @intrinsic
 def _stream_line(_context: Any, target: Any, source: Any) -> Any:
-    """Move a line between two addresses; `target` is aligned to it."""
+    """Move a line between two addresses; `target` is aligned to `LINE`."""
 
     def generate(_context: Any, builder: Any, _signature: Any, addresses: Any) -> None:
         target, source = (builder.inttoptr(address, _LINE.as_pointer()) for address in addresses)
@@ -47,7 +46,7 @@ def _move_byte(_context: Any, target: Any, source: Any) -> Any:
 
 @intrinsic
 def _fence(_context: Any) -> Any:
-    """Streamed lines are not ordered with what other threads see, but for this."""
+    """Order streamed lines with what other threads see; without it they are not."""
 
     def generate(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> None:
         builder.fence("seq_cst")
@@ -77,12 +76,12 @@ def _stream(target: int, source: int, size: int) -> None:
 def copy_rows(
     target: np.ndarray, target_rows: np.ndarray, source: np.ndarray, source_rows: np.ndarray, sizes: np.ndarray
 ) -> None:
-    """Copy rows `source_rows` of each source array to rows `target_rows` of the target array beside it.
+    """Copy rows `source_rows` of each source array to rows `target_rows` of the corresponding target array.
 
-    Checks nothing and holds no lock of the interpreter. All arguments are `intp`.
+    Checks nothing and runs without the GIL. All arguments are `intp`.
 
     Args:
-        target, source: `[arrays, 2]`: address of row 0, and bytes from one row to the next.
+        target, source: `[arrays, 2]`: address of row 0, and stride in bytes.
         target_rows, source_rows: `[rows]`.
         sizes: `[arrays]`: bytes of a row.
     """

@@ -1,7 +1,7 @@
-"""Streams and events: work is put on a stream in order, and streams wait for each other, not the callers.
+"""Streams and events: work is put on a stream in order, and streams, not callers, wait for each other.
 
-A device type registers what its streams are. The transfers are written against this file alone, so that the
-order that a GPU must keep is the order that threads keep where there is none, and is tested there.
+Each device type registers its class of streams. The transfers are written against this file alone, so that
+threads without a GPU keep the same order as a GPU must, and it is tested there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Event(Protocol):
         """Whether everything before it is done. Never waits."""
 
     def wait(self, stream: Any = None) -> None:
-        """Let `stream`, or that of the calling thread, wait. Without streams the thread itself waits."""
+        """Let `stream`, or the calling thread's stream, wait. Without streams the thread itself waits."""
 
     def synchronize(self) -> None:
         """Wait on the CPU: for transfer threads and shutdown only."""
@@ -36,10 +36,10 @@ class Priority(Enum):
 
 
 class Stream(ABC):
-    """Runs what is put on it in order, beside other streams.
+    """Runs what is put on it in order, concurrently with other streams.
 
     Args:
-        device: where the engine's pool lies.
+        device: device of the engine's pool.
         name: for threads and profilers.
         priority: between streams that want the device at the same time.
     """
@@ -49,31 +49,31 @@ class Stream(ABC):
 
     @abstractmethod
     def run(self, ops: Iterable[Op]) -> list[Event]:
-        """Put `ops` on the stream and return at once; one event per op: it and all before it are done."""
+        """Put `ops` on the stream and return at once, with one event per op: it and all before it are done."""
 
     @abstractmethod
     def wait(self, event: Event) -> None:
-        """What is put on the stream from now on starts after `event`."""
+        """Let what is put on the stream from now on start after `event`."""
 
     def serve_thread(self) -> None:  # noqa: B027 - where a thread has no device of its own there is nothing to do
-        """To be called first by a thread, other than the engine's own, that puts work on the stream."""
+        """Must be called first by a thread, other than the engine's own, that puts work on the stream."""
 
     def record(self) -> Event:
-        """What has been put on the stream is done."""
+        """Event: everything put on the stream so far is done."""
         return self.run([lambda: None])[0]
 
     @abstractmethod
     def close(self) -> None:
-        """Run what is on the stream, and end."""
+        """Run what is on the stream, then stop."""
 
 
 S = TypeVar("S", bound=type[Stream])
 STREAMS: dict[str, type[Stream]] = {}
-"""By device type."""
+"""Stream classes by device type."""
 
 
 def register(device_type: str) -> Callable[[S], S]:
-    """Class decorator: streams of devices of this type."""
+    """Class decorator: registers the streams of devices of this type."""
 
     def add(kind: S) -> S:
         STREAMS[device_type] = kind

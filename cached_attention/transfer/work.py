@@ -1,4 +1,4 @@
-"""Ops on a stream, and what became of them."""
+"""Ops on a stream, and whether they succeeded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cached_attention.transfer.streams import Event, Op
 
 
 class Work:
-    """Ops that belong together: after one has failed the rest is left out."""
+    """Ops that belong together: after one has failed, the rest are skipped."""
 
     error: BaseException | None = None
 
@@ -17,25 +17,25 @@ class Work:
             if self.error is None:
                 try:
                     op()
-                except BaseException as error:  # noqa: BLE001  The one who waits for the work is told.
+                except BaseException as error:  # noqa: BLE001  Reported to whoever waits for the work.
                     self.error = error
 
         return run
 
 
 class Step(NamedTuple):
-    """One of them, on a stream."""
+    """An op of some work, on a stream."""
 
     work: Work
     ended: Event
 
     @property
     def has_succeeded(self) -> bool:
-        """False also while it has not ended."""
+        """False if it failed or has not ended yet."""
         return self.ended.query() and self.work.error is None
 
     def wait_here(self) -> None:
-        """On the calling thread, that of saves: it is there for that."""
+        """Block the calling thread, that of saves, which exists for this; raises what the work raised."""
         self.ended.synchronize()
         if self.work.error is not None:
             raise self.work.error

@@ -1,4 +1,4 @@
-"""What SGLang's KV events call the pages of the store."""
+"""Names of the store's pages in SGLang's KV events."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sglang.srt.mem_cache.utils import compute_node_event_hash_values
 from cached_attention.index import PageKey
 
 TOKENS_REMEMBERED = 65_536
-"""Pages whose tokens are told, those of the latest requests; 64 tokens take 700 bytes."""
+"""Number of pages whose tokens are reported, those of the latest requests; 64 tokens take 700 bytes."""
 SWEPT = 2
-"""Names looked at, for each new one, whether anyone still needs them."""
+"""Names that are checked per new name, to forget those that are no longer needed."""
 
 
 Tokens = Sequence[int] | Sequence[tuple[int, int]]
-"""Of a page, as SGLang's events tell them: with EAGLE, each with the token after it."""
+"""Tokens of a page as SGLang's events report them: with EAGLE, each with the token after it."""
 
 
 class BlockName(NamedTuple):
@@ -37,7 +37,7 @@ class BlockName(NamedTuple):
 
 @dataclass
 class _Node:
-    """As much of a tree node as upstream's recorder reads."""
+    """The part of a tree node that upstream's recorder reads."""
 
     key: RadixKey | None
     parent: _Node | None
@@ -49,14 +49,14 @@ _ROOT = _Node(None, None)
 
 
 class BlockNames:
-    """Names pages as SGLang's own recorder names those on the device, so that a router can join both.
+    """Names pages as SGLang's own recorder names those on the device, so that a router can match both.
 
-    Without a namespace, SGLang's block hash is the first 64 bits of our key. With one (`extra_key`,
-    `cache_salt`, a LoRA adapter) the key tells nothing of it: the name is learnt from a request. A page that an
-    earlier run of the server left on disk has the first 64 bits of its key for a name until then.
+    Without a namespace, SGLang's block hash is the first 64 bits of our key. With one (`extra_key`, `cache_salt`,
+    a LoRA adapter) it cannot be derived from the key, so the name is learnt from a request. Until then, a page
+    that an earlier run of the server left on disk is named by the first 64 bits of its key.
 
     Args:
-        is_known: whether the store knows a page; names of others are forgotten.
+        is_known: whether the store knows a page; names of other pages are forgotten.
     """
 
     def __init__(self, params: CacheInitParams, is_known: Callable[[PageKey], bool]) -> None:
@@ -69,16 +69,16 @@ class BlockNames:
         )
         self._is_known = is_known
         self._learnt: OrderedDict[PageKey, BlockName] = OrderedDict()
-        """Of pages in a namespace; swept in turns."""
+        """Names of pages in a namespace; swept in rotation."""
         self._namesakes: dict[int, list[PageKey]] = {}
-        """Of block hashes that several pages may have: SGLang's leave the `extra_key` out."""
+        """Pages per block hash that several may have, because SGLang's hash leaves out the `extra_key`."""
         self._tokens: OrderedDict[PageKey, Tokens] = OrderedDict()
 
     def name(self, key: PageKey) -> BlockName:
         return self._learnt.get(key) or BlockName(_block_hash(key))
 
     def tokens(self, key: PageKey) -> Tokens | None:
-        """Those of the page; None where they are not remembered."""
+        """Tokens of the page; None if they are not remembered."""
         return self._tokens.get(key)
 
     def namesakes(self, key: PageKey) -> list[PageKey]:
@@ -88,9 +88,9 @@ class BlockNames:
         return [other for other in self._namesakes.get(self.name(key).block_hash, ()) if other != key]
 
     def learn(self, keys: Sequence[PageKey], prompt: RadixKey) -> list[PageKey]:
-        """`keys` are those of the pages of `prompt` from its start; returns the pages that are renamed by it.
+        """`keys` are the keys of the pages of `prompt`, from its start; returns the pages that this renames.
 
-        Hashes nothing where nothing is new.
+        Hashes nothing if nothing is new.
         """
         keys = keys[: len(prompt) // self._page_size]
         self._remember_tokens(keys, prompt)
@@ -117,7 +117,7 @@ class BlockNames:
             self._tokens.popitem(last=False)
 
     def _call(self, key: PageKey, name: BlockName, digest: bytes) -> bool:
-        """`digest`: of the tokens without the `extra_key`, the key of the page that has them in no namespace."""
+        """`digest`: hash of the tokens without the `extra_key`, which is the key of that page in no namespace."""
         is_new = self.name(key).block_hash != name.block_hash
         self._learnt[key] = name
         if key != digest and _block_hash(digest) == name.block_hash:
@@ -127,7 +127,7 @@ class BlockNames:
         return is_new
 
     def _node(self, prompt: RadixKey, first: int, end: int) -> _Node:
-        """The pages `first` to `end`, after those before them."""
+        """A node with the pages `first` to `end`, under one with the pages before them."""
         size, parent = self._page_size, _ROOT
         if first:
             parent = _Node(prompt[: first * size], _ROOT)
@@ -135,7 +135,7 @@ class BlockNames:
         return _Node(prompt[first * size : end * size], parent)
 
     def _sweep(self, count: int) -> None:
-        """Forget names that nobody needs, among the `count` that were looked at longest ago."""
+        """Forget names that are no longer needed, among the `count` that were checked longest ago."""
         for _ in range(min(count, len(self._learnt))):
             key, name = self._learnt.popitem(last=False)
             if self._is_known(key):

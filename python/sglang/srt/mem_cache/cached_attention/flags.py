@@ -1,4 +1,4 @@
-"""Flags of the server, the same names as `sgl.Engine` arguments and in `--config` files."""
+"""Flags of the server; they have the same names as arguments of `sgl.Engine` and in `--config` files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Flag(NamedTuple):
 
 
 def option_of(name: str) -> str:
-    """The command line's name of an argument."""
+    """Command-line name of an argument."""
     return "--" + name.replace("_", "-")
 
 
@@ -152,7 +152,7 @@ FLAGS = (
     SINK_PAGES,
 )
 AUTO_TRUNCATE = "allow_auto_truncate"
-"""SGLang's own argument, which both flags about truncation need."""
+"""SGLang's own argument, which both truncation flags require."""
 
 EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
@@ -165,11 +165,11 @@ EXCLUSIVE = {
     "enable_pd_role_switch": "a server that decodes for others loads nothing",
     "radix_cache_backend": "CachedAttention brings its own radix cache",
 }
-"""Arguments of SGLang that contradict ours, and why."""
+"""Arguments of SGLang that conflict with ours, and why."""
 DISAGGREGATION = "disaggregation_mode"
 SPECULATION = "speculative_algorithm"
 WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
-"""Speculative decoding with a draft model, whose KV is kept with that of the model."""
+"""Algorithms of speculative decoding with a draft model, whose KV is kept with that of the target model."""
 WITHOUT_DRAFT = "NGRAM"
 UNDIVIDED = {
     "pp_size": "stages would decide one by one what they can restore",
@@ -193,7 +193,7 @@ def fold(values: MutableMapping[str, Any]) -> None:
     """Replace our arguments in `values` by the arguments of SGLang that carry them to every process.
 
     Raises:
-        ConfigError: a value is wrong, or contradicts another one.
+        ConfigError: a value is wrong, or conflicts with another one.
     """
     given = {flag: values.pop(flag.name, None) for flag in FLAGS}
     if not given.pop(ENABLE):
@@ -269,7 +269,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
 
 
 def _encryption_key(encrypted: str | None, key_file: str | None) -> str | None:
-    """The place of the key, once it was found to hold one; `encrypted`: what it is for, None where nothing is."""
+    """Where the key is, after checking that it is valid. `encrypted`: what it encrypts; None: nothing."""
     if encrypted is None:
         if key_file is not None:
             raise ConfigError(
@@ -284,7 +284,7 @@ def _encryption_key(encrypted: str | None, key_file: str | None) -> str | None:
 
 
 def _disk_size(path: Path, size: str) -> int:
-    """What is there already counts as free: it is ours, or leaves less for us."""
+    """Size limit in bytes. Files already in the directory count as free space: normally they are the store's."""
     place = next(place for place in (path, *path.parents) if place.exists())
     if not place.is_dir():
         raise ConfigError(
@@ -332,7 +332,7 @@ def is_enabled(linker_config: dict[str, Any] | None) -> bool:
 
 
 def has_disk(linker_config: dict[str, Any] | None) -> bool:
-    """Whether `ServerArgs.unified_cache_external_linker_config` is ours and asks for a disk tier."""
+    """Whether `ServerArgs.unified_cache_external_linker_config` is ours and configures a disk tier."""
     return (
         linker_config is not None
         and is_enabled(linker_config)

@@ -1,4 +1,4 @@
-"""SGLang's list of free device slots, as `LoadFence` looks at it."""
+"""SGLang's list of free device slots, for `LoadFence`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 
 KNOWN = (PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator)
-"""To take slots they slice a tensor, and to free some they make a new one."""
+"""Allocators that slice a tensor to take slots, and create a new one to free slots."""
 
 
 class FreeSlots:
-    """The list as it is now. Kept, it keeps its memory (8 bytes per page of the pool), so that no other
-    can be at its address."""
+    """The present list. Holding it also holds its memory (8 bytes per page of the pool), so that no other list
+    can have its address."""
 
     def __init__(self, allocator: BaseTokenToKVPoolAllocator) -> None:
         self._storage = allocator.free_pages.untyped_storage()
@@ -25,7 +25,7 @@ class FreeSlots:
 
 
 def free_slots(allocator: BaseTokenToKVPoolAllocator) -> Callable[[], Any]:
-    """For `LoadFence`. The list of an allocator that is not known is never the same, so that loads wait."""
+    """Makes the `free_list` of `LoadFence`. For unknown allocators its results are never equal, so loads wait."""
     if type(allocator) in KNOWN and not allocator.need_sort:
         return lambda: FreeSlots(allocator)
     return object

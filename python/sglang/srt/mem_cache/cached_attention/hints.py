@@ -1,4 +1,4 @@
-"""`POST /cached_attention/hint`: a client says that a conversation will go on soon, or not at all.
+"""`POST /cached_attention/hint`: a client says that a conversation will continue soon, is to be kept, or is over.
 
 The prompt is tokenized as SGLang would tokenize it in a request, so that its pages are those of the next turn.
 """
@@ -23,7 +23,7 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Outlook(StrEnum):
-    """What is said of a conversation."""
+    """What a hint says about a conversation."""
 
     EXPECTED = "expected"
     KEPT = "kept"
@@ -42,7 +42,7 @@ class HintReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
 
 
 class HintBody(BaseModel):
-    """What a client posts; fields of a chat completion such as `tools` may stand beside."""
+    """What a client posts; it may also contain fields of a chat completion, such as `tools`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -71,18 +71,18 @@ class HintBody(BaseModel):
 
 
 def accept_hints(dispatcher: TypeBasedDispatcher, handle: Any) -> TypeBasedDispatcher:
-    """In a scheduler: send hints to `handle`."""
+    """In a scheduler: dispatch hints to `handle`."""
     dispatcher += TypeBasedDispatcher([(HintReqInput, handle)])
     return dispatcher
 
 
 def let_hints_pass() -> None:
-    """In every process that reads SGLang's messages."""
+    """Register the message type; needed in every process that reads SGLang's messages."""
     hook_custom_types(HintReqInput)
 
 
 def serve_hints(manager: TokenizerManager) -> None:
-    """Add the route to SGLang's HTTP server, where this process has one."""
+    """Add the route to SGLang's HTTP server, if this process has one."""
     server = sys.modules.get("sglang.srt.entrypoints.http_server")
     if server is None:
         return
@@ -100,7 +100,7 @@ def serve_hints(manager: TokenizerManager) -> None:
         tokens = None if message.input_ids is None else len(message.input_ids)
         return JSONResponse({"outlook": message.outlook, "tokens": tokens}, status_code=202)
 
-    # Annotations are strings here, and FastAPI would look `Request` up among this module's names.
+    # Annotations are strings here, and FastAPI would look up `Request` in this module's namespace.
     hint.__annotations__ = {"body": HintBody, "request": Request}
     server.app.add_api_route(PATH, hint, methods=["POST"])
 

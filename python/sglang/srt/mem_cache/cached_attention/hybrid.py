@@ -1,4 +1,4 @@
-"""Models that are not all full attention: what their other layers keep has a pool and a store of its own."""
+"""Hybrid models: what their layers without full attention keep has a pool and a store of its own."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENDS = 64
-"""Prefixes that ranks look for a common one among."""
+"""Number of prefixes among which ranks look for a common one."""
 
 
 class HybridLinker(CachedAttentionLinker):
-    """Owns two stores, of KV and of `what`, which share host memory and disk as they share the device."""
+    """Owns two stores, for KV and for `what`; host memory and disk are divided in the ratio of their pools."""
 
     store: HybridStore
     what: ClassVar[Beside]
@@ -73,7 +73,7 @@ class HybridLinker(CachedAttentionLinker):
 
     @abstractmethod
     def _order_layers(self) -> int:
-        """Find out what `_hand_out` has to know of the layers; returns how many the model has."""
+        """Prepare what `_hand_out` needs to know about the layers; returns how many the model has."""
 
     def open(self, model: torch.nn.Module, hf_config: Any) -> None:
         self._trailing_identity.describe(model, hf_config)
@@ -91,7 +91,7 @@ class HybridLinker(CachedAttentionLinker):
         return HybridStore(self._pool, size, self._open_disk(), trailing=trailing, span=self.span, **policies)
 
     def _share(self, size: int) -> int:
-        """What the KV of this rank has of `size` bytes of its machine."""
+        """The share of this rank's KV in `size` bytes of its machine."""
         kv, trailing = (pool.num_pages * pool.layout.page_bytes for pool in (self._pool, self._trailing))
         return super()._share(size) * kv // (kv + trailing)
 
@@ -149,7 +149,7 @@ class HybridLinker(CachedAttentionLinker):
 
     @abstractmethod
     def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
-        """What is saved, beside `kv` or by itself, as pages of the trailing store."""
+        """The transfer `trailing`, with `kv` or by itself, as pages of the trailing store."""
 
     def reset(self) -> None:
         trailing = self.store.trailing
@@ -158,7 +158,7 @@ class HybridLinker(CachedAttentionLinker):
         if replaces:
             trailing.replace_disk(lambda: self._try_to_open(self._open_trailing))
         else:
-            trailing.reset()  # Also where only the disk of the KV was replaced.
+            trailing.reset()  # Also if only the disk of the KV was replaced.
 
     def weights_updated(self) -> None:
         super().weights_updated()
@@ -166,26 +166,27 @@ class HybridLinker(CachedAttentionLinker):
 
     def describe(self) -> dict[str, Any]:
         trailing = self.store.trailing
-        # A page of states is one of them.
+        # A page of states is one state.
         size = {f"{self.what.removesuffix('s')}_bytes": trailing.layout.page_bytes}
         return super().describe() | {self.what: {**size, **trailing.counters()}}
 
 
 def form_of(pool: DevicePool) -> str:
-    """Shape and type of what a slot has of each layer: the fingerprint knows only how many bytes that is."""
+    """Shape and type of each layer's part of a slot; the fingerprint otherwise has only its size in bytes."""
     parts = [[f"{part.dtype} {tuple(part.shape[1:])}" for part in layer] for layer in pool.buffers]
     return json.dumps(parts)
 
 
 class HybridTreeLink(TreeLink):
-    """What can be restored ends where the trailing store has what is needed."""
+    """A prefix can be restored only up to a point where the trailing store has what resuming needs."""
 
     cache_linker: HybridLinker
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._parting = 0
-        """Pages of the prompt that is matched after which others go on, and nothing is left to go on from."""
+        """Pages in the longest known prefix that other prompts continue but that has nothing saved to resume
+        from; 0: none."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         self._parting = 0
@@ -201,7 +202,7 @@ class HybridTreeLink(TreeLink):
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
         store = self.cache_linker.store
-        # Of the ends that each rank tells the last must be those that all can have.
+        # Each rank offers only its longest ends, so these must not exceed what all ranks can restore.
         end = self._common(store.ends(chain, self.ranks.agree(pages), on_device), chain, on_device)
         if end > on_device:
             store.reserve_tail(req.rid, chain, end, on_device)
@@ -209,14 +210,14 @@ class HybridTreeLink(TreeLink):
         return end
 
     def _note_parting(self, chain: Chain, end: int) -> None:
-        """See whether the pages that are known of a prompt, in any tier, are followed by those of others."""
+        """Note whether other prompts continue the longest known prefix of `chain`, if it is longer than `end`."""
         store = self.cache_linker.store
         known = self.ranks.agree(store.restorable_pages(chain))
         if known > end:
             self._parting = self.ranks.agree(known if store.is_followed(chain.keys[known - 1]) else 0)
 
     def _common(self, ends: Iterator[int], chain: Chain, on_device: int) -> int:
-        """The longest of `ends` that every rank has; 0 where that is not more than `on_device`."""
+        """The longest of `ends` that every rank has; 0 if it is not more than `on_device`."""
         if self.cache.tp_world_size == 1:
             return next(ends, 0)
         here = list(islice(ends, ENDS))
@@ -225,7 +226,7 @@ class HybridTreeLink(TreeLink):
     def replace_pending_offload_node(
         self, ack_id: NodeId, old_node_id: NodeId, new_node_ids: list[NodeId]
     ) -> None:
-        # Upstream changes the first save of that node, which here may be one that marks none.
+        # Upstream changes the first save of that node, which here may be one that marks no node.
         for place, save in enumerate(self.pending_offloads):
             if save.lock_node_id == ack_id and old_node_id in save.publish_node_ids:
                 others = [node for node in save.publish_node_ids if node != old_node_id]
@@ -233,8 +234,8 @@ class HybridTreeLink(TreeLink):
                 return
 
     def _offload_trailing(self, node: NodeId, trailing: PoolTransfer) -> None:
-        """Save what came to `node` after its KV."""
+        """Save the trailing part that `node` received after its KV."""
         lock = self.cache.inc_lock_ref(node).to_dec_params()
         self.cache_linker.offload([trailing])
-        # With no node to be marked: the tree marks those whose KV is kept.
+        # With no node to mark: the tree marks nodes whose KV is kept.
         self.pending_offloads.append(_PendingOffload(node, lock, []))

@@ -1,4 +1,4 @@
-"""What model and which part of it this rank serves: the fingerprint of its pages."""
+"""Which model, and which part of it, this rank serves: the fingerprint of its pages."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from cached_attention.tiers.disk_ranks import rank_name
 from .pools import draft_pools
 
 SAMPLES = 1024
-"""Elements of each parameter that the digest reads."""
+"""Approximate number of elements of each parameter that the digest reads."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By size in bytes: types whose elements can be picked on any device."""
+"""By size in bytes: types whose elements can be indexed on any device."""
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """xxh3 over evenly spaced elements of every parameter and buffer, as they lie on the device now.
+    """xxh3 over evenly spaced elements of every parameter and buffer, as they are on the device now.
 
-    Tells quantisation, merged adapters and updates in place, however the weights came there. An update
-    that leaves every sampled element as it is goes unseen.
+    Detects quantisation, merged adapters and in-place updates, however the weights got there. An update that
+    changes none of the sampled elements goes unnoticed.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
@@ -43,7 +43,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     step = max(1, tensor.numel() // SAMPLES)
     if tensor.is_contiguous():
         return tensor.view(-1)[::step]
-    # Flattened it would be copied: some hundred MB of a transposed FP8 weight, when the device has no room left.
+    # Flattening would copy it: some hundred MB for a transposed FP8 weight, when the device has no room left.
     places = torch.arange(0, tensor.numel(), step, device=tensor.device)
     return tensor.view(INTEGERS[tensor.element_size()])[torch.unravel_index(places, tensor.shape)]
 
@@ -75,7 +75,7 @@ class ModelIdentity:
 
     @property
     def rank_directory(self) -> str:
-        """Each rank owns a directory; the only one has the whole."""
+        """Each rank owns a subdirectory; a single rank owns the whole directory."""
         return "." if self.ranks_per_machine == 1 else self.rank_name
 
     @property
@@ -83,7 +83,7 @@ class ModelIdentity:
         return rank_name(self._replica, self._ranks["pp_rank"], self._ranks["tp_rank"])
 
     def _draft(self) -> dict[str, str]:
-        """What decides the KV of the draft model; nothing without one."""
+        """What determines the KV of the draft model; empty without one."""
         args = self._args
         if not self._has_draft:
             return {}
@@ -96,11 +96,11 @@ class ModelIdentity:
         self._config = hf_config.to_dict()
 
     def has_changed(self) -> bool:
-        """Whether the weights are others than at the last `fingerprint`."""
+        """Whether the weights have changed since the last `fingerprint`."""
         return weights_digest(self._model) != self._weights
 
     def fingerprint(self) -> Fingerprint:
-        """Reads a sample of the weights: only a server with a disk tier pays for it."""
+        """Reads a sample of the weights: only servers with a disk or remote tier pay for it."""
         args, config = self._args, self._config
         self._weights = weights_digest(self._model)
         decisive = {name: value for name, value in config.items() if name != "transformers_version"}

@@ -1,4 +1,4 @@
-"""What becomes usable in our tiers and what leaves them, in SGLang's KV events."""
+"""Reports pages that become usable in our tiers, or leave them, as SGLang's KV events."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ MEDIUM = {
 }
 """SGLang's name of each tier."""
 BATCH_BLOCKS = 1024
-"""At most, in what one `take` returns: 10^6 adopted pages become a thousand batches."""
+"""Maximum number of blocks per `take`, rounded up to a whole event: 10^6 adopted pages take a thousand calls."""
 EVENT_BLOCKS = 256
-"""At most, in one event."""
+"""Maximum number of blocks in one event."""
 REPEATED_BLOCKS = 256
-"""At a time, when what is stored is told again."""
+"""Places that are walked at a time when stored blocks are reported again."""
 REPEAT_PAUSE = 0.25
-"""Seconds between two such times."""
+"""Seconds between two such steps."""
 REPEAT_EVERY = 600.0
-"""Seconds from the start of one round over all pages to that of the next, at least."""
+"""Minimum number of seconds from the start of one round over all pages to that of the next."""
 
 
 class KvEvents:
-    """The tiers' part of what a scheduler publishes. All calls come from the scheduler's thread.
+    """The tiers' part of the events that a scheduler publishes. All calls come from the scheduler's thread.
 
-    What a subscriber cannot have heard is told again, a little at a time: pages that the disk held when it was
-    opened, and, in rounds, all that is stored, for those who join late or have missed more than SGLang's
-    replay buffer holds. To be told twice that a block is stored changes nothing.
+    What subscribers cannot have heard is reported a little at a time: pages that the disk held when it was
+    opened, and, in rounds, everything that is stored, for subscribers that join late or have missed more than
+    SGLang's replay buffer holds. Reporting a stored block twice does no harm.
 
     Args:
         clock: seconds.
@@ -56,16 +56,16 @@ class KvEvents:
         feed.observer = self
 
     def cleared(self) -> None:
-        # SGLang publishes AllBlocksCleared itself: the store is emptied with the tree above it.
+        # SGLang publishes AllBlocksCleared itself: the store is emptied together with the tree above it.
         self._queue.clear()
         self._walked = 0
         self._is_adopting = True
         self._round_started = self._repeated = self._clock()
 
     def learn(self, keys: Sequence[PageKey], prompt: RadixKey) -> None:
-        """`keys` are those of the pages of `prompt` from its start, which are to be named as SGLang does.
+        """`keys` are the keys of the pages of `prompt`, from its start: learn SGLang's names for them.
 
-        To be called before they enter a tier.
+        Must be called before they enter a tier.
         """
         for key in self.names.learn(keys, prompt):
             for page in self._feed.tiers_of(key):
@@ -81,7 +81,7 @@ class KvEvents:
             self._remove(tier, self.names.name(key).block_hash)
 
     def _has_namesake(self, tier: str, key: PageKey) -> bool:
-        """Whether another page of the same block hash is in the tier."""
+        """Whether another page with the same block hash is in the tier."""
         namesakes = self.names.namesakes(key)
         return any(page.tier == tier for other in namesakes for page in self._feed.tiers_of(other))
 
@@ -121,7 +121,7 @@ class KvEvents:
             self._queue.append(BlockRemoved([block_hash], medium))
 
     def take(self) -> list[BlockStored | BlockRemoved]:
-        """What is to be published now, the oldest first: up to `BATCH_BLOCKS`, to a whole event."""
+        """The events to publish now, oldest first: up to `BATCH_BLOCKS` blocks, rounded up to a whole event."""
         events, room = self._take(BATCH_BLOCKS)
         if room > 0:
             self._tell_again()
@@ -152,7 +152,7 @@ class KvEvents:
 
 
 def in_chains(pages: Iterable[ResidentPage]) -> Iterable[ResidentPage]:
-    """The same pages, each after the one before it where that is among them, so that one event tells a chain."""
+    """The same pages, each after its predecessor if that is among them, so that one event reports a chain."""
     found: dict[tuple[str, PageKey | None], ResidentPage] = {(page.tier, page.key): page for page in pages}
     after = {(page.tier, page.parent): page for page in found.values()}
     for page in list(found.values()):

@@ -1,4 +1,4 @@
-"""What SGLang's KV pools ask before they hand out a layer."""
+"""What SGLang's KV pools wait for before they hand out a layer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Layer(Protocol):
     """A layer on its way. An `Event` is one."""
 
     def wait(self, stream: Any = None) -> None:
-        """Let the current stream, or the thread where there is none, wait until it is there."""
+        """Let the current stream, or the thread if there is none, wait until the layer has landed."""
 
 
 class Several:
-    """Layers that are asked for as one."""
+    """Layers that are waited for as one."""
 
     def __init__(self, *layers: Layer) -> None:
         self._layers = layers
@@ -28,13 +28,13 @@ class Several:
 class LayerEvents:
     """The linker's `layer_done_counter`: the forward's stream waits for a layer, the CPU does not.
 
-    Upstream's `LayerWiseLoadCounter` holds the thread that launches the forward until a layer has landed. An
-    event may be waited for by a stream before it has happened, so here that thread runs ahead, as it does
-    without loads. Without streams the forward is that thread's own work, and it waits.
+    Upstream's `LayerWiseLoadCounter` blocks the thread that launches the forward until a layer has landed. A
+    stream can wait for an event before it has happened, so here that thread runs ahead, as it does without loads.
+    Without streams that thread computes the forward itself, and waits.
 
     Args:
-        waited: told of each batch how many seconds this thread waited for its layers; where there are streams it
-            does not wait, and None is to be given.
+        waited: called per batch with the seconds that this thread waited for its layers; None with streams,
+            because it does not wait then.
     """
 
     def __init__(self, num_layers: int, waited: Callable[[float], None] | None = None) -> None:
@@ -54,7 +54,7 @@ class LayerEvents:
         return self._last
 
     def add(self, batch: int, layers: Sequence[Layer], first: Sequence[Layer] = ()) -> None:
-        """`layers`: those of the pool; `first`: what is read before it is asked for."""
+        """`layers`: those of the pool; `first`: those that the forward reads without waiting for them."""
         self._layers[batch], self._first[batch] = layers, first
         self._seconds[batch] = 0.0
 
@@ -66,7 +66,7 @@ class LayerEvents:
             self._waited(seconds)
 
     def set_consumer(self, index: int) -> None:
-        """The forward that is launched next is that of batch `index`; -1: of one without loads."""
+        """The forward launched next is that of batch `index`; -1: of a batch without loads."""
         self.consumer_index = index
         for layer in self._first.get(index, ()):
             self._wait(layer)

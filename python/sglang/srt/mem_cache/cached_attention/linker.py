@@ -1,4 +1,4 @@
-"""SGLang's linker interface, spoken by the store."""
+"""SGLang's linker interface, implemented with the store."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FLUSH_SECONDS = 10.0
 
 @dataclass
 class PathTransfer(PoolTransfer):
-    """The KV of one tree node, with the hashes of what comes before it."""
+    """The KV of one tree node, with the hashes of the pages before it."""
 
     prefix_hashes: Sequence[str] = field(default_factory=list)
 
@@ -59,13 +59,13 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     """Owns this rank's store."""
 
     rotations: list[Rotation | None] | None = None
-    """Per layer how keys are moved to other positions; None where they cannot be, or need not."""
+    """Per layer: how keys are moved to other positions; None if they cannot be, or need not be."""
     _immovable: UnsupportedRotationError | None = None
     events: KvEvents | None = None
     """With `--kv-events-config`, on the rank that publishes."""
 
     def __new__(cls, *_args: Any, components: set[ComponentType], **_options: Any) -> CachedAttentionLinker:
-        # SGLang names one class for every model; which it takes depends on the model.
+        # SGLang is given one class for all models; which subclass it gets depends on the model.
         if cls is CachedAttentionLinker and ComponentType.MAMBA in components:
             from .states import StatesLinker
 
@@ -99,11 +99,11 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.layer_done_counter = LayerEvents(self._pool.layout.num_layers, waited)
 
     def open(self, model: torch.nn.Module, hf_config: Any) -> None:
-        """Make the store of `model`, and open its pages on disk.
+        """Create the store for `model`, and open its pages on disk.
 
         Raises:
-            DirectoryInUseError: the disk tier's directory belongs to another server.
-            OSError, sqlite3.Error: it cannot be used.
+            DirectoryInUseError: another server uses the disk tier's directory.
+            OSError, sqlite3.Error: the directory cannot be used.
         """
         self._identity.describe(model, hf_config)
         if self._truncates:
@@ -126,7 +126,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         )
 
     def _policies(self) -> dict[str, Any]:
-        """What a store is told of who comes, who goes and who waits."""
+        """Options of a store for fetching, eviction and waiting."""
         config = self._config
         return {
             "min_uses": config.disk_min_uses,
@@ -137,7 +137,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         }
 
     def _share(self, size: int) -> int:
-        """What this rank has of `size` bytes of its machine."""
+        """This rank's share of `size` bytes of its machine."""
         return size // self._identity.ranks_per_machine
 
     def _load_waited(self, seconds: float) -> None:
@@ -170,7 +170,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return read_key(self._config.encryption_key) if self._config.encryption_key else None
 
     def _reach_remote(self) -> RemoteTier | None:
-        """In the background: a server serves whether or not the store can be reached."""
+        """Connects in the background: the server runs whether or not the store can be reached."""
         if self._config.remote is None:
             return None
         address = parse_remote("--cached-attention-remote", self._config.remote)
@@ -184,7 +184,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return self._try_to_open(self._open_disk)
 
     def _try_to_open(self, open_disk: Callable[[], DiskTier | None]) -> DiskTier | None:
-        """A server that runs goes on without a disk tier rather than stop."""
+        """If that fails, a running server continues without a disk tier rather than stopping."""
         try:
             return open_disk()
         except (DirectoryInUseError, OSError, ValueError, sqlite3.Error) as error:
@@ -205,14 +205,14 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                     counters[f"{tier}_pages_used"],
                 )
         if (key := self._read_key()) is not None:
-            # By its name, as `cached-attention inspect` has it.
+            # By its name, as `cached-attention inspect` shows it.
             logger.info("CachedAttention: what leaves host memory is encrypted, key %s.", key.id)
 
     def truncation_rule(self, window: int, limit: int) -> TruncationRule:
-        """How a prompt that outgrew `window` tokens is cut, see `TruncationRule`.
+        """How a prompt that exceeds `window` tokens is truncated, see `TruncationRule`.
 
         Raises:
-            ValueError: no prompt can be cut; the message says why.
+            ValueError: no prompt can be truncated; the message says why.
         """
         if self._immovable is not None:
             raise self._immovable
@@ -238,7 +238,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return self.store.queue_load(rid, keys, kv.device_indices, self._record_indices_ready())
 
     def _record_indices_ready(self) -> list[Event]:
-        """The current stream has computed which pages are to be loaded."""
+        """Events after which the current stream has computed which pages to load."""
         return [] if self.on_cpu else [torch.cuda.current_stream().record_event()]
 
     def cancel_queued_load(self, rid: str) -> bool:
@@ -254,17 +254,17 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return batch
 
     def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
-        """The forward of `batch` may wait for `layers`."""
+        """Let the forward of `batch` wait for `layers`."""
         self.layer_done_counter.add(batch, layers)
 
     def _record_slots_unused(self) -> Sequence[Event]:
-        """Events: which slots the loads take is computed, and no forward touches these any more."""
+        """Events after which the slots of the loads are computed, and no forward touches them any more."""
         if self.fence.is_closed:
             return self.record_offload_ready()
         return [*self._record_indices_ready(), *self.fence.earlier]
 
     def forward_launched(self) -> None:
-        """All forwards that were launched until now end with what is on their stream."""
+        """All forwards launched so far are done when everything on their stream is."""
         stream = None if self.on_cpu else self.forward_stream
         self.fence.launched([] if stream is None else [stream.record_event()])
 
@@ -275,7 +275,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     @never_waits
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        # Always taken: ranks decline at different times, and must agree on what is pending.
+        # Always accepted: ranks decline at different times, and must agree on what is pending.
         (kv,) = transfers
         self.store.save(self.page_run(kv), self.record_offload_ready())
         return True
@@ -297,9 +297,9 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return self.store.pop_save()
 
     def reset(self) -> None:
-        """Forget everything. After a weight update the disk keeps the old pages, for the old weights.
+        """Remove all pages. After a weight update the disk keeps the old pages, for the old weights.
 
-        The remote store keeps all: other servers use it.
+        The remote store keeps its pages: other servers use them.
         """
         if self._has_other_pages(self.store, self._identity):
             self.store.replace_disk(self._reopen_disk)
@@ -310,11 +310,11 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.layer_done_counter.reset()
 
     def _has_other_pages(self, store: CachedAttentionStore, identity: ModelIdentity) -> bool:
-        """Whether there is a disk, and what `store` has on it is of other weights than those that serve now."""
+        """Whether a disk is configured, and `store` has none open or one with pages of other weights."""
         return self._config.disk_path is not None and (store.disk is None or identity.has_changed())
 
     def weights_updated(self) -> None:
-        """Leave disk and remote store alone until the next `reset`: the KV may be of old and new weights."""
+        """Stop using disk and remote store until the next `reset`: the KV may be of old or new weights."""
         if self.store.remote is not None:
             self.store.remote.pause()
         if self.store.disk is not None:

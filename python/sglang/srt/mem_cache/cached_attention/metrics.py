@@ -1,4 +1,4 @@
-"""The store's metrics on SGLang's own `/metrics`, beside and labelled like the scheduler's."""
+"""The store's metrics on SGLang's own `/metrics`, next to the scheduler's and with the same labels."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PERIOD = 1.0
 
 
 class StoreMetrics:
-    """Publishes what one rank's store counts. To be made once SGLang has set up its multi-process directory.
+    """Publishes the counts of one rank's store. Create it after SGLang has set up its multi-process directory.
 
     Args:
-        collector: the scheduler's; its labels and its classes of metrics, which an embedding application may
-            have replaced, are used.
+        collector: the scheduler's; provides the labels and the metric classes, which an embedding application may
+            have replaced.
     """
 
     def __init__(self, store: CachedAttentionStore, collector: SchedulerMetricsCollector) -> None:
-        import prometheus_client  # Chooses its storage when it is imported.
+        import prometheus_client  # Chooses its storage on import.
 
         self._store = store
         self._labels: dict[str, Any] = dict(collector.labels)
@@ -67,7 +67,7 @@ class StoreMetrics:
         self._child(LOAD_WAIT_SECONDS, ()).observe(seconds)
 
     def poll(self) -> None:
-        """To be called often, on the scheduler's thread; publishes when it is time."""
+        """Publish when it is time; to be called often, on the scheduler's thread."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + PERIOD
@@ -90,12 +90,12 @@ class StoreMetrics:
         if metric.kind is Kind.GAUGE:
             child.set(value)
         else:
-            # Less than before: counted by a disk tier that was opened anew.
+            # Less than before: a disk tier that was reopened counts from zero.
             child.inc(value if told is None or value < told else value - told)
 
 
 def store_metrics(scheduler: Scheduler, store: CachedAttentionStore) -> StoreMetrics | None:
-    """None without `--enable-metrics`, and on ranks that SGLang leaves out as well."""
+    """None without `--enable-metrics`, and on ranks for which SGLang publishes no metrics either."""
     context = scheduler.metrics_collector_context
     if not context.current_scheduler_metrics_enabled or context.collector is None:
         return None

@@ -1,8 +1,8 @@
-"""One copy of the pages of an MLA model, whose ranks of tensor parallelism hold them alike.
+"""One copy of the pages of an MLA model, which are identical on all tensor-parallel ranks.
 
-The first rank keeps the store, with all of the memory that the ranks have. The others know of no page: they
-take the first rank's word for what can be restored, and get each layer of it by broadcast, on the forward's
-stream and from the first rank's device, once it has landed there.
+The first rank keeps the store, with the memory of all ranks. The others know no pages: they rely on the first
+rank for what can be restored, and receive each layer by broadcast, on the forward's stream and from the first
+rank's device, once it has landed there.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .pools import refuse
 logger = logging.getLogger(__name__)
 
 STAGED_TOKENS = 64
-"""Per layer of the model, broadcast at once: 5 MB of device memory for 61 layers of DeepSeek-V3 in bfloat16."""
+"""Tokens per layer broadcast at once: 5 MB of device memory for the 61 layers of DeepSeek-V3 in bfloat16."""
 
 
 class Relay:
-    """The layers of one load: landed on the first rank, then sent to the others, in order and once.
+    """The layers of one load: each lands on the first rank, then is sent to the others, in order and once.
 
     Args:
-        landed: the layers on this rank; none on a rank that only receives.
+        landed: the layers on this rank; empty on a rank that only receives.
         send: sends or receives a layer on the current stream.
     """
 
@@ -49,7 +49,7 @@ class Relay:
         self.layers = [RelayedLayer(self, layer) for layer in range(num_layers)]
 
     def send_through(self, layer: int) -> None:
-        """Send what was not sent yet, up to `layer`."""
+        """Send the layers up to `layer` that have not been sent yet."""
         for next_layer in range(self._sent, layer + 1):
             if self._landed:
                 self._landed[next_layer].wait()
@@ -69,7 +69,7 @@ class RelayedLayer(NamedTuple):
 
 
 class MlaDedupLinker(CachedAttentionLinker):
-    """The linker of `--cached-attention-mla-dedup`; where no ranks hold equal pages it is as without."""
+    """The linker of `--cached-attention-mla-dedup`; has no effect if no ranks hold identical pages."""
 
     def __init__(
         self, server_args: Any, params: CacheInitParams, *, components: set[ComponentType], **options: Any
@@ -85,7 +85,7 @@ class MlaDedupLinker(CachedAttentionLinker):
         self._slots = torch.empty(0, dtype=torch.int64)
         self._relays: dict[int, Relay] = {}
         self._offloads = 0
-        """Of a rank that keeps nothing: accepted, and not yet reported."""
+        """On a rank that keeps nothing: saves accepted and not yet reported."""
 
     def _share(self, size: int) -> int:
         if not self._keeps:
@@ -108,9 +108,9 @@ class MlaDedupLinker(CachedAttentionLinker):
     def _find_rotations(self, model: torch.nn.Module) -> None:
         super()._find_rotations(model)
         if not self._keeps:
-            self.rotations = None  # What arrives was rotated; no sources are to be looked for.
+            self.rotations = None  # Keys arrive rotated; no sources need to be looked up.
 
-    # What can be restored: the first rank says.
+    # Lookups: the first rank decides what can be restored.
 
     def reserve(self, rid: str, chain: Chain) -> int:
         return super().reserve(rid, chain) if self._keeps else len(chain.keys)
@@ -190,7 +190,7 @@ class MlaDedupLinker(CachedAttentionLinker):
 
 
 def _broadcaster(params: CacheInitParams, on_cpu: bool) -> MLAHostDedupBroadcaster | None:
-    """None where no other rank holds what this one holds."""
+    """None if no other rank holds the same pages."""
     pool = params.token_to_kv_pool_allocator.get_kvcache()
     group = params.attn_tp_cache_group or params.tp_cache_group
     if type(pool) is not MLATokenToKVPool or group is None or torch.distributed.get_world_size(group) == 1:

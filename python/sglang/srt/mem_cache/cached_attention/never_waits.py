@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 CHECK_WAITS = "CACHED_ATTENTION_CHECK_WAITS"
-"""Environment variable: with a value, a call that waits raises instead. For tests and experiments on a GPU."""
+"""Environment variable: if not empty, a call that waits raises instead. For tests and experiments on a GPU."""
 
 
 def never_waits(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method as it is, or, where it is to be checked and there is a GPU, under torch's own guard."""
+    """Decorator: if checks are on and there is a GPU, runs the method under torch's own guard."""
     if not os.environ.get(CHECK_WAITS) or not torch.cuda.is_available():
         return method
 

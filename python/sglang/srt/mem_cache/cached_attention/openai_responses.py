@@ -1,8 +1,8 @@
-"""Responses of the OpenAI endpoints say how many tokens were dropped from prompts that were too long.
+"""Reports in responses of the OpenAI endpoints how many tokens were dropped from over-long prompts.
 
-`usage` says it of all prompts of a request, as it does of their other tokens; and so does `metadata`, which in a
-stream comes with the chunk that ends an answer, of its prompt, and with what follows the answers. Both are absent
-where nothing was dropped.
+Like the other counts in `usage`, the number is the sum over all prompts of a request; `metadata` has it as well.
+In a stream, the chunk that ends an answer has `metadata` with the number for its prompt, and a chunk after all
+answers has the sum. Both lack it if nothing was dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .truncation import TRUNCATED_TOKENS
 
 _EVENT = "data: "
 _dropped: ContextVar[dict[int, int]] = ContextVar("cached_attention_dropped")
-"""Of the stream that runs: number of an answer -> tokens dropped from its prompt. The prompts of a batch run in
-tasks of their own, so what is shared is the dictionary."""
+"""For the current stream: number of an answer -> tokens dropped from its prompt. The prompts of a batch run in
+tasks of their own, which share the dictionary."""
 
 
 class _Usage(UsageInfo):
@@ -42,12 +42,12 @@ _TELLING: dict[type, type[_ChatCompletion] | type[_Completion]] = {
 
 
 def _of_all_prompts(dropped: Mapping[int, int], samples: int) -> int:
-    """Each prompt has `samples` answers, with adjacent numbers."""
+    """Sum over all prompts, each of which has `samples` answers with adjacent numbers."""
     return sum(tokens for answer, tokens in dropped.items() if answer % samples == 0)
 
 
 def tell_in_response(response: Any, answers: Sequence[dict[str, Any]], samples: int) -> Any | None:
-    """What to send instead of `response`; None where nothing was dropped, or it is an error."""
+    """What to send instead of `response`; None if nothing was dropped, or it is an error."""
     dropped = {i: answer["meta_info"].get(TRUNCATED_TOKENS, 0) for i, answer in enumerate(answers)}
     tokens, telling = _of_all_prompts(dropped, samples), _TELLING.get(type(response))
     if not tokens or telling is None:
@@ -58,7 +58,7 @@ def tell_in_response(response: Any, answers: Sequence[dict[str, Any]], samples: 
 
 
 async def tell_in_stream(events: AsyncGenerator[str], samples: int) -> AsyncIterator[str]:
-    """`events`, server-sent, with what `note_dropped` saw."""
+    """The server-sent `events`, with the numbers that `note_dropped` has noted."""
     dropped: dict[int, int] = {}
     _dropped.set(dropped)
     async with aclosing(events):
@@ -85,7 +85,7 @@ def _telling(event: str, dropped: Mapping[int, int], samples: int) -> str:
 
 
 def note_dropped(responses: AsyncGenerator[Any]) -> AsyncIterator[Any] | None:
-    """`responses`, noted for the OpenAI stream that asked for them; None where none did."""
+    """`responses`, noting dropped tokens for the OpenAI stream that requested them; None if there is none."""
     dropped = _dropped.get(None)
     return None if dropped is None else _noted(responses, dropped)
 

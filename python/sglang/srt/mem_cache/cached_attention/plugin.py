@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 SUPPORTED_SGLANG = "0.5.23"
 TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 SHUTDOWN_SECONDS = 15.0
-"""What SGLang's own server gives its schedulers to end."""
+"""Time that SGLang's own server gives its schedulers to end."""
 
 
 def activate() -> None:
     """Register our hooks.
 
     Raises:
-        ImportError: this SGLang is not the one that the hooks were written for. SGLang logs it and goes
-            on without us; the flags are then unknown, so a server that was given them does not start.
+        ImportError: this is not the version of SGLang that the hooks were written for. SGLang logs it and
+            continues without us; the flags are then unknown, so a server that was given them does not start.
     """
     found = version("sglang")
     if found != SUPPORTED_SGLANG:
@@ -50,7 +50,7 @@ def activate() -> None:
         from .hints import let_hints_pass
 
         let_hints_pass()
-    # Hooks import what they hook: a process without a scheduler shall not pay for ours.
+    # Hooks import what they hook: a process without a scheduler should not pay for that.
     if "sglang.srt.managers.scheduler" in sys.modules:
         cache = "sglang.srt.mem_cache.registry.create_unified_radix_cache"
         register(cache, _create_radix_cache, HookType.AROUND)
@@ -91,7 +91,7 @@ def _from_cli_args(
 
 
 def _leave_prompts_whole() -> None:
-    """In the process that tokenizes, once it is known that it serves with the flag."""
+    """Hook the tokenizer process, so that it truncates nothing, once it is known to serve with the flag."""
     register, manager = HookRegistry.register, TOKENIZER_MANAGER
     register(f"{manager}._validate_one_request", _validate, HookType.AROUND)
     register(f"{manager}._wait_one_response", _tell_truncated, HookType.AFTER)
@@ -143,7 +143,7 @@ def _serve_hints(_result: None, manager: Any, *_args: Any, **_kwargs: Any) -> No
 
 
 def _accept_engine_arguments() -> None:
-    """Make `sgl.Engine` take our arguments; it loads plugins just before it builds its ServerArgs."""
+    """Make `sgl.Engine` accept our arguments; it loads plugins just before it builds its ServerArgs."""
     module = sys.modules.get("sglang.srt.entrypoints.engine")
     if module is None:
         return
@@ -160,7 +160,7 @@ def _accept_engine_arguments() -> None:
 
 
 def _let_flush(engine: Any) -> None:
-    """Let the schedulers of an engine end by themselves and write what is dirty; `shutdown` kills the rest."""
+    """Let the schedulers of an engine end by themselves and write dirty pages; `shutdown` kills the rest."""
     from sglang.srt.managers.io_struct import ShutdownReq
     from sglang.srt.utils.cudacore_pyspy_dump_utils import collect_scheduler_processes
 
@@ -187,7 +187,7 @@ def _create_radix_cache(original: Callable[..., Any], ctx: TreeCacheBuildContext
 
 
 def _ours(owner: Any) -> CachedAttentionRadixCache | None:
-    """The tree of `owner`, where it is one over a store; these hooks also run in servers without the flag."""
+    """The tree of `owner`, if it is one with a store; these hooks also run in servers without the flag."""
     from .radix_cache import CachedAttentionRadixCache
 
     tree = owner.tree_cache
@@ -195,10 +195,10 @@ def _ours(owner: Any) -> CachedAttentionRadixCache | None:
 
 
 def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Let requests be known to the store when they arrive, and wait until their pages are in host memory.
+    """Announce requests to the store when they arrive, and let them wait until their pages are in host memory.
 
-    The scheduler tells of arrivals, and asks `check_prefetch_progress`, only of caches with storage of
-    their own; LMCache's way of saying so is the one that implies nothing else.
+    The scheduler announces arrivals, and calls `check_prefetch_progress`, only for caches with storage of their
+    own; LMCache's flag for that is the one that implies nothing else.
     """
     from .hints import accept_hints
     from .reporting import Reporting
@@ -213,7 +213,7 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
 
 
 def _waiting(scheduler: Any) -> Sequence[Req]:
-    """A server that prefills for others has requests that wait for their decode server first."""
+    """The queued requests; on a prefill server also those that still wait for their decode server."""
     bootstrap = scheduler.disagg_prefill_bootstrap_queue
     return scheduler.waiting_queue if bootstrap is None else [*scheduler.waiting_queue, *bootstrap.queue]
 
@@ -229,7 +229,7 @@ def _order_known(_result: None, policy: Any, *_args: Any, **_kwargs: Any) -> Non
 
 
 def _wait_for_loads(worker: Any, batch: Any) -> None:
-    """SGLang says which loads a forward waits for, but not where a model embeds or rewards."""
+    """SGLang sets which loads a forward waits for, except for embedding and reward models."""
     from .layer_events import LayerEvents
 
     if isinstance(worker.hicache_layer_transfer_counter, LayerEvents):
@@ -237,7 +237,7 @@ def _wait_for_loads(worker: Any, batch: Any) -> None:
 
 
 def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> None:
-    """`processor`: also the scheduler, of a server that prefills for others."""
+    """`processor`: on a prefill server, the scheduler."""
     if (cache := _ours(processor)) is None:
         return
     cache.prompts_ran(batch.reqs)
@@ -246,7 +246,7 @@ def _prefill_ended(_result: None, processor: Any, batch: Any, *_args: Any) -> No
 
 
 def _storage_backend(original: Callable[[Any], str], streamer: Any) -> str:
-    """What `cached_tokens_details` calls the tiers below host memory."""
+    """Name of the tiers below host memory in `cached_tokens_details`."""
     return original(streamer) if _ours(streamer) is None else "CachedAttention"
 
 

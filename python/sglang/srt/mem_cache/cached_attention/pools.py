@@ -21,10 +21,10 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from cached_attention.layout import DevicePool
 
 KEEP_WINDOWS = "Add --disable-hybrid-swa-memory, and they keep all tokens"
-"""Where layers with sliding windows keep no others."""
+"""Remedy if layers with sliding windows keep no other tokens."""
 
 Layers = list[list[torch.Tensor]]
-"""Per layer the tensors `[slots, ...]` that hold what it keeps of each token."""
+"""Per layer: the tensors `[slots, ...]` with what it keeps for each token."""
 
 
 class UnsupportedModelError(ValueError):
@@ -56,10 +56,10 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
 
 
 def state_pool(params: CacheInitParams) -> DevicePool:
-    """The states of the layers with linear attention or Mamba. A page is one slot: the state of all of them.
+    """The states of the layers with linear attention or Mamba. A page is one slot: the states of all of them.
 
     Raises:
-        UnsupportedModelError: SGLang keeps them in another way, or more than them; the message says so.
+        UnsupportedModelError: SGLang keeps them in another way, or keeps more than states; the message says so.
     """
     slots = params.req_to_token_pool
     if type(slots) is not HybridReqToTokenPool or type(slots.mamba_pool) is not MambaPool:
@@ -80,10 +80,10 @@ def state_pool(params: CacheInitParams) -> DevicePool:
 
 
 def window_pool(params: CacheInitParams) -> DevicePool:
-    """The KV of the layers of which SGLang keeps a sliding window only.
+    """The KV of the layers for which SGLang keeps only a sliding window.
 
     Raises:
-        UnsupportedModelError: SGLang keeps them in another way; the message says so.
+        UnsupportedModelError: SGLang keeps it in another way; the message says so.
     """
     pool = params.token_to_kv_pool_allocator.get_kvcache()
     if type(pool) is not SWAKVPool or not params.swa_gates_prefix_match:
@@ -92,7 +92,7 @@ def window_pool(params: CacheInitParams) -> DevicePool:
 
 
 def _of_full_attention(pool: Any) -> Any:
-    """The part of the pool of a model with sliding windows that has all tokens."""
+    """The part of the pool with all tokens: in models with sliding windows, that of the full-attention layers."""
     if type(pool) is not SWAKVPool:
         return pool
     if not pool.full_layer_nums:
@@ -108,7 +108,7 @@ def _pool(layers: Layers, page_size: int) -> DevicePool:
 
 
 def _let_ride(layers: Layers, drafts: Layers) -> None:
-    """Add those of draft models to the last of `layers`: nobody reads them before the target model has run."""
+    """Add layers of draft models to the last of `layers`: they are read only after the target model has run."""
     for place, draft in enumerate(drafts, start=len(layers) - len(drafts)):
         layers[max(0, place)] += draft
 
@@ -116,7 +116,7 @@ def _let_ride(layers: Layers, drafts: Layers) -> None:
 def _layers(pool: Any) -> Layers:
     if type(pool) is HybridLinearKVPool:
         pool = pool.full_kv_pool
-    # Exactly these: a subclass may keep more, or lay it out in another way.
+    # Exactly these classes: a subclass may keep more, or use another layout.
     layers_of = {
         MHATokenToKVPool: _mha_layers,
         MLATokenToKVPool: _latent_layers,
@@ -141,7 +141,7 @@ def _mha_layers(pool: MHATokenToKVPool) -> Layers:
 
 
 def _sparse_layers(pool: DSATokenToKVPool) -> Layers:
-    """Latents, and what the indexer knows of each token; layers that take over another's choice have none."""
+    """Latents, and the indexer's data for each token; layers that reuse another layer's selection have none."""
     if pool.index_kpool != 1 or pool.index_page_size != pool.page_size:
         refuse("its indexer keeps several tokens in one, or a page in parts")
     return [
@@ -151,12 +151,12 @@ def _sparse_layers(pool: DSATokenToKVPool) -> Layers:
 
 
 def _slots(pages: torch.Tensor, page_size: int) -> Iterable[torch.Tensor]:
-    """`[pages, bytes]` as `[slots, bytes / page_size]`; none where there are no pages."""
+    """`[pages, bytes]` as `[slots, bytes / page_size]`; empty if there are no pages."""
     return [pages.view(len(pages) * page_size, -1)] if len(pages) else []
 
 
 def refuse(reason: str, remedy: str = "Start the server without the flag") -> NoReturn:
-    """The message of a model that cannot be served with the flag, or with another one beside it."""
+    """Raise the error for a model that cannot be served with the flag, or with another flag next to it."""
     raise UnsupportedModelError(
         "--enable-cached-attention supports models with plain MHA, GQA or MLA attention, or DeepSeek's sparse "
         "one, and beside it sliding windows, linear attention or Mamba; this one is not supported because "

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 LINKS: dict[type, type[TreeLink]] = {StatesLinker: StatesTreeLink, WindowsLinker: WindowsTreeLink}
 CHECK_INVARIANTS = "CACHED_ATTENTION_CHECK_INVARIANTS"
-"""Environment variable: `/server_info` walks the whole store and reports what is wrong. For tests."""
+"""Environment variable: if not empty, `/server_info` walks the whole store and reports damage. For tests."""
 HOTTEST = 10
-"""Conversations that `/server_info` tells of."""
+"""Number of conversations that `/server_info` lists."""
 
 
 class CachedAttentionRadixCache(UnifiedRadixCache):
-    """Upstream's tree over a store of ours."""
+    """Upstream's tree on top of our store."""
 
     linker: TreeLink
 
@@ -46,7 +46,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         self.linker = LINKS.get(type(cache_linker), TreeLink)(self, cache_linker)
         self._counted: WeakSet[Req] = WeakSet()
         self._remote_pages: WeakKeyDictionary[CacheRequestHandle, Sequence[int]] = WeakKeyDictionary()
-        """Of requests that were admitted: the places in their chains of pages from the remote store."""
+        """Per admitted request: places in its chain of the pages from the remote store."""
 
     reporting: Reporting | None = None
     _queue: Callable[[], Sequence[Req]] = staticmethod(tuple)
@@ -77,7 +77,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         self.linker.cache_linker.store.ended(req.rid)
 
     def check_hicache_events(self) -> None:
-        # The first thing in a scheduling pass: what the last pass matched and did not admit is let go.
+        # The first call of a scheduling pass: release what the last pass matched but did not admit.
         self.linker.cache_linker.store.end_pass()
         self._queue_known()
         super().check_hicache_events()
@@ -105,21 +105,21 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
             return super().evict_for_alloc(params, **options)
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
-        # The last thing that the scheduler does when it has launched a forward.
+        # The scheduler's last call after it has launched a forward.
         failed = super().finish_external_linker_loads(reqs)
         self.linker.cache_linker.forward_launched()
         return failed
 
     def insert(self, params: InsertParams) -> InsertResult:
         self.linker.cache_linker.fence.close()
-        # The saves that it starts are of pages of this prompt.
+        # The saves that this starts are of pages of this prompt.
         with self.linker.inserting(params):
             result = super().insert(params)
         self.linker.inserted(params, result)
         return result
 
     def take_events(self) -> list[Any]:
-        """What SGLang publishes after this pass: the tree's events of the device, then those of our tiers."""
+        """Events that SGLang publishes after this pass: the tree's for the device, then those of our tiers."""
         events = super().take_events()
         return events if self.linker.events is None else events + self.linker.events.take()
 
@@ -132,14 +132,14 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return rids
 
     def queue_ordered(self) -> None:
-        """The scheduler has put its queue in order, and will walk it now."""
+        """The scheduler has sorted its queue and will walk it now."""
         self.linker.ranks.agree_on_ready(self._queue_known())
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         self.linker.cache_linker.store.prefill_took(tokens, seconds)
 
     def prompts_ran(self, reqs: Sequence[Req]) -> None:
-        """Some of their prompts was computed. Each is counted once, with the hits that its response will tell."""
+        """Part of each prompt was computed. Each request counts once, with the hits that its response reports."""
         stats = self.linker.cache_linker.store.stats
         for req in reqs:
             if req not in self._counted and not (req.rid or "").startswith(HEALTH_CHECK_RID_PREFIX):
@@ -159,11 +159,11 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         }
 
     def take_hint(self, hint: HintReqInput) -> None:
-        """What a client says of a conversation, see `hints`."""
+        """A client's hint about a conversation, see `hints`."""
         self.linker.take_hint(hint)
 
     def supports_fast_match_prefix(self) -> bool:
-        # A match also asks the store, and other ranks: too much for every waiting request in every pass.
+        # A match also involves the store and other ranks: too costly for every queued request in every pass.
         return False
 
     def describe_store(self) -> dict[str, Any]:

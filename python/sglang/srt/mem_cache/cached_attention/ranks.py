@@ -1,4 +1,4 @@
-"""What all ranks of a model say alike: their schedulers take the same decisions, their stores differ."""
+"""Agreement among the ranks of a model: their schedulers must decide alike, but their stores differ."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 TakeLeast = Callable[[torch.Tensor], object]
-"""Replaces each element of a tensor by the least of all ranks'."""
+"""Replaces each element of a tensor by its minimum over all ranks."""
 IsReady = Callable[[str, bool], bool]
-"""Whether a request may run on this rank, and whether it may be given up for it; see `CachedAttentionStore`."""
+"""Whether a request may run on this rank; arguments as of `CachedAttentionStore.is_ready`."""
 
 NEAR = 8
-"""Requests at the front of the queue that the scheduler may admit before it was seen to come to them."""
+"""Requests at the front of the queue, which the scheduler may admit without having reached them before."""
 
 
 class Ranks:
-    """The ranks that divide the model between them; without `take_least` there is one."""
+    """The ranks that share the model; without `take_least` there is only one."""
 
     def __init__(self, is_ready: IsReady, take_least: TakeLeast | None = None) -> None:
         self._is_ready_here = is_ready
@@ -26,7 +26,7 @@ class Ranks:
         """Requests that the scheduler asked about since `agree_on_ready`."""
 
     def agree(self, pages: int) -> int:
-        """The prefix that every rank can restore: the shortest, since all shorter ones can be too."""
+        """The prefix that every rank can restore: the shortest, since shorter prefixes can be restored too."""
         if self._take_least is None:
             return pages
         agreed = torch.tensor([pages], dtype=torch.int)
@@ -36,8 +36,8 @@ class Ranks:
     def agree_on_ready(self, rids: Sequence[str]) -> None:
         """Agree on which requests of the queue may run, in one exchange for all.
 
-        How far the scheduler will come is not known yet. Of those that it came to in its last pass, and of the
-        first, it is decided whether they go on waiting; of the others, only whether all is there.
+        How far the scheduler will get is not known yet. Requests that it reached in its last pass, and the first
+        ones, may give up waiting; the others are ready only if all their pages have arrived.
         """
         if self._take_least is None or not rids:
             return
@@ -48,7 +48,7 @@ class Ranks:
         self._ready = {rid for rid, ready in zip(rids, agreed.tolist(), strict=True) if ready}
 
     def is_ready(self, rid: str) -> bool:
-        """Whether the pages of a waiting request are in host memory on every rank, or not worth waiting for."""
+        """Whether every rank has the pages of a queued request in host memory, or no longer waits for them."""
         if self._take_least is None:
             return self._is_ready_here(rid, True)
         self._reached.add(rid)

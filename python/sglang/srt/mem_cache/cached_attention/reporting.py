@@ -1,4 +1,4 @@
-"""What an operator is told while the server runs: metrics, and a line in the log now and then."""
+"""Reports to the operator while the server runs: metrics, and an occasional line in the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporting:
-    """Of one scheduler's store. The log speaks for all ranks that hold the same pages."""
+    """Reports on one scheduler's store. One rank writes the log for all that hold the same pages."""
 
     def __init__(self, scheduler: Scheduler, store: CachedAttentionStore) -> None:
         self._metrics = store_metrics(scheduler, store)
@@ -25,7 +25,7 @@ class Reporting:
         self._activity = Activity(store.stats, store.layout.page_bytes) if speaks else None
 
     def poll(self) -> None:
-        """To be called in every scheduling pass; nearly always it only looks at the clock."""
+        """Must be called in every scheduling pass; nearly always it only looks at the clock."""
         if self._metrics is not None:
             self._metrics.poll()
         if self._activity is not None and (line := self._activity.poll()) is not None:

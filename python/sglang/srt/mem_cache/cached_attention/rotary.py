@@ -1,4 +1,4 @@
-"""How each layer of an SGLang model rotates its keys: what moving them to other positions needs to know."""
+"""How each layer of an SGLang model rotates its keys, which must be known to move them to other positions."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class UnsupportedRotationError(ValueError):
 
 
 def key_rotations(model: torch.nn.Module, pool: KVCache, drafts: Sequence[KVCache] = ()) -> list[Rotation | None]:
-    """Per layer of `pool` how its keys are rotated; None where they have no position (NoPE).
+    """Per layer of `pool`: how its keys are rotated; None for layers without positions (NoPE).
 
-    Exactly the classes whose tables are a function of position alone are taken. A subclass or one that
-    is not known here may rotate by something else, and a wrong token is the worst outcome.
+    Accepts exactly the classes whose tables are a function of position alone. A subclass, or a class that is not
+    known here, may rotate by something else, and a wrong token is the worst outcome.
 
     Args:
-        drafts: the pools of its draft models, whose keys would have to be moved as well.
+        drafts: the pools of the draft models, whose keys would have to be moved as well.
 
     Raises:
-        UnsupportedRotationError: says in one line why.
+        UnsupportedRotationError: the keys cannot be moved; the message says why in one line.
     """
     if drafts:
         _refuse("it is served with a draft model that has keys of its own")
@@ -83,15 +83,15 @@ def _rotation(attention: torch.nn.Module, core: RadixAttention, pool: KVCache) -
 
 
 def rotation_of(module: Any, start: int = 0) -> Rotation:
-    """The rotation of one of SGLang's rotary modules, with the frequencies that it computes itself.
+    """The rotation of one of SGLang's rotary modules, with the frequencies that the module computes itself.
 
-    The attention factor of yarn is left out: keys that come from the module carry it.
+    The attention factor of yarn is left out: keys from the module already include it.
 
     Args:
         start: first rotated element of a head's vector.
 
     Raises:
-        UnsupportedRotationError: says in one line why.
+        UnsupportedRotationError: the module is not supported; the message says why in one line.
     """
     frequencies = FREQUENCIES.get(type(module))
     if frequencies is None:

@@ -1,4 +1,4 @@
-"""Models some of whose layers keep one state per sequence: linear attention, Mamba."""
+"""Models in which some layers keep one state per sequence: linear attention, Mamba."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class StatesLinker(HybridLinker):
-    """The trailing store has states: each is a page of its own, under the key of the page that it follows."""
+    """The trailing store holds states: each is a page of its own, under the key of the page that it follows."""
 
     what = STATES
     pool_name = PoolName.MAMBA
@@ -41,9 +41,9 @@ class StatesLinker(HybridLinker):
         return len(self._kv_before)
 
     def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
-        """The forward waits for all states before it begins: a graph may read them without asking.
+        """The forward waits for all states before it begins: a graph may read them without waiting for a layer.
 
-        Which forward used a slot of states last is not watched: the load waits for all of them.
+        Which forward used a slot of states last is not tracked, so the load waits for all forwards.
         """
         states = self.store.trailing.start_load(batch, self.record_offload_ready()).layers
         kv = [NOTHING if number is None else layers[number] for number in self._kv_before]
@@ -54,7 +54,7 @@ class StatesLinker(HybridLinker):
 
 
 def _kv_before(kv_layers: dict[int, int], start: int) -> list[int | None]:
-    """Per layer of this rank's model, up to the last with attention: the number of the last KV up to there."""
+    """Per layer of this rank's model, up to the last with attention: number of the last KV layer up to it."""
     before: list[int | None] = []
     for layer in range(start, max(kv_layers) + 1):
         before.append(kv_layers.get(layer, before[-1] if before else None))
@@ -62,7 +62,7 @@ def _kv_before(kv_layers: dict[int, int], start: int) -> list[int | None]:
 
 
 class _Nothing:
-    """Of layers that come before all KV."""
+    """For layers before the first one with KV."""
 
     def wait(self, stream: Any = None) -> None:
         pass
@@ -72,12 +72,12 @@ NOTHING = _Nothing()
 
 
 class StatesTreeLink(HybridTreeLink):
-    """What can be restored ends where a state was saved."""
+    """A prefix can be restored only up to a page whose state was saved."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._with_state: set[NodeId] = set()
-        """Nodes that were saved with their states while a prompt was inserted."""
+        """Nodes that were saved with their states during the current insert."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         result = super().match(key, req, result)
@@ -86,17 +86,17 @@ class StatesTreeLink(HybridTreeLink):
         return result._replace(mamba_branching_seqlen=self._branch(result.mamba_branching_seqlen))
 
     def _branch(self, on_device: int | None) -> int | None:
-        """Tokens after which this prompt is to leave a state, not at its end: where it parts from others."""
+        """Tokens after which this prompt should leave a state before its end: where it diverges from others."""
         grid = mamba_checkpoint_grid(self.cache.page_size)
         return max(on_device or 0, self._parting * self.cache.page_size // grid * grid) or None
 
     def _spares(self) -> bool:
         """Whether a node may be kept on the device, with its state, until it is saved.
 
-        SGLang does not survive that there is no slot for a state. So as many must be free, or evictable, as the
-        requests that may yet run take, one for a request that goes on, and one for each save that runs: a node of
-        a running request is held by its save alone once the request has gone on. All ranks see this alike, as
-        they do the tree.
+        SGLang crashes if it finds no slot for a state. So there must be as many free or evictable slots as the
+        requests that may still start need, one for a request that continues, and one per running save: a node of
+        a running request is held only by its save once the request has moved on. All ranks agree on this, as they
+        do on the tree.
         """
         slots = self.cache.req_to_token_pool
         free = slots.mamba_allocator.available_size() + self.cache.mamba_evictable_size()
@@ -111,7 +111,7 @@ class StatesTreeLink(HybridTreeLink):
             self._with_state.add(node_id)
 
     def inserted(self, params: InsertParams, result: InsertResult) -> None:
-        """Save a state that came to a node after its KV: where prompts that share a beginning part."""
+        """Save a state that a node received after its KV: where prompts with a common beginning diverge."""
         node = result.last_device_node
         if params.mamba_value is not None and not result.mamba_exist and node not in self._with_state:
             self._offload_state(node)

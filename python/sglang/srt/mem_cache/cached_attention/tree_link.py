@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 REMEMBERED = 65_536
-"""Requests whose conversations a hint can name, at about 200 bytes each."""
+"""Number of requests whose conversations a hint can name, at about 200 bytes each."""
 
 
 class RequestChain(NamedTuple):
@@ -63,7 +63,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
 
     cache_linker: CachedAttentionLinker
     truncation: Truncation | None = None
-    """Cuts over-long prompts; None leaves them to SGLang."""
+    """Truncates over-long prompts; None leaves them to SGLang."""
 
     def __init__(self, cache: UnifiedRadixCache, cache_linker: CachedAttentionLinker) -> None:
         super().__init__(cache, cache_linker)
@@ -72,7 +72,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self.ranks = Ranks(self._is_ready_here, None if cache.tp_world_size == 1 else self._take_least)
         self._inserted: RadixKey | None = None
         self._ends: OrderedDict[str, PageKey] = OrderedDict()
-        """Of requests that ended lately: the last page of their conversation."""
+        """Per request that ended recently: the last page of its conversation."""
         self.conversations = Conversations(time.monotonic)
 
     @property
@@ -81,7 +81,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
 
     @contextmanager
     def inserting(self, params: InsertParams) -> Iterator[None]:
-        """Meanwhile, what is saved are pages of the prompt that is inserted."""
+        """Context in which all saves are of pages of the prompt that is being inserted."""
         self._inserted = params.key
         try:
             yield
@@ -92,19 +92,19 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         """A prompt was inserted."""
 
     def _is_ready_here(self, rid: str, may_give_up: bool) -> bool:
-        return self.cache_linker.store.is_ready(rid, may_give_up)  # The store is not open yet when this is made.
+        return self.cache_linker.store.is_ready(rid, may_give_up)  # The store is opened after `ranks` is made.
 
     def _take_least(self, numbers: torch.Tensor) -> None:
         self.cache._all_reduce_attn_groups(numbers, torch.distributed.ReduceOp.MIN)
 
     def truncate(self, req: Req) -> None:
-        """Leave in a new request what stays of its prompt."""
+        """Truncate the prompt of a new request if it is too long."""
         if self.truncation is not None and (prompt := self.truncation.cut_request(req)) is not None:
             self._truncated[req] = prompt
             self.cache_linker.store.stats.truncated(prompt.dropped)
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
-        """Add to `result` the pages that the store holds beyond the device's."""
+        """Add to `result` the pages that the store holds beyond those on the device."""
         self.hit_markers.pop(req.rid, None)
         key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
         page_size = self.cache.page_size
@@ -117,7 +117,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
             self.cache_linker.store.alias(chain, prompt.sources(len(chain.keys)))
             self.cache_linker.store.await_saves(req.rid, chain.keys[on_device:])
         self._arrive(req, chain, on_device)
-        # Asked for even if the device has it all: the conversation is in use, its copy must not age.
+        # Even if all of it is on the device: the conversation is in use, so its copy must not age.
         restorable = self.cache_linker.reserve(req.rid, chain)
         if on_device >= in_prompt:
             return result
@@ -134,7 +134,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self.cache_linker.store.arrive(req.rid, chain, on_device=on_device)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
-        """How many pages every rank can restore; this one has `pages`. Up to `on_device` it does not matter."""
+        """Pages that every rank can restore; this one has `pages`. Results up to `on_device` do not matter."""
         return self.ranks.agree(pages)
 
     def _chain(self, key: RadixKey, req: Req) -> Chain:
@@ -157,11 +157,11 @@ class TreeLink(UnifiedCacheLinkerWrapper):
             self._ends.popitem(last=False)
 
     def _key(self, tokens: array[int], extra_key: str | None, cache_salt: str | None) -> RadixKey:
-        """As the tree names what it keeps of `tokens`: with EAGLE, each by itself and the token after it."""
+        """The tree's key of `tokens`: with EAGLE, each token is paired with the one after it."""
         return RadixKey(tokens, extra_key, is_bigram=self.cache.tree_core.is_eagle, cache_salt=cache_salt)
 
     def hottest(self, count: int) -> list[dict[str, Any]]:
-        """The conversations that were continued most: their turns, pages and tiers."""
+        """The conversations that were continued most, with their turns, tokens and tiers."""
         store = self.cache_linker.store
         return [
             {
@@ -211,7 +211,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
                 self._offload_node(node_id, [self._with_prefix(node_id, kv), *others])
 
     def _with_prefix(self, node_id: NodeId, transfer: PoolTransfer) -> PathTransfer:
-        """The node's pages, or its whole path where the store has lost what comes before them."""
+        """The node's pages, or its whole path if the store has lost the pages before them."""
         prefix = self.cache.tree_core.get_prefix_hash_values(node_id)
         if self.events is not None and self._inserted is not None:
             self.events.learn(page_keys([*prefix, *(transfer.keys or [])]), self._inserted)

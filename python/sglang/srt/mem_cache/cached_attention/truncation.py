@@ -1,18 +1,19 @@
-"""Over-long prompts with `--allow-auto-truncate`: the oldest middle goes, and what stays keeps its KV.
+"""Truncation of over-long prompts with `--allow-auto-truncate`: the oldest tokens after the first pages are
+dropped, and the others keep their KV.
 
-SGLang cuts the newest tokens, in the tokenizer process and again in the scheduler. Here the tokenizer process
-cuts nothing. Each scheduler cuts by the plan (`cached_attention.position.truncation`), which needs the prompt's
-length only, or leaves it to SGLang where the model's keys cannot be moved. So the scheduler alone knows how
-many tokens were dropped: those that the client sent, less the `prompt_tokens` that the scheduler reports.
+SGLang drops the newest tokens, in the tokenizer process and again in the scheduler. Here the tokenizer process
+drops nothing. Each scheduler truncates by the plan (`cached_attention.position.truncation`), which needs only the
+prompt's length, or leaves it to SGLang if the model's keys cannot be moved. So only the scheduler knows how many
+tokens were dropped: those that the client sent, less the `prompt_tokens` that the scheduler reports.
 
-The kept tokens run in a namespace of their own: the request's `extra_key` and the page hash of all that was
-dropped and what came before it. Conversations that dropped different tokens never share a page after the seam.
+The kept tokens run in a namespace of their own: the request's `extra_key` and the page hash of the dropped tokens
+and those before them. Conversations that dropped different tokens never share a page after the seam.
 
 Output log probabilities, `n`, beams, grammars, LoRA adapters (part of the namespace) and `session_id` work as
-ever. What names positions of the prompt has no meaning in a truncated one and is refused, see `_POSITIONAL`;
-`input_embeds` never come here, because SGLang wants the radix cache off for them. A session that SGLang itself
-assembles (`session_params`) is known in full in the scheduler only, and is refused there. Embedding requests
-are cut as SGLang cuts them.
+usual. Options that refer to positions of the prompt are meaningless for a truncated one and are refused, see
+`_POSITIONAL`; `input_embeds` never get here, because SGLang requires the radix cache to be off for them. A
+session that SGLang itself assembles (`session_params`) is known in full only in the scheduler, and is refused
+there. Embedding requests are truncated as SGLang does it.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRUNCATED_TOKENS = "truncated_tokens"
-"""Field of `meta_info`; absent where nothing was dropped."""
+"""Field of `meta_info`; absent if nothing was dropped."""
 _GIVEN = "cached_attention_given_tokens"
 """Attribute of an over-long `GenerateReqInput`; its copies for parallel sampling have it too."""
 
 
 class TruncatedPrompt:
-    """A prompt of which a part was dropped.
+    """A prompt from which tokens were dropped.
 
     Args:
         tokens: the whole prompt, as the client sent it.
@@ -79,7 +80,7 @@ class TruncatedPrompt:
 
     @property
     def dropped(self) -> int:
-        """Tokens."""
+        """Number of dropped tokens."""
         return self._plan.dropped
 
     @property
@@ -87,7 +88,7 @@ class TruncatedPrompt:
         return self._plan.keep(self._tokens)
 
     def _namespace(self, plan: TruncationPlan) -> str | None:
-        """The `extra_key` of what `plan` keeps."""
+        """The `extra_key` of the tokens that `plan` keeps."""
         if not plan.dropped:
             return self._base
         end = plan.sink + plan.dropped
@@ -114,19 +115,19 @@ class TruncatedPrompt:
 
 
 class Truncation(NamedTuple):
-    """Cuts the prompts of one scheduler."""
+    """Truncates the prompts of one scheduler."""
 
     rule: TruncationRule
 
     def cut(self, tokens: array[int], extra_key: str | None, cache_salt: str | None) -> TruncatedPrompt | None:
-        """None where the prompt fits."""
+        """The truncated prompt; None if the prompt fits."""
         plan = self.rule.plan(len(tokens))
         return TruncatedPrompt(self.rule, plan, tokens, extra_key, cache_salt) if plan.dropped else None
 
     def cut_request(self, req: Req) -> TruncatedPrompt | None:
-        """Leave in `req` what stays of its prompt; None where the prompt fits.
+        """Truncate the prompt of `req`; None if the prompt fits.
 
-        A session's prompt is not cut: the next one would not follow it. The request is refused.
+        A session's prompt is not truncated, because the next one would not continue it: the request is refused.
         """
         if req.session is not None:
             if (length := len(req.origin_input_ids)) >= self.rule.limit:
@@ -140,7 +141,7 @@ class Truncation(NamedTuple):
 
 
 def truncation_of(scheduler: Scheduler, cache: CachedAttentionRadixCache) -> Truncation | None:
-    """None, and one line in the log, where over-long prompts are left to SGLang."""
+    """None if over-long prompts are left to SGLang; with `--allow-auto-truncate`, a line in the log says why."""
     if not scheduler.server_args.allow_auto_truncate:
         return None
     rule = _rule(scheduler, cache.linker.cache_linker)
@@ -165,7 +166,7 @@ def _rule(scheduler: Scheduler, linker: CachedAttentionLinker) -> TruncationRule
 
 
 def _all_agree(able: bool, ranks: GroupCoordinator) -> bool:
-    """Whether all ranks are able: those of a pipeline have different layers."""
+    """Whether all ranks are able: ranks of a pipeline have different layers."""
     if ranks.world_size == 1:
         return able
     agreed = torch.tensor([able], dtype=torch.int)
@@ -174,7 +175,7 @@ def _all_agree(able: bool, ranks: GroupCoordinator) -> bool:
 
 
 def _left_to_sglang(args: ServerArgs) -> str | None:
-    """Why a server that runs with `args` cuts prompts where no hook of ours is, or None."""
+    """Why a server with `args` must leave truncation to SGLang; None if it need not."""
     if args.tokenizer_worker_num > 1 or envs.SGLANG_RUST_SERVER.get():
         return "Several tokenizer processes, or one in Rust, cut them: use one, --tokenizer-worker-num 1."
     if args.disaggregation_mode != "null":
@@ -221,10 +222,10 @@ def _refusal(length: int, limit: int, what: str, remedy: str) -> str:
 def validate(
     original: Callable[..., None], manager: TokenizerManager, obj: Any, input_ids: list[int] | None
 ) -> None:
-    """`TokenizerManager._validate_one_request`, which cuts no prompt now.
+    """`TokenizerManager._validate_one_request`, without truncation.
 
     Raises:
-        ValueError: SGLang's own reasons, or the prompt is too long for what else is asked for.
+        ValueError: SGLang's own reasons, or the prompt is too long for the request's other options.
     """
     limit = manager.max_req_input_len or manager.context_len
     fits = input_ids is None or len(input_ids) < limit
@@ -241,7 +242,7 @@ def validate(
 
 
 def tell(responses: AsyncGenerator[dict[str, Any]], obj: Any) -> AsyncIterator[dict[str, Any]] | None:
-    """`responses` to `obj`, with the number of tokens dropped; None where none were."""
+    """`responses` to `obj`, with the number of tokens dropped; None if none were."""
     given = getattr(obj, _GIVEN, None)
     return None if given is None else _told(responses, given)
 

@@ -1,4 +1,4 @@
-"""Models with layers whose sliding window is all that SGLang keeps of them."""
+"""Models with sliding-window layers, for which SGLang keeps only the window."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
 LEAST_CHAIN = 16
-"""Pages: a window is kept with up to so many before it."""
+"""Minimum chain length in pages: a window is kept with up to this many pages before it."""
 
 
 class WindowsLinker(HybridLinker):
-    """The trailing store has the KV of the layers with windows, page by page. A prefix needs the last of it."""
+    """The trailing store holds the KV of the layers with windows, page by page. A prefix needs its last pages."""
 
     what = WINDOWS
     pool_name = PoolName.SWA
@@ -54,15 +54,15 @@ class WindowsLinker(HybridLinker):
     def _hand_out(self, batch: int, layers: Sequence[Layer]) -> None:
         """Each layer waits for what it reads.
 
-        Which forward used a slot of windows last is not watched: the load waits for all of them.
+        Which forward used a slot of windows last is not tracked, so the load waits for all forwards.
         """
         windows = self.store.trailing.start_load(batch, self.record_offload_ready()).layers
         of_model = [(windows if is_window else layers)[number] for number, is_window in self._numbers]
-        # A graph of the whole prefill waits for the last layer alone.
+        # A graph of the whole prefill waits only for the last layer.
         self.layer_done_counter.add(batch, [*of_model[:-1], Several(layers[-1], windows[-1])])
 
     def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
-        """The last pages of the node, or what says itself where it belongs."""
+        """The last pages of the node, or those of a `PathTransfer`, which knows its place in the prompt."""
         if isinstance(trailing, PathTransfer):
             return self.page_run(trailing)
         assert kv is not None, "windows do not say where in their prompt they belong"
@@ -73,14 +73,14 @@ class WindowsLinker(HybridLinker):
 
 
 class WindowsTreeLink(HybridTreeLink):
-    """What can be restored ends where the windows before it were saved."""
+    """A prefix can be restored only up to a page where the window before it was saved."""
 
     cache_linker: WindowsLinker
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._saved_tokens = 0
-        """Whose windows were saved with their KV while a prompt was inserted."""
+        """Tokens whose windows were saved with their KV during the current insert."""
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         result = super().match(key, req, result)
@@ -104,9 +104,9 @@ class WindowsTreeLink(HybridTreeLink):
         self._saved_tokens += sum(len(windows.device_indices) for windows in transfers[1:])
 
     def inserted(self, params: InsertParams, result: InsertResult) -> None:
-        """Save windows that came to nodes after their KV: computed again, since they were in no tier any more.
+        """Save windows that nodes received after their KV: recomputed, because they were in no tier any more.
 
-        Decided by what the tree says, which all ranks see alike; the store knows what it has already.
+        Decided by the tree, on which all ranks agree; the store skips pages that it already has.
         """
         node, page_size = result.last_device_node, self.cache.page_size
         if not (adopted := (result.adopted_ranges or {}).get(ComponentType.SWA)):
@@ -124,7 +124,7 @@ class WindowsTreeLink(HybridTreeLink):
             self._offload_trailing(node, PathTransfer(PoolName.SWA, None, windows, own, prefix_hashes=before))
 
     def _hashes_to(self, node: NodeId, key: RadixKey) -> list[str]:
-        """Of the pages of `key`, which ends with `node`."""
+        """Hashes of the pages of `key`, which ends with `node`."""
         known = RequestChain(list(self.cache.tree_core.get_prefix_hash_values(node)), Chain())
         key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
         known.extend(key, self.cache.page_size)
