@@ -34,7 +34,7 @@ def test_two_thousand_requests_over_a_host_tier_of_64_pages(models: Any, start: 
             if i % 100 == 99:
                 sizes.append(resident_bytes(server))
 
-        with ThreadPoolExecutor(4) as clients:
+        with ThreadPoolExecutor(12) as clients:
             list(tqdm(clients.map(ask, range(REQUESTS)), total=REQUESTS, desc="requests"))
         (state,) = store_states(server)
     assert state["host_pages"] == 64
