@@ -43,7 +43,7 @@ def missing() -> str | None:
 class _Process(ABC):
     """A process of the store that runs for as long as the context is open."""
 
-    _process: subprocess.Popen | None = None
+    _process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
     def start(self) -> None: ...

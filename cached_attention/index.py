@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 
@@ -80,11 +81,11 @@ class PageIndex:
         """Aliases of each origin."""
         self._deltas: dict[int, int] = {}
         """Per alias: tokens from its base position to its place."""
-        of_tiers: list[tuple[array | bytearray, int]] = [
+        of_tiers: list[tuple[array[Any] | bytearray, int]] = [
             (column, NOWHERE) for column in (tier.slot for tier in self.tiers)
         ]
         of_tiers += [(column, 0) for tier in self.tiers for column in (tier.children, tier.ready)]
-        self._columns: list[tuple[array | bytearray, int]] = [
+        self._columns: list[tuple[array[Any] | bytearray, int]] = [
             (self.parent, NOWHERE),
             (self.position, NOWHERE),
             *((column, 0) for column in (self.last_use, self.checksum, self.uses, self.kind)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from tqdm import tqdm
@@ -74,7 +75,9 @@ async def _gap(http: aiohttp.ClientSession, tokens: list[int], right: int, said:
     return by_token[right] - by_token[said]
 
 
-async def _generate(http: aiohttp.ClientSession, tokens: list[int], answer: int, **request: object) -> dict:
+async def _generate(
+    http: aiohttp.ClientSession, tokens: list[int], answer: int, **request: object
+) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": answer, "ignore_eos": True}
     body = {"input_ids": tokens, "sampling_params": sampling, **request}
     async with http.post("/generate", json=body, raise_for_status=True) as response:

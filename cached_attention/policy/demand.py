@@ -35,7 +35,8 @@ class WaitingOrder:
         if request not in self._ranks:
             self._ranks[request] = len(self.requests)
             self.requests.append(request)
-            self._ranked_at += self._ranked_at == self.changes
+            if self._ranked_at == self.changes:
+                self._ranked_at += 1  # The other ranks stay as they are.
             self.changes += 1
 
     def replace(self, requests: list[str]) -> list[str]:

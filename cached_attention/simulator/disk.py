@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from cached_attention.simulator.cost import Cost
 from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
@@ -51,7 +52,7 @@ class _Channel:
 
 @dataclass(eq=False)
 class _Job:
-    future: Future
+    future: Future[Any]
     asked_at: float
     pages: int
     finish: Callable[[], None]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
@@ -26,6 +26,9 @@ from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote_address import RemoteAddress
 from cached_attention.tiers.remote_client import NOT_FOUND, Extent, RemoteClient, RemoteError
 from cached_attention.tiers.remote_records import Objects, RecordMemory, objects_maker
+
+R = TypeVar("R")
+Page = TypeVar("Page", PageRead, PageWrite)
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +186,7 @@ class RemoteTier:
         self.outages += 1
         self._changed.set()
 
-    def _submit(self, priority: Priority, ticket: Ticket, job: Callable[..., None], *arguments: Any) -> None:
+    def _submit(self, priority: Priority, ticket: Ticket[R], job: Callable[..., None], *arguments: Any) -> None:
         """Call `job` with the objects that are served now, the arguments and the ticket."""
         objects = self._objects
         run = partial(self._run, ticket, partial(job, objects, *arguments))
@@ -191,7 +194,7 @@ class RemoteTier:
             ticket.begin()
             ticket.finish()
 
-    def _run(self, ticket: Ticket, job: Callable[[Ticket], None]) -> None:
+    def _run(self, ticket: Ticket[R], job: Callable[[Ticket[R]], None]) -> None:
         try:
             if ticket.begin() and self.healthy:
                 job(ticket)
@@ -207,9 +210,9 @@ class RemoteTier:
     def _in_calls(
         self,
         objects: Objects,
-        call: Callable[[Objects, Sequence], Iterable],
-        pages: Sequence[PageRead] | Sequence[PageWrite],
-        ticket: Ticket,
+        call: Callable[[Objects, Sequence[Page]], Iterable[R]],
+        pages: Sequence[Page],
+        ticket: Ticket[R],
     ) -> None:
         for first in range(0, len(pages), objects.call_pages):
             some = pages[first : first + objects.call_pages]
@@ -240,7 +243,7 @@ class RemoteTier:
         self._count(put=sum(done), refused=len(done) - sum(done))
         return [0 if there else None for there in done]
 
-    def _remove(self, objects: Objects, keys: Sequence[bytes], _ticket: Ticket) -> None:
+    def _remove(self, objects: Objects, keys: Sequence[bytes], _ticket: Ticket[None]) -> None:
         self._client.remove(list(map(objects.name, keys)))
 
     def _count(self, **counts: int) -> None:

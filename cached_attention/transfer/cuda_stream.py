@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class CudaStream(Stream):
         self._stream.synchronize()
 
 
-def _checked(result: tuple) -> tuple:
+def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
     error, *values = result
     if error:
         raise RuntimeError(f"CUDA refused a stream for transfers: {error.name}.")

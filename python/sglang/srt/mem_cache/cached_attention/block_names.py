@@ -75,7 +75,7 @@ class BlockNames:
         self._tokens: OrderedDict[PageKey, Tokens] = OrderedDict()
 
     def name(self, key: PageKey) -> BlockName:
-        return self._learnt.get(key) or BlockName(_block_hash(key))
+        return self._learnt.get(key) or BlockName(block_hash(key))
 
     def tokens(self, key: PageKey) -> Tokens | None:
         """Tokens of the page; None if they are not remembered."""
@@ -120,7 +120,7 @@ class BlockNames:
         """`digest`: hash of the tokens without the `extra_key`, which is the key of that page in no namespace."""
         is_new = self.name(key).block_hash != name.block_hash
         self._learnt[key] = name
-        if key != digest and _block_hash(digest) == name.block_hash:
+        if key != digest and block_hash(digest) == name.block_hash:
             namesakes = self._namesakes.setdefault(name.block_hash, [digest])
             if key not in namesakes:
                 namesakes.append(key)
@@ -150,7 +150,8 @@ def _first_unknown(keys: Sequence[PageKey], known: Mapping[PageKey, object]) -> 
     return next((page for page, key in enumerate(keys) if key not in known), len(keys))
 
 
-def _block_hash(digest: bytes) -> int:
+def block_hash(digest: bytes) -> int:
+    """SGLang's name in its events for the page with this hash."""
     return int.from_bytes(digest[:8], signed=True)
 
 

@@ -25,6 +25,7 @@ from cached_attention.config import (
 from cached_attention.encryption import FORMS, KEY_VARIABLE, key_place, read_key
 from cached_attention.free_memory import free_memory
 from cached_attention.permissions import check_private
+from cached_attention.tiers.disk_space import disk_usage
 from cached_attention.tiers.remote_address import parse_remote
 from cached_attention.tiers.remote_client import check_installed
 
@@ -295,8 +296,7 @@ def _disk_size(path: Path, size: str) -> int:
             check_private(path)
         except PermissionError as error:
             raise ConfigError(f"{DISK_PATH.option}: {error}") from error
-    ours = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
-    return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + ours)
+    return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + disk_usage(path))
 
 
 def _remote(url: str | None, free_memory: int) -> str | None:

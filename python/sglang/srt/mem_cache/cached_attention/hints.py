@@ -36,7 +36,7 @@ class HintReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
     outlook: str
     expect_in_s: float = 0.0
     conversation: str | None = None
-    input_ids: array | None = None
+    input_ids: array[int] | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
 

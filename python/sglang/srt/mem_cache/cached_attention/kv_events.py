@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from cached_attention.index import PageKey
 from cached_attention.residency import ResidencyFeed, ResidentPage
 
-from .block_names import BlockNames
+from .block_names import BlockNames, block_hash
 
 MEDIUM = {
     "host": StorageMedium.CPU,
@@ -69,7 +69,7 @@ class KvEvents:
         """
         for key in self.names.learn(keys, prompt):
             for page in self._feed.tiers_of(key):
-                self._remove(page.tier, int.from_bytes(key[:8], signed=True))
+                self._remove(page.tier, block_hash(key))
                 self._store(page)
 
     def entered(self, page: ResidentPage) -> None:
