@@ -1,6 +1,4 @@
-"""The eviction order of a tier: pages that no queued request needs first, least worth keeping before others, and
-the tail of a chain before its head.
-"""
+"""The eviction order of a tier: first what no queued request needs, least worth first, tails before heads."""
 
 from __future__ import annotations
 
@@ -14,8 +12,6 @@ from cached_attention.policy.next_use import BINS, BOUNDS, KINDS, NextUse, bin_o
 
 NOT_WAITING = -1
 """Rank of work that comes before all queued requests: it may evict any page that they need."""
-
-
 AGED_AT_ONCE = 1024
 """Maximum number of pages moved to the queue of another age at once; after a long pause the rest follow later."""
 
