@@ -191,10 +191,16 @@ class Hierarchy:
         if self.feed.observer is not None:
             for row in run:
                 self.feed.leaves(row, self.in_host)
+        if any(map(self._leads_to_disk, run)):
+            self.epoch += 1
         parent = self.index.parent[run[-1]]
         self.host.give_back_all(self.index.displace_run(run, self.in_host))
         if parent != NOWHERE:
             self.host_order.offer(parent)
+
+    def _leads_to_disk(self, row: int) -> bool:
+        """Whether pages on disk are reachable only through `row`, which is not there itself."""
+        return row not in self.on_disk and self.on_disk.children[row] > 0
 
     def are_plain(self, rows: Iterable[int]) -> bool:
         """Whether none of these pages shares its bytes or is dirty."""
@@ -259,7 +265,7 @@ class Hierarchy:
                 self.host_order.offer(row)
 
     def leave_host(self, row: int) -> None:
-        if row not in self.on_disk and self.on_disk.children[row]:
+        if self._leads_to_disk(row):
             self.epoch += 1  # Its successors on disk are out of reach until it is recomputed.
         self.index.pin(row)
         was_dirty = row in self.dirty

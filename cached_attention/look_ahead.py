@@ -55,6 +55,11 @@ class _Ask:
     def is_whole(self) -> bool:
         return self.next >= len(self.keys)
 
+    def cut_short(self) -> None:
+        """The page to request next was lost: wait neither for it nor for the rest."""
+        self.keys = self.keys[: self.next]
+        self.remote = min(self.remote, self.pages)
+
     def extend(self, keys: Sequence[PageKey], page_tokens: int, is_kept: Callable[[PageKey], bool]) -> None:
         """More of the chain turned out to be restorable; requested reads continue."""
         self.remote += sum(not is_kept(key) for key in keys[len(self.keys) :])
@@ -157,7 +162,7 @@ class LookAhead:
         end = min(ask.next + min(BATCH, self._room(rank)), len(ask.keys))
         first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
         if ask.next < end and not self._pages.is_restorable(ask.keys[ask.next]):
-            ask.keys = ask.keys[: ask.next]  # Lost since the request arrived: wait neither for it nor the rest.
+            ask.cut_short()
         if ask.is_whole:
             self._open.discard(request)
         return ask.next - first

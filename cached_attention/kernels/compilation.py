@@ -59,10 +59,21 @@ def load_library(target: str) -> Any | None:
     try:
         import tvm_ffi
 
-        return tvm_ffi.load_module(str(find_or_compile(target)))
+        return tvm_ffi.load_module(str(_library_for(target)))
     except (ImportError, RuntimeError, OSError) as error:
         logger.warning("Pages are moved with torch, which is slower: the kernels were not compiled: %s", error)
     return None
+
+
+def _library_for(target: str) -> Path:
+    """The library for `target`; if it cannot be compiled here, the one for all GPUs, whose PTX may run."""
+    try:
+        return find_or_compile(target)
+    except (CompilationError, OSError):
+        shipped = SHIPPED / library_name(ALL_GPUS)
+        if target == CPU or not shipped.exists():
+            raise
+        return shipped
 
 
 def find_or_compile(target: str) -> Path:

@@ -330,7 +330,8 @@ class DiskTier:
         except IO_ERRORS as error:
             self._write_health.failed(error)
             self._settle_writes(slots, saved=False)
-        except Exception:
+        except Exception as error:
+            self._write_health.failed(error)
             self._settle_writes(slots, saved=False)
             raise
         else:

@@ -135,14 +135,16 @@ def by_kernel(
     return lambda layer: kernel.load(range(layer, layer + 1), moves)
 
 
-def rope_on_load(device: DevicePool, host: HostTier, rotations: Rotations) -> RopeOnLoad:
+def rope_on_load(
+    device: DevicePool, host: HostTier, rotations: Rotations, *, compiled: bool = True
+) -> RopeOnLoad:
     """Moves whole layers and rotates the first component of each: K, or the latent of MLA."""
     layers = []
     for layer, (buffers, rotation) in enumerate(zip(device.buffers, rotations, strict=True)):
         turns = [rotation, *[None] * (len(buffers) - 1)]
         records = [host.component(layer, component) for component in range(len(buffers))]
         layers.append([PagedComponent(*parts) for parts in zip(buffers, records, turns, strict=True)])
-    return RopeOnLoad(layers, device.layout.page_size)
+    return RopeOnLoad(layers, device.layout.page_size, compiled=compiled)
 
 
 def whole_pages(device: DevicePool, host: HostTier) -> RopeOnLoad:
@@ -151,7 +153,7 @@ def whole_pages(device: DevicePool, host: HostTier) -> RopeOnLoad:
         [PagedComponent(pages, host.component(layer, component)) for component, pages in enumerate(buffers)]
         for layer, buffers in enumerate(device.layers)
     ]
-    return RopeOnLoad(layers, page_size=1)
+    return RopeOnLoad(layers, page_size=1, compiled=False)
 
 
 def page_copier(device: DevicePool, host: HostTier, rotations: Rotations | None = None) -> PageCopier:

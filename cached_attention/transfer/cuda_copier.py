@@ -31,7 +31,7 @@ from cached_attention.kernels.copy_rows import RowCopies
 from cached_attention.kernels.rope_on_load import BLOCKS
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.host import HostTier
-from cached_attention.transfer.copier import PageCopier, Part, Rotations, by_kernel, whole_pages
+from cached_attention.transfer.copier import PageCopier, Part, Rotations, by_kernel, rope_on_load, whole_pages
 
 logger = logging.getLogger(__name__)
 
@@ -76,22 +76,32 @@ class CudaCopier(PageCopier):
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         super().__init__(device, host, rotations)
         self._device = device.device
-        library = self._load_library()
         ends = [0, *accumulate(len(layer) for layer in self._pairs)]
         self._layers = [slice(*span) for span in pairwise(ends)]
+        chosen = self._choose_ways(min(PROBED_PAGES, device.num_pages, host.capacity))
         self._plain = None
-        if library is None:
-            # Without a compiler torch copies the pages. It reads page numbers on the CPU, and waits for them.
+        if chosen is None:
+            # torch copies the pages. It reads page numbers on the CPU, and waits for them.
             logger.error(
-                "CachedAttention: each load stops the scheduler until it has ended: no kernel was compiled."
+                "CachedAttention: each load stops the scheduler until it has ended: no kernel can be used."
             )
-            self._plain = self._rotating or whole_pages(device, host)
-            return
+            self._plain = (
+                whole_pages(device, host)
+                if rotations is None
+                else rope_on_load(device, host, rotations, compiled=False)
+            )
+            chosen = ByEngines(saves=False, loads=False)
+        self._engines = chosen
+        self.wants_numbers = chosen.loads
+
+    def _choose_ways(self, probed_pages: int) -> ByEngines | None:
+        """Which transfers use the copy engines; None if no kernel can be used for the others."""
+        if (library := self._load_library()) is None:
+            return None
         pairs = [pair for layer in self._pairs for pair in layer]
         self._inwards = RowCopies(pairs, library)
         self._outwards = RowCopies([(slots, pages) for pages, slots in pairs], library)
-        self._engines = self._compare(list(range(min(PROBED_PAGES, device.num_pages, host.capacity))))
-        self.wants_numbers = self._engines.loads
+        return self._compare(list(range(probed_pages)))
 
     def _load_library(self) -> Any | None:
         return load_library(cuda_target(torch.cuda.get_device_capability(self._device)))
@@ -143,17 +153,16 @@ class CudaCopier(PageCopier):
         rows = torch.tensor(numbers, dtype=torch.int32).pin_memory()
         return rows.to(self._device, non_blocking=True)
 
-    def _compare(self, rows: list[int]) -> ByEngines:
-        """Measure both ways, while nobody uses the pool. Page i is copied to slot i and back: no page changes.
-
-        Raises:
-            RuntimeError: neither way works on this GPU.
-        """
+    def _compare(self, rows: list[int]) -> ByEngines | None:
+        """Measure once, while nobody uses the pool. Page i is copied to slot i and back, so it stays as it is."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             engines = self._measure(self._save_by_engines, lambda: np.array(rows), rows)
             cores = self._measure(self._save_by_cores, lambda: self._upload(rows).long(), rows)
+        if isinstance(cores, RuntimeError):
+            logger.warning("CachedAttention: the kernel that moves pages does not run on this GPU: %s", cores)
+            return None  # Some loads need it: those whose page numbers are not known in time, and rotated pages.
         chosen = choose(engines, cores)
         for what, by_engines in chosen._asdict().items():
             logger.info(
@@ -161,10 +170,8 @@ class CudaCopier(PageCopier):
                 what,
                 "copy engines" if by_engines else "a kernel",
                 len(rows),
-                *(
-                    way if isinstance(way, RuntimeError) else _format(getattr(way, what))
-                    for way in (engines, cores)
-                ),
+                engines if isinstance(engines, RuntimeError) else _format(getattr(engines, what)),
+                _format(getattr(cores, what)),
             )
         return chosen
 
@@ -186,21 +193,9 @@ class CudaCopier(PageCopier):
             self.load(layer, moves)
 
 
-def choose(engines: Way | RuntimeError, cores: Way | RuntimeError) -> ByEngines:
-    """Choose by what both ways took for the same pages. A way that failed is not used.
-
-    Raises:
-        RuntimeError: both failed.
-    """
-    if isinstance(cores, RuntimeError):
-        if isinstance(engines, RuntimeError):
-            raise RuntimeError(
-                f"Pages can be moved on this GPU neither by a kernel ({cores}) nor by copy engines ({engines}). "
-                "Report this, with the GPU and the versions of driver and CUDA."
-            ) from cores
-        logger.warning("CachedAttention: the kernel that moves pages does not run on this GPU: %s", cores)
-        return ByEngines(saves=True, loads=True)
-    if isinstance(engines, RuntimeError):  # A driver without batched copies.
+def choose(engines: Way | RuntimeError, cores: Way) -> ByEngines:
+    """Choose by what both ways took for the same pages. A driver without batched copies has no engines."""
+    if isinstance(engines, RuntimeError):
         return ByEngines(saves=False, loads=False)
     # Saves are issued on a thread of their own, loads on the scheduler's thread, whose time counts too.
     return ByEngines(

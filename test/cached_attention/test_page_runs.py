@@ -148,3 +148,21 @@ def test_a_gap_is_told_where_what_follows_is_in_host_memory() -> None:
     at_once.give_up(first)
     assert at_once.pages.epoch > 0
     assert at_once.pages.loadable(keys, 0) == 0
+
+
+def test_what_was_known_of_a_chain_is_looked_up_again_when_its_pages_on_disk_are_cut_off() -> None:
+    """Its last page is on disk, those before it were too cold for a full one: they leave host memory at once."""
+    pages, keys = Hierarchy(HostSlots(HOST_PAGES), has_disk=True), keys_of("cccc")
+    for place, key in enumerate(keys):
+        row = pages.admit(key, keys[place - 1] if place else None, place)
+        assert row is not None
+        pages.land(row, clean=False)
+        pages.mark_clean(row)
+        pages.unpin(row)
+    pages.settle_on_disk(pages.index.find(keys[-1]), 0)
+    known, epoch = pages.restorable(keys, 0), pages.epoch
+    pages.make_room(HOST_PAGES, None)
+    assert known == len(keys)
+    assert pages.restorable(keys, 0) == 0
+    assert pages.epoch > epoch
+    pages.check_invariants()

@@ -117,6 +117,17 @@ def test_more_that_turns_out_to_be_there_is_asked_for_beside_what_is_on_its_way(
     assert not waiting.fetch.pins
 
 
+def test_what_was_lost_and_is_asked_for_again_counts_once() -> None:
+    """Pages of the remote store, which was out of reach meanwhile."""
+    keys = Waiting.keys("request")[:8]
+    ask = look_ahead._Ask([], 0, 0, 0, 0)
+    for _ in range(3):
+        ask.extend(keys, PAGE_TOKENS, lambda key: False)
+        assert (ask.pages, ask.remote) == (8, 8)
+        ask.cut_short()
+        assert (ask.pages, ask.remote) == (0, 0)
+
+
 @pytest.mark.parametrize("requests", [REVIEWED, 10 * REVIEWED])
 def test_whoever_has_waited_too_long_runs_the_front_at_once_and_the_others_in_their_turn(requests: int) -> None:
     waiting = Waiting(requests, page_seconds=1e6)

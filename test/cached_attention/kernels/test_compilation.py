@@ -144,4 +144,24 @@ def test_a_gpu_takes_what_was_shipped_else_its_own(monkeypatch: pytest.MonkeyPat
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3)):
         assert compilation.cuda_target(capability) == compilation.ALL_GPUS
     assert compilation.cuda_target((12, 0)) == "120"
+
+
+def test_a_newer_gpu_without_a_compiler_takes_what_was_shipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    shipped = tmp_path / library_name(compilation.ALL_GPUS)
+    with pytest.raises(compilation.CompilationError):
+        compilation._library_for("120")
+    shipped.touch()
+    assert compilation._library_for("120") == shipped
+    with pytest.raises(compilation.CompilationError):
+        compilation._library_for(CPU)
+
+
+def test_a_gpu_of_before_compiles_for_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
+    (tmp_path / library_name(compilation.ALL_GPUS)).touch()
     assert compilation.cuda_target((7, 5)) == "75"

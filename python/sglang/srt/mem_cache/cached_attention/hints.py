@@ -36,7 +36,8 @@ class HintReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
     outlook: str
     expect_in_s: float = 0.0
     conversation: str | None = None
-    input_ids: array[int] | None = None
+    # Without its parameter, which Python 3.11 does not know and msgspec evaluates.
+    input_ids: array | None = None  # type: ignore[type-arg]
     extra_key: str | None = None
     cache_salt: str | None = None
 
