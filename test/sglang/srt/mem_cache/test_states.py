@@ -194,16 +194,16 @@ class Kept:
     def restorable_pages(self, chain: Chain) -> int:
         return self._known
 
-    def held_ends(self, chain: Chain, pages: int, beyond: int = 0) -> Iterator[int]:
-        return self.ends(chain, pages, beyond)
+    def held_ends(self, chain: Chain, pages: int, on_device: int = 0) -> Iterator[int]:
+        return self.ends(chain, pages, on_device)
 
-    def arrive(self, request: str, chain: Chain, beyond: int, end: int | None) -> None:
+    def arrive(self, request: str, chain: Chain, on_device: int, end: int | None) -> None:
         self.arrived.append(end)
 
-    def ends(self, chain: Chain, pages: int, beyond: int) -> Iterator[int]:
-        return (end for end in self._ends if beyond < end <= pages)
+    def ends(self, chain: Chain, pages: int, on_device: int) -> Iterator[int]:
+        return (end for end in self._ends if on_device < end <= pages)
 
-    def reserve_tail(self, request: str, chain: Chain, end: int, beyond: int) -> None:
+    def reserve_tail(self, request: str, chain: Chain, end: int, on_device: int) -> None:
         self.reserved.append((request, end))
 
     def is_followed(self, key: bytes) -> bool:
