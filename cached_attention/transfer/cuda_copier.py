@@ -28,7 +28,7 @@ import torch
 
 from cached_attention.kernels.compilation import cuda_target, load_library
 from cached_attention.kernels.copy_rows import RowCopies
-from cached_attention.kernels.rope_on_load import BLOCKS
+from cached_attention.kernels.rope_on_load import BLOCKS, RopeOnLoad
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer.copier import PageCopier, Part, Rotations, by_kernel, rope_on_load, whole_pages
@@ -78,8 +78,8 @@ class CudaCopier(PageCopier):
         self._device = device.device
         ends = [0, *accumulate(len(layer) for layer in self._pairs)]
         self._layers = [slice(*span) for span in pairwise(ends)]
+        self._plain: RopeOnLoad | None = None
         chosen = self._choose_ways(min(PROBED_PAGES, device.num_pages, host.capacity))
-        self._plain = None
         if chosen is None:
             # torch copies the pages. It reads page numbers on the CPU, and waits for them.
             logger.error(
@@ -158,8 +158,7 @@ class CudaCopier(PageCopier):
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            engines = self._measure(self._save_by_engines, lambda: np.array(rows), rows)
-            cores = self._measure(self._save_by_cores, lambda: self._upload(rows).long(), rows)
+            engines, cores = self._try_ways(rows)
         if isinstance(cores, RuntimeError):
             logger.warning("CachedAttention: the kernel that moves pages does not run on this GPU: %s", cores)
             return None  # Some loads need it: those whose page numbers are not known in time, and rotated pages.
@@ -174,6 +173,13 @@ class CudaCopier(PageCopier):
                 _format(getattr(cores, what)),
             )
         return chosen
+
+    def _try_ways(self, rows: list[int]) -> tuple[Way | RuntimeError, Way | RuntimeError]:
+        """What the copy engines and the kernel take for `rows`, on the current stream."""
+        return (
+            self._measure(self._save_by_engines, lambda: np.array(rows), rows),
+            self._measure(self._save_by_cores, lambda: self._upload(rows).long(), rows),
+        )
 
     def _measure(
         self,

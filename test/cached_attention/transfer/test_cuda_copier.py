@@ -14,6 +14,7 @@ from cached_attention.layout import DevicePool
 from cached_attention.position.delta_table import delta_table
 from cached_attention.position.rotation import Rotation, rotate
 from cached_attention.tiers.host import HostTier
+from cached_attention.transfer import cuda_copier
 from cached_attention.transfer.cuda_copier import ByEngines, CudaCopier, Time, Way, choose, engines_are_worth_it
 
 PAGE = 16
@@ -52,6 +53,26 @@ def test_copy_engines_that_fail_are_not_used() -> None:
     failed = RuntimeError("no")
     assert choose(engines=slow, cores=quick) == choose(engines=failed, cores=slow) == ByEngines(False, False)
     assert choose(engines=quick, cores=slow) == ByEngines(True, True)
+
+
+def test_both_ways_are_tried_with_pages_of_the_pool(
+    cuda_on_host: type[CudaCopier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+
+    def compare(copier: CudaCopier, rows: list[int]) -> ByEngines:
+        tried.extend(copier._try_ways(rows))
+        return ByEngines(True, True)
+
+    monkeypatch.setattr(cuda_on_host, "_compare", compare)
+    monkeypatch.setattr(cuda_copier, "_time", lambda copy: Time(1.0, 1.0) if copy() is None else None)
+    pool = [[torch.randn(4 * PAGE, 1, 2, dtype=torch.bfloat16) for _ in "kv"] for _ in range(2)]
+    before = [[pages.clone() for pages in layer] for layer in pool]
+    device = DevicePool(pool, PAGE)
+    cuda_on_host(device, HostTier(device.layout, 4 * device.layout.stride), None)
+    assert tried == [Way(Time(1.0, 1.0), Time(1.0, 1.0))] * 2
+    for layer, was in zip(pool, before, strict=True):
+        assert all(map(torch.equal, layer, was))
 
 
 def test_only_pages_that_stay_as_they_are_go_by_copy_engines(cuda_on_host: type[CudaCopier]) -> None:
