@@ -87,6 +87,15 @@ def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     load_library.cache_clear()
 
 
+@pytest.fixture
+def only_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where libraries are shipped, none so far; there is no compiler, and nothing was compiled before."""
+    monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    return tmp_path
+
+
 def loader() -> RopeOnLoad:
     component = PagedComponent(torch.zeros(8, 1, 8), torch.ones(2, 128, dtype=torch.uint8))
     return RopeOnLoad([[component]], 4)
@@ -122,16 +131,11 @@ def test_a_cache_that_cannot_be_written_is_no_failure(
     assert not loader().is_compiled
 
 
-def test_a_shipped_library_is_taken_only_if_it_was_made_of_these_sources(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    (tmp_path / (library_name(CPU)[: -len("0123456789ab.so")] + "0123456789ab.so")).touch()
+def test_a_shipped_library_is_taken_only_if_it_was_made_of_these_sources(only_shipped: Path) -> None:
+    (only_shipped / (library_name(CPU)[: -len("0123456789ab.so")] + "0123456789ab.so")).touch()
     with pytest.raises(compilation.CompilationError):
         find_or_compile(CPU)
-    shipped = tmp_path / library_name(CPU)
+    shipped = only_shipped / library_name(CPU)
     shipped.touch()
     assert find_or_compile(CPU) == shipped
 
@@ -146,13 +150,8 @@ def test_a_gpu_takes_what_was_shipped_else_its_own(monkeypatch: pytest.MonkeyPat
     assert compilation.cuda_target((12, 0)) == "120"
 
 
-def test_a_newer_gpu_without_a_compiler_takes_what_was_shipped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    shipped = tmp_path / library_name(compilation.ALL_GPUS)
+def test_a_newer_gpu_without_a_compiler_takes_what_was_shipped(only_shipped: Path) -> None:
+    shipped = only_shipped / library_name(compilation.ALL_GPUS)
     with pytest.raises(compilation.CompilationError):
         compilation._library_for("120")
     shipped.touch()
