@@ -62,10 +62,9 @@ class HostMemory:
             message = f"There is no room for {size:,} bytes of host memory ({error}): give less."
             raise HostMemoryError(message) from error
         _advise(mapping, mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(mapping, dtype=torch.uint8)
-        start = -whole.data_ptr() % HUGE_PAGE
-        self.bytes = whole[start : start + size]
-        """`[size]`, uint8."""
+        start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+        self.bytes = torch.frombuffer(mapping, dtype=torch.uint8, count=size, offset=start)
+        """`[size]`, uint8. No slice: torch asks about the start of a storage whether a tensor is pinned."""
         if device.type == "cuda":
             # A child would share the pages: our next write would go to a copy that the GPU does not see.
             _advise(mapping, mmap.MADV_DONTFORK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import product
 from typing import Any
 
@@ -108,8 +109,9 @@ def test_what_is_measured_at_start_leaves_the_pool_as_it_was() -> None:
     buffers = [[torch.randn(40 * PAGE, 2, 64, device="cuda") for _ in "kv"] for _ in range(2)]
     device = DevicePool(buffers, PAGE)
     before = [[buffer.clone() for buffer in layer] for layer in buffers]
-    CudaCopier(device, HostTier(device.layout, 40 * device.layout.stride, device.device), None)
-    torch.cuda.synchronize()
+    with closing(HostTier(device.layout, 40 * device.layout.stride, device.device)) as host:
+        CudaCopier(device, host, None)
+        torch.cuda.synchronize()
     for now, then in zip(buffers, before, strict=True):
         assert all(map(torch.equal, now, then))
 
@@ -148,15 +150,17 @@ def check_there_and_back(
         for _ in range(3)
     ]
     device = DevicePool(buffers, PAGE)
-    host = HostTier(device.layout, 8 * device.layout.stride, device_of_pool)
-    copier: Any = kind(device, host, [turn] * 3)
-    copier._engines = engines
     before = [[pages.cpu().clone() for pages in layer] for layer in device.layers]
-    copier.save([1, 5, 3], [7, 0, 2])
-    pages = np.array([8, 10, 9]) if engines.loads else torch.tensor([8, 10, 9], device=device_of_pool)
-    moves = copier.moves(pages, [0, 7, 2], [0, -37, 0])
-    for layer in range(3):
-        copier.load(layer, moves)
+    with closing(HostTier(device.layout, 8 * device.layout.stride, device_of_pool)) as host:
+        copier: Any = kind(device, host, [turn] * 3)
+        copier._engines = engines
+        copier.save([1, 5, 3], [7, 0, 2])
+        pages = np.array([8, 10, 9]) if engines.loads else torch.tensor([8, 10, 9], device=device_of_pool)
+        moves = copier.moves(pages, [0, 7, 2], [0, -37, 0])
+        for layer in range(3):
+            copier.load(layer, moves)
+        if device_of_pool.type == "cuda":
+            torch.cuda.synchronize()
     for layer, pages_of_layer in enumerate(device.layers):
         for component, there in enumerate(pages_of_layer):
             was = before[layer][component]
