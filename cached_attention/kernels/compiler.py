@@ -28,11 +28,12 @@ def compile_for_cpu(scratch: Path) -> Path:
     return Path(build("rope_on_load", sources=str(source), extra_cflags=flags, build_directory=str(scratch)))
 
 
-def compile_for_cuda(architectures: list[str], scratch: Path) -> Path:
+def compile_for_cuda(architectures: list[str], scratch: Path, source: Path = SOURCES / "kernels.cu") -> Path:
     """Compile through FlashInfer's JIT; needs neither a GPU nor a driver.
 
     Args:
         architectures: e.g. `80`, `90a`. If there are several, PTX for the first is added.
+        source: may include files of `SOURCES`.
     """
     home = toolkit()
     os.environ["CUDA_HOME"] = str(home)
@@ -45,7 +46,7 @@ def compile_for_cuda(architectures: list[str], scratch: Path) -> Path:
         targets.append(f"arch=compute_{architectures[0]},code=compute_{architectures[0]}")
     spec = gen_jit_spec(
         "cached_attention_kernels",
-        [SOURCES / "kernels.cu"],
+        [source],
         extra_cuda_cflags=[
             *(f"-gencode={name}" for name in targets),
             f"-Xcompiler={UNCONTRACTED}",

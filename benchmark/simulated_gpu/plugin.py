@@ -1,0 +1,35 @@
+"""Gives SGLang attention that runs on the simulated GPU: the backend `torch_native` is that of the plain CPU."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+
+def activate() -> None:
+    """Entry point; it is loaded in every process of SGLang."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.platforms.plain_cpu import linear_attention, registration
+
+    gated_norm = linear_attention.gated_norm
+
+    def gated_norm_of_rows(norm: Any, x: torch.Tensor, z: torch.Tensor, **rest: Any) -> torch.Tensor:
+        return gated_norm(norm, x, z.reshape(x.shape), **rest)
+
+    linear_attention.gated_norm = gated_norm_of_rows
+    registration.register_backend()
+    register_attention_backend("torch_native")(_create_backend)
+
+
+def _create_backend(model_runner: Any) -> Any:
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.platforms.plain_cpu import NAME, registration
+
+    backend = registration._create_backend(model_runner)
+    if model_runner.use_mla_backend:
+        AttentionBackendRegistry.register("torch_native", AttentionBackendRegistry.get_handler(NAME))
+    if (model := sys.modules.get("sglang.srt.models.qwen3_5")) is not None:
+        model._gdn_decode_fused_proj_conv = False  # Else a kernel of a GPU would take the projections apart.
+    return backend
