@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from benchmark.mooncake import Master, missing
 
@@ -15,6 +16,9 @@ LONG = {"e2e", "test_install.py"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first: what is short fills up the time of whichever process is free at the end."""
     items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, or a simulated one"))
 
 
 @pytest.fixture(scope="module")

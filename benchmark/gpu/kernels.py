@@ -29,7 +29,7 @@ THETA = 10_000.0
 
 
 def run(setting: Setting, outcome: Outcome) -> None:
-    moved, rounds = (2 << 30, 15) if setting.on_gpu else (8 << 20, 2)
+    moved, rounds = (8 << 20, 2) if setting.shape_name == "tiny" else (2 << 30, 15)
     wrong, ratios = 0, {}
     for page_size in tqdm(PAGE_SIZES, "page sizes", unit="size"):
         bench = Moves(setting, page_size, moved)

@@ -1,13 +1,14 @@
-"""A GPU whose memory is host memory and whose streams are threads, for what calls CUDA through torch.
+"""A GPU whose memory is host memory and whose streams are threads, for code that uses CUDA through torch.
 
-    python -m benchmark.simulated_gpu -m pytest test/cached_attention -k gpu
-    python -m benchmark.simulated_gpu -m sglang.launch_server --attention-backend torch_native ...
+    python -m benchmark.simulated_gpu -m pytest test/cached_attention -m gpu
+    python -m benchmark.simulated_gpu -m benchmark.gpu overlap --shape tiny
 
-Torch, SGLang and this package take it for a GPU: they run what they run on one, with torch's own allocators, streams
-and events. Kernels are replaced: torch's operators by those of the CPU, this package's by their bodies, Triton's by
-its interpreter. Work lags behind the threads that queue it, and with SIMULATED_GPU_DELAY (microseconds) some of it is
-late, at random: what waits for too little reads or writes the wrong bytes.
+Torch, SGLang and this package take it for a real one: they take the same branches, with torch's own allocators,
+streams and events. Only kernels are replaced: torch's operators by the CPU's, this package's kernels by their
+bodies, and Triton's by its interpreter. All work is queued and runs after the call that queued it has returned.
+With a delay, some transfers and some waits between streams are late, at random, so that whatever waits for too
+little reads or writes wrong bytes.
 
-It shows that the code for GPUs runs and keeps its order, and says nothing about speed. Without CUDA graphs, several
-GPUs, and kernels of other libraries.
+It shows that the code for GPUs runs and orders its work. It says nothing about speed. There are no CUDA graphs, no
+second GPU, and no kernels of other libraries.
 """

@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def _bind_runtime() -> None:
-    """`cuda.bindings` is linked with a runtime of its own: the calls that make streams go to the simulated one."""
+    """`cuda.bindings` contains a runtime of its own; its calls that make streams go to the simulated one."""
     from cuda.bindings import runtime
 
     simulated = ctypes.CDLL(None)
@@ -43,6 +43,7 @@ def _bind_runtime() -> None:
     def create(flags: int, priority: int) -> tuple[int, int | None]:
         handle = ctypes.c_void_p()
         error = simulated.cudaStreamCreateWithPriority(ctypes.byref(handle), flags, priority)
+        simulated.simulated_gpu_mark_transfers(handle)
         return error, handle.value
 
     runtime.cudaDeviceGetStreamPriorityRange = priorities

@@ -9,22 +9,33 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-from cached_attention.kernels.compilation import SOURCES, cache_directory
 from filelock import FileLock
+
+from cached_attention.kernels.compilation import SOURCES, cache_directory
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RUNTIME = "libcuda_simulated.so"
 KERNELS = "kernels.so"
+SERVER_FLAGS = (
+    "--attention-backend=torch_native",
+    "--sampling-backend=pytorch",
+    "--disable-cuda-graph",
+    "--mem-fraction-static=0.5",
+)
+"""With these SGLang uses nothing on the GPU that is not simulated."""
 LIBRARIES = "SIMULATED_GPU"
 """Environment variable: directory of both libraries; its presence means that the process has the GPU."""
 
 
 def with_gpu(delay: int = 0) -> dict[str, str]:
-    """What to add to the environment of this process for another one. Compiles on first use, for about 12 seconds.
+    """Variables to set for a process that is to see the GPU. Compiles on first use, which takes about 12 seconds.
 
     Args:
-        delay: microseconds by which some work is late at most.
+        delay: the most by which transfers, and waits between streams, are late at random; microseconds.
+
+    Raises:
+        subprocess.CalledProcessError: there is no C++ compiler, or it failed.
     """
     libraries = _compiled()
     path = [str(HERE / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -33,7 +44,7 @@ def with_gpu(delay: int = 0) -> dict[str, str]:
         "LD_PRELOAD": str(libraries / RUNTIME),
         "PYTHONPATH": os.pathsep.join(path),
         "SIMULATED_GPU_DELAY": str(delay),
-        # SGLang's kernels: those in torch and Triton are replaced, all others have a version in torch.
+        # SGLang's own kernels have a version in torch.
         "TRITON_INTERPRET": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "SGLANG_FORCE_FUSED_OP_BACKEND": "torch",

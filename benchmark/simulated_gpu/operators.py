@@ -1,4 +1,4 @@
-"""Torch's operators on the simulated GPU: those of the CPU, on the same memory, when their stream comes to them."""
+"""Torch's operators on the simulated GPU: the CPU's, on the same memory, run when their stream gets to them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ OWN = {
     "view_as_complex",
     "view_as_real",
 }
-"""Of memory and views: those of torch itself work here too."""
+"""Operators that only handle memory and views: torch's own work here too."""
 WAITING = {"_local_scalar_dense", "_unique2", "equal", "is_nonzero", "masked_select", "nonzero", "unique_dim"}
-"""The CPU needs to know what the GPU computes."""
+"""Operators whose caller needs a result that the GPU computes."""
 
 _runtime = ctypes.CDLL(None)
 _queued: dict[int, Callable[[], None]] = {}
@@ -42,7 +42,7 @@ _being_copied: list[tuple[torch.cuda.Event, torch.Tensor]] = []
 
 def use_cpu_operators() -> torch.library.Library:
     """Put the CPU's operators in the place of the GPU's, for as long as the returned object lives."""
-    # Threads of streams take turns with those that queue work: at the default, each would wait for 5 ms.
+    # Streams and the threads that queue work take turns; by default each would have to wait for 5 ms.
     sys.setswitchinterval(1e-4)
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
@@ -55,7 +55,7 @@ def use_cpu_operators() -> torch.library.Library:
                 call = run_now if packet in WAITING else run_in_order
                 library.impl(operator, partial(call, run), "CUDA", allow_override=True)
         library.impl("copy_", copy_, "CUDA", allow_override=True)
-        # It would choose between libraries for GPUs.
+        # Otherwise it would pick a library for GPUs.
         library.impl("convolution", partial(run_in_order, torch.ops.aten.convolution.default), "CUDA")
     return library
 
@@ -64,7 +64,7 @@ def run_now(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Wait for the current stream, then run; what is new lies on the GPU."""
     check_waiting()
     synchronize()
-    call = Call.of(args, kwargs)
+    call = Call("cpu", [])
     result = operator(*tree_map(call.enter, args), **tree_map(call.enter, kwargs))
 
     def leave(value: Any) -> Any:
@@ -84,7 +84,7 @@ def run_in_order(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Queue the operator on the current stream; if its results cannot be foretold, wait for it."""
     if any(isinstance(arg, (list, tuple)) and any(map(_picks_by_truth, arg)) for arg in args):
         return run_now(operator, *args, **kwargs)
-    foretold = Call.of(args, kwargs, device="meta")
+    foretold = Call("meta", [])
     try:
         shapes = operator(*tree_map(foretold.enter, args), **tree_map(foretold.enter, kwargs))
     except (RuntimeError, NotImplementedError):
@@ -98,7 +98,7 @@ def run_in_order(operator: Any, *args: Any, **kwargs: Any) -> Any:
     results = [foretold.entered_as(leaf) for leaf in leaves]
     made = [_empty_like(leaf) if tensor is None else tensor for leaf, tensor in zip(leaves, results, strict=True)]
     new = [(index, on_cpu(made[index])) for index, tensor in enumerate(results) if tensor is None]
-    call = Call.of(args, kwargs)
+    call = Call("cpu", [])
     here, named = tree_map(call.enter, args), tree_map(call.enter, kwargs)
 
     def work() -> None:
@@ -111,7 +111,7 @@ def run_in_order(operator: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_after_all(operator: Any, args: Any, kwargs: Any) -> Any:
-    """As a GPU's own operator does it, nobody waits: no complaint."""
+    """Only the simulation has to wait here, so torch's check must not complain."""
     mode = torch.cuda.get_sync_debug_mode()
     torch._C._cuda_set_sync_debug_mode(0)
     try:
@@ -127,10 +127,6 @@ class Call(NamedTuple):
     entered: list[tuple[torch.Tensor, torch.Tensor]]
     """Tensors there, and those of the GPU that they stand for."""
 
-    @classmethod
-    def of(cls, args: Any, kwargs: Any, device: str = "cpu") -> Call:
-        return cls(device, [])
-
     def enter(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self._enter(value)
@@ -143,7 +139,7 @@ class Call(NamedTuple):
             if entered is tensor:
                 return there
         if not tensor.is_cuda:
-            # A GPU gets the value that a scalar has now.
+            # A kernel gets the value that a scalar has at the launch.
             return tensor.clone() if self.device == "cpu" else tensor
         there = on_cpu(tensor) if self.device == "cpu" else _on_meta(tensor)
         self.entered.append((there, tensor))
@@ -162,7 +158,7 @@ def _picks_by_truth(index: Any) -> bool:
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """As torch does it: the runtime copies where it can, and nobody waits if asked not to."""
+    """Like torch's: the runtime copies where layouts are equal, and a non-blocking copy does not wait."""
     if target.numel() == 0:
         return target
     across = target.device.type != source.device.type
@@ -186,13 +182,13 @@ def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
 
 
 def _keep(pinned: torch.Tensor) -> None:
-    """Until the stream has come so far; torch's allocator of pinned memory does as much."""
+    """Keep the memory until the copy has ended, as torch's allocator of pinned memory does."""
     _being_copied[:] = [(event, tensor) for event, tensor in _being_copied if not event.query()]
     _being_copied.append((torch.cuda.current_stream().record_event(), pinned))
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor of the CPU. It does not keep that memory: torch may give it to others."""
+    """The same memory as a CPU tensor, which does not keep it: torch may hand it out again, as on a GPU."""
     if not tensor.is_cuda:
         return tensor
     if tensor.numel() == 0:
@@ -211,7 +207,7 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """On the GPU, as `tensor` is; nothing in it overlaps."""
+    """A tensor on the GPU laid out like `tensor`, but without overlapping elements."""
     if 0 in tensor.stride():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
@@ -240,7 +236,7 @@ def _run_queued(number: int) -> None:
     try:
         with torch.inference_mode():
             _queued.pop(number)()
-    except BaseException:  # noqa: BLE001 A GPU would be lost, too.
+    except BaseException:  # noqa: BLE001  An error on a GPU ends its process, too.
         traceback.print_exc()
         os.abort()
 

@@ -31,5 +31,6 @@ def _create_backend(model_runner: Any) -> Any:
     if model_runner.use_mla_backend:
         AttentionBackendRegistry.register("torch_native", AttentionBackendRegistry.get_handler(NAME))
     if (model := sys.modules.get("sglang.srt.models.qwen3_5")) is not None:
-        model._gdn_decode_fused_proj_conv = False  # Else a kernel of a GPU would take the projections apart.
+        # Otherwise a kernel takes the projections apart.
+        setattr(model, "_gdn_decode_fused_proj_conv", False)  # noqa: B010
     return backend

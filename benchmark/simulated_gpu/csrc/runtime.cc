@@ -32,7 +32,7 @@ int number_from(char const* variable, int otherwise) {
 
 int const kDevices = number_from("SIMULATED_GPUS", 1);
 int const kDelay = number_from("SIMULATED_GPU_DELAY", 0);  // microseconds by which work is late at most
-unsigned const kLate = 8;                              // one of so many, at random
+unsigned const kLate = 4;                              // one of so many works that may be late is
 size_t const kMemory = static_cast<size_t>(number_from("SIMULATED_GPU_GIB", 8)) << 30;
 
 thread_local int current_device = 0;
@@ -67,11 +67,16 @@ class Stream {
  public:
   Stream() : random_(std::random_device{}()) { std::thread([this] { serve(); }).detach(); }
 
-  void put(Work work) {
+  void put(Work work, bool may_be_late = false) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (kDelay && may_be_late && random_() % kLate == 0) {
+      works_.push_back([delay = random_() % kDelay] { std::this_thread::sleep_for(std::chrono::microseconds(delay)); });
+    }
     works_.push_back(std::move(work));
     more_.notify_one();
   }
+  // Its copies and kernels may be late.
+  bool transfers = false;
   std::shared_ptr<Mark> mark() {
     auto mark = std::make_shared<Mark>();
     put([mark] { mark->happen(); });
@@ -90,9 +95,6 @@ class Stream {
       more_.wait(lock, [&] { return !works_.empty(); });
       Work work = works_.front();
       lock.unlock();
-      if (kDelay && random_() % kLate == 0) {
-        std::this_thread::sleep_for(std::chrono::microseconds(random_() % kDelay));
-      }
       work();
       lock.lock();
       works_.pop_front();
@@ -185,7 +187,7 @@ cudaError_t copy(void* target, void const* source, size_t size, cudaStream_t han
   Stream& stream = machine().stream(handle);
   bool const waits =
       machine().find(target).place == Place::kPageable || machine().find(source).place == Place::kPageable;
-  stream.put([=] { std::memmove(target, source, size); });
+  stream.put([=] { std::memmove(target, source, size); }, stream.transfers);
   if (waits) stream.synchronize();
   return cudaSuccess;
 }
@@ -210,7 +212,8 @@ cudaError_t launch(void const* function, dim3 grid, void** arguments, cudaStream
     if (std::getenv("SIMULATED_GPU_VERBOSE")) fprintf(stderr, "no kernel here: %s\n", name.c_str());
     return failed(cudaErrorInvalidDeviceFunction);
   }
-  gpu.stream(stream).put(prepare(arguments, grid));
+  Stream& on = gpu.stream(stream);
+  on.put(prepare(arguments, grid), on.transfers);
   return cudaSuccess;
 }
 
@@ -219,6 +222,8 @@ int no_such_function() { return 801; }
 }  // namespace
 
 extern "C" {
+
+void simulated_gpu_mark_transfers(cudaStream_t stream) { machine().stream(stream).transfers = true; }
 
 // How a kernel runs: `prepare` copies its parameters and returns the work.
 void simulated_gpu_add_kernel(void const* function, Work (*prepare)(void**, dim3)) {
@@ -494,7 +499,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
   return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (auto const mark = event_of(event).mark) machine().stream(stream).put([mark] { mark->wait(); });
+  if (auto const mark = event_of(event).mark) machine().stream(stream).put([mark] { mark->wait(); }, true);
   return cudaSuccess;
 }
 

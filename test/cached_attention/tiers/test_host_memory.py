@@ -44,7 +44,9 @@ def test_slots_are_aligned_and_of_their_own() -> None:
     host = HostTier(PageLayout(4, ((100, 100),)), 3 * 4096 + 4095)
     assert host.arena.shape == (3, 4096)
     assert host.arena.data_ptr() % HUGE_PAGE == 0
-    assert host.arena.untyped_storage().data_ptr() == host.arena.data_ptr(), "torch looks there for what is pinned"
+    assert host.arena.untyped_storage().data_ptr() == host.arena.data_ptr(), (
+        "torch looks there for what is pinned"
+    )
     host.arena[1] = 7
     assert [bytes(host.record(slot))[0] for slot in range(3)] == [0, 7, 0]
 

@@ -95,7 +95,7 @@ def test_only_pages_that_stay_as_they_are_go_by_copy_engines(cuda_on_host: type[
         assert handed_over == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("engines", WAYS)
 @pytest.mark.parametrize("dim", [64, 6])
 def test_pages_go_out_and_come_back_on_a_gpu(engines: ByEngines, dim: int) -> None:
@@ -104,7 +104,7 @@ def test_pages_go_out_and_come_back_on_a_gpu(engines: ByEngines, dim: int) -> No
         check_there_and_back(CudaCopier, torch.device("cuda"), engines, dim)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_what_is_measured_at_start_leaves_the_pool_as_it_was() -> None:
     buffers = [[torch.randn(40 * PAGE, 2, 64, device="cuda") for _ in "kv"] for _ in range(2)]
     device = DevicePool(buffers, PAGE)

@@ -249,7 +249,7 @@ def test_no_call_that_waits_for_the_device_is_on_the_schedulers_way() -> None:
     assert calls_that_wait(Path(jobs.__file__), set())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_is_never_waited_for() -> None:
     gpu = torch.device("cuda")
     store = Store(gpu)

@@ -80,7 +80,7 @@ def test_calls_are_as_they_are_where_nothing_is_to_be_checked(monkeypatch: pytes
     assert never_waits(call) is call
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_call_that_waits_for_a_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHECK_WAITS, "1")
     with pytest.raises(RuntimeError, match="synchronizing"):
