@@ -13,15 +13,15 @@ LATE = 50_000
 """Microseconds at most."""
 CHECK_WAITS = "CACHED_ATTENTION_CHECK_WAITS"
 TIGHT = ("--max-total-tokens", "1216")
-STATES = ("--max-mamba-cache-size", "16", "--max-running-requests", "3")
+STATES = (*TIGHT, "--max-mamba-cache-size", "16", "--max-running-requests", "3")
 
 
 @pytest.mark.parametrize(
     ("model", "args", "answered", "known", "conversations", "host_size"),
     [
-        ({}, (), (), (30, 6), 4, "6MB"),
+        ({}, TIGHT, (), (30, 6), 4, "6MB"),
         ({"architecture": "qwen3.5"}, STATES, ("--max-mamba-cache-size", "200"), (6, 3), 3, "3MB"),
-        ({"architecture": "mellum"}, ("--swa-full-tokens-ratio", "0.5"), (), (6, 3), 4, "6MB"),
+        ({"architecture": "mellum"}, (*TIGHT, "--swa-full-tokens-ratio", "0.5"), (), (6, 3), 4, "6MB"),
     ],
     ids=["kv", "states", "windows"],
 )
@@ -40,11 +40,11 @@ def test_a_gpu_answers_what_is_answered_without_a_cache(
     conversations: int,
     host_size: str,
 ) -> None:
-    actual, tiers = town(conversations), (*TIGHT, *args, *disk_tier(tmp_path, "200MB"))
+    actual, tiers = town(conversations), (*args, *disk_tier(tmp_path, "200MB"))
     gpu = {"command": True, "env": {**with_gpu(LATE), CHECK_WAITS: "1"}}
     with start(models(**model), *SERVER_FLAGS, *tiers, host_size=host_size, **gpu) as server:
         actual.hold(server, 2, (1, 3))
         assert "GB of host memory in" in server.log.read_text(), "it took the device for a CPU"
     assert matches(actual, answers(*answered, conversations=known[0], turns=known[1], **model))
-    assert actual.cached("host") + actual.cached("storage") > 300 * conversations
+    assert actual.cached("host") + actual.cached("storage") > 250 * conversations
     assert actual.cached("storage") > 0
