@@ -1,184 +1,22 @@
-// The part of the CUDA runtime that torch and this package call, over host memory: what a GPU does in the order of its
-// streams, a thread per stream does here. Preloaded, so that it goes before libcudart; what is missing here is answered by
-// libcudart itself, which says that there is no device.
+// The part of the CUDA runtime that torch and this package call, for a GPU whose memory is host memory. Preloaded, so that
+// its functions come before those of libcudart, which answers the rest: that there is no device.
 #include <cuda_runtime_api.h>
 
 #include <chrono>
-#include <condition_variable>
-#include <cstdlib>
+#include <cstdio>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <random>
 #include <string>
 #include <thread>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "machine.h"
+
+using namespace simulated;
+
 namespace {
 
-using Work = std::function<void()>;
-using Clock = std::chrono::steady_clock;
-
-int number_from(char const* variable, int otherwise) {
-  char const* text = std::getenv(variable);
-  return text ? std::atoi(text) : otherwise;
-}
-
-int const kDevices = number_from("SIMULATED_GPUS", 1);
-int const kDelay = number_from("SIMULATED_GPU_DELAY", 0);  // microseconds by which work is late at most
-unsigned const kLate = 4;                              // one of so many works that may be late is
-size_t const kMemory = static_cast<size_t>(number_from("SIMULATED_GPU_GIB", 8)) << 30;
-
-thread_local int current_device = 0;
-thread_local cudaError_t last_error = cudaSuccess;
-
-cudaError_t failed(cudaError_t error) { return last_error = error; }
-
-// What an event knows of its last record.
-struct Mark {
-  std::mutex mutex;
-  std::condition_variable happened;
-  bool done = false;
-  Clock::time_point at;
-
-  void happen() {
-    std::lock_guard<std::mutex> lock(mutex);
-    done = true;
-    at = Clock::now();
-    happened.notify_all();
-  }
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex);
-    happened.wait(lock, [&] { return done; });
-  }
-  bool is_done() {
-    std::lock_guard<std::mutex> lock(mutex);
-    return done;
-  }
-};
-
-class Stream {
- public:
-  Stream() : random_(std::random_device{}()) { std::thread([this] { serve(); }).detach(); }
-
-  void put(Work work, bool may_be_late = false) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (kDelay && may_be_late && random_() % kLate == 0) {
-      works_.push_back([delay = random_() % kDelay] { std::this_thread::sleep_for(std::chrono::microseconds(delay)); });
-    }
-    works_.push_back(std::move(work));
-    more_.notify_one();
-  }
-  // Its copies and kernels may be late.
-  bool transfers = false;
-  std::shared_ptr<Mark> mark() {
-    auto mark = std::make_shared<Mark>();
-    put([mark] { mark->happen(); });
-    return mark;
-  }
-  void synchronize() { mark()->wait(); }
-  bool is_idle() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return works_.empty();
-  }
-
- private:
-  void serve() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      more_.wait(lock, [&] { return !works_.empty(); });
-      Work work = works_.front();
-      lock.unlock();
-      work();
-      lock.lock();
-      works_.pop_front();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable more_;
-  std::deque<Work> works_;
-  std::minstd_rand random_;
-};
-
-struct Event {
-  std::shared_ptr<Mark> mark;
-};
-
-enum class Place { kPageable, kPinned, kDevice };
-
-struct Range {
-  size_t size;
-  Place place;
-  int device;
-};
-
-// Never destroyed: threads may use it until the process ends.
-struct Machine {
-  std::mutex mutex;
-  std::map<char*, Range> ranges;
-  std::map<int, Stream*> default_streams;
-  std::vector<Stream*> streams;
-  std::unordered_map<void const*, std::string> kernel_names;
-  std::unordered_map<std::string, Work (*)(void**, dim3)> kernels;
-  size_t allocated = 0;
-
-  Range find(void const* address) {
-    std::lock_guard<std::mutex> lock(mutex);
-    auto after = ranges.upper_bound(static_cast<char*>(const_cast<void*>(address)));
-    if (after == ranges.begin()) return {0, Place::kPageable, 0};
-    auto const& [start, range] = *std::prev(after);
-    return static_cast<char const*>(address) < start + range.size ? range : Range{0, Place::kPageable, 0};
-  }
-  cudaError_t allocate(void** address, size_t size, Place place) {
-    if (place == Place::kDevice && allocated + size > kMemory) return failed(cudaErrorMemoryAllocation);
-    size_t const whole = (size + 511) / 512 * 512;
-    *address = std::aligned_alloc(512, whole ? whole : 512);
-    if (!*address) return failed(cudaErrorMemoryAllocation);
-    if (place == Place::kDevice) std::memset(*address, 0xA5, whole);  // Nothing on a GPU is zero by itself.
-    add(*address, size, place);
-    return cudaSuccess;
-  }
-  void add(void* address, size_t size, Place place) {
-    std::lock_guard<std::mutex> lock(mutex);
-    ranges[static_cast<char*>(address)] = {size, place, current_device};
-    if (place == Place::kDevice) allocated += size;
-  }
-  bool remove(void* address) {
-    std::lock_guard<std::mutex> lock(mutex);
-    auto found = ranges.find(static_cast<char*>(address));
-    if (found == ranges.end()) return false;
-    if (found->second.place == Place::kDevice) allocated -= found->second.size;
-    ranges.erase(found);
-    return true;
-  }
-  Stream& stream(cudaStream_t handle) {
-    if (reinterpret_cast<uintptr_t>(handle) > 2) return *reinterpret_cast<Stream*>(handle);
-    std::lock_guard<std::mutex> lock(mutex);
-    Stream*& stream = default_streams[current_device];
-    if (!stream) streams.push_back(stream = new Stream);
-    return *stream;
-  }
-  void synchronize() {
-    std::vector<Stream*> all;
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      all = streams;
-    }
-    for (Stream* stream : all) stream->synchronize();
-  }
-};
-
-Machine& machine() {
-  static Machine* machine = new Machine;
-  return *machine;
-}
+constexpr int kDevices = 1;
 
 Event& event_of(cudaEvent_t handle) { return *reinterpret_cast<Event*>(handle); }
 
@@ -201,7 +39,7 @@ thread_local std::vector<CallConfiguration> configurations;
 
 cudaError_t launch(void const* function, dim3 grid, void** arguments, cudaStream_t stream) {
   Machine& gpu = machine();
-  Work (*prepare)(void**, dim3) = nullptr;
+  Prepare prepare = nullptr;
   {
     std::lock_guard<std::mutex> lock(gpu.mutex);
     auto known = gpu.kernels.find(gpu.kernel_names[function]);
@@ -225,8 +63,7 @@ extern "C" {
 
 void simulated_gpu_mark_transfers(cudaStream_t stream) { machine().stream(stream).transfers = true; }
 
-// How a kernel runs: `prepare` copies its parameters and returns the work.
-void simulated_gpu_add_kernel(void const* function, Work (*prepare)(void**, dim3)) {
+void simulated_gpu_add_kernel(void const* function, Prepare prepare) {
   Machine& gpu = machine();
   std::lock_guard<std::mutex> lock(gpu.mutex);
   gpu.kernels[gpu.kernel_names[function]] = prepare;

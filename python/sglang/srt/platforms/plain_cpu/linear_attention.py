@@ -41,8 +41,9 @@ def _replace_kernels() -> None:
     if f"{MODELS}.qwen3_next" in sys.modules:
         split = f"{MODELS}.qwen3_next.fused_qkvzba_split_reshape_cat"
         HookRegistry.register(split, split_grouped_projections, HookType.REPLACE)
-    # The scheduler pins tensors about states without checking whether there is a device to pin for.
-    HookRegistry.register("torch.Tensor.pin_memory", lambda tensor: tensor, HookType.REPLACE)
+    if not torch.cuda.is_available():
+        # The scheduler pins tensors about states without checking whether there is a device to pin for.
+        HookRegistry.register("torch.Tensor.pin_memory", lambda tensor: tensor, HookType.REPLACE)
     HookRegistry.apply_hooks()
 
 

@@ -1,0 +1,99 @@
+// Streams of the simulated GPU, and what events know of them.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+
+namespace simulated {
+
+using Work = std::function<void()>;
+using Clock = std::chrono::steady_clock;
+
+// Microseconds by which work is late at most; and one of how many works that may be late is.
+inline int most_delay() {
+  static int const delay = std::getenv("SIMULATED_GPU_DELAY") ? std::atoi(std::getenv("SIMULATED_GPU_DELAY")) : 0;
+  return delay;
+}
+constexpr unsigned kLate = 4;
+
+// What an event knows of its last record.
+struct Mark {
+  std::mutex mutex;
+  std::condition_variable happened;
+  bool done = false;
+  Clock::time_point at;
+
+  void happen() {
+    std::lock_guard<std::mutex> lock(mutex);
+    done = true;
+    at = Clock::now();
+    happened.notify_all();
+  }
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    happened.wait(lock, [&] { return done; });
+  }
+  bool is_done() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return done;
+  }
+};
+
+// Runs work in order, on a thread of its own.
+class Stream {
+ public:
+  bool transfers = false;  // Its copies and kernels may be late.
+
+  Stream() : random_(std::random_device{}()) { std::thread([this] { serve(); }).detach(); }
+
+  void put(Work work, bool may_be_late = false) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (most_delay() && may_be_late && random_() % kLate == 0) {
+      std::chrono::microseconds const delay(random_() % most_delay());
+      works_.push_back([delay] { std::this_thread::sleep_for(delay); });
+    }
+    works_.push_back(std::move(work));
+    more_.notify_one();
+  }
+  std::shared_ptr<Mark> mark() {
+    auto mark = std::make_shared<Mark>();
+    put([mark] { mark->happen(); });
+    return mark;
+  }
+  void synchronize() { mark()->wait(); }
+  bool is_idle() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return works_.empty();
+  }
+
+ private:
+  void serve() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      more_.wait(lock, [&] { return !works_.empty(); });
+      Work work = works_.front();
+      lock.unlock();
+      work();
+      lock.lock();
+      works_.pop_front();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable more_;
+  std::deque<Work> works_;
+  std::minstd_rand random_;
+};
+
+struct Event {
+  std::shared_ptr<Mark> mark;
+};
+
+}  // namespace simulated
