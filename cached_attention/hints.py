@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
+from cached_attention.chain import Chain
 from cached_attention.index import PageKey
 
 GRACE = 60.0
@@ -27,6 +29,7 @@ class Hints:
     def __init__(self) -> None:
         self._hints: dict[str, Hint] = {}
         self._order: list[str] = []
+        self._lacking: dict[str, Chain] = {}
 
     def __len__(self) -> int:
         return len(self._hints)
@@ -54,7 +57,17 @@ class Hints:
         self._sort()
         return [self.discard(last) for last in self._order[MOST_HINTS:]]
 
+    def lack(self, name: str, chain: Chain) -> None:
+        """Some pages of the hinted conversation `chain` are in no tier, perhaps not yet."""
+        self._lacking[name] = chain
+
+    def take_lacking(self, most: int) -> list[tuple[str, Chain]]:
+        """Up to `most` hints that lacked pages, for another lookup; the oldest first."""
+        names = list(islice(self._lacking, most))
+        return [(name, self._lacking.pop(name)) for name in names]
+
     def discard(self, name: str) -> str:
+        self._lacking.pop(name, None)
         if self._hints.pop(name, None) is not None:
             self._sort()
         return name
@@ -64,6 +77,7 @@ class Hints:
         over = [name for name, hint in self._hints.items() if hint.until < now]
         for name in over:
             del self._hints[name]
+            self._lacking.pop(name, None)
         if over:
             self._sort()
         return over

@@ -39,6 +39,8 @@ from cached_attention.uses import Uses
 
 EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
+HINTED_AT_ONCE = 8
+"""Hints per poll that are looked up again."""
 KEPT = 3600.0
 """Seconds that the hint `keep` lasts if there is no time to live."""
 
@@ -298,7 +300,13 @@ class CachedAttentionStore:
         name = Hints.name(chain.keys[-1])
         for given_up in self._hints.add(name, hint):
             self.leave(given_up)
-        return self.arrive(name, chain) if name in self._hints.order() else 0
+        return self._arrive_hinted(name, chain) if name in self._hints else 0
+
+    def _arrive_hinted(self, name: str, chain: Chain) -> int:
+        pages = self.arrive(name, chain)
+        if pages < len(chain.keys):
+            self._hints.lack(name, chain)
+        return pages
 
     def drop(self, chain: Chain) -> int:
         """Remove the conversation `chain` from every tier; returns the number of pages removed.
@@ -449,6 +457,9 @@ class CachedAttentionStore:
         if self._hints:
             for name in self._hints.expire(self._clock()):
                 self.leave(name)
+            # A hint often comes right after an answer, whose pages are still being saved.
+            for name, chain in self._hints.take_lacking(HINTED_AT_ONCE) if finished else ():
+                self._arrive_hinted(name, chain)
         if self._migration is not None:
             self._migration.poll()
         return finished

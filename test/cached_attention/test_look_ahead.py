@@ -257,6 +257,23 @@ def test_a_kept_conversation_outlasts_others(talk: Talk) -> None:
     assert talk.in_host("a") == LONG
 
 
+def test_a_hint_holds_for_pages_that_are_saved_after_it(talk: Talk) -> None:
+    """It comes right after an answer."""
+    assert talk.store.keep(Chain(keys_of("a"))) == 0
+    for name in "abcdefgh":
+        talk.save(name)
+        assert not talk.store.flush(20)
+    assert talk.in_host("a") == LONG
+
+
+def test_a_hint_that_has_ended_is_not_looked_up_again(talk: Talk) -> None:
+    talk.store.expect(Chain(keys_of("a")), 5.0)
+    talk.now += 5 + GRACE + 1
+    talk.store.poll()
+    talk.save("a")
+    assert talk.store.counters()["waiting"] == 0
+
+
 def test_a_dropped_conversation_is_gone_but_for_what_others_share(talk: Talk) -> None:
     talk.save("a")
     other = [*keys_of("a")[:2], *keys_of("other", 2)]
