@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from cached_attention.kernels.compilation import SOURCES, cache_directory
+from cached_attention.permissions import make_private
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -36,6 +37,7 @@ def with_gpu(delay: int = 0) -> dict[str, str]:
 
     Raises:
         subprocess.CalledProcessError: there is no C++ compiler, or it failed.
+        PermissionError: others can write to the cache directory.
     """
     libraries = _compiled()
     path = [str(HERE / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -56,7 +58,8 @@ def _compiled() -> Path:
     for path in [*sorted((HERE / "csrc").iterdir()), *sorted(SOURCES.iterdir()), HERE / "build.py"]:
         digest.update(path.read_bytes())
     kept = cache_directory() / f"simulated_gpu_{platform.machine()}_{digest.hexdigest()[:12]}"
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    for directory in (kept.parent.parent, kept.parent):
+        make_private(directory)
     with FileLock(kept.with_suffix(".lock")):
         if not kept.exists():
             command = [sys.executable, "-m", "benchmark.simulated_gpu.build", str(kept)]

@@ -87,7 +87,7 @@ def run_in_order(operator: Any, *args: Any, **kwargs: Any) -> Any:
     foretold = Call("meta", [])
     try:
         shapes = operator(*tree_map(foretold.enter, args), **tree_map(foretold.enter, kwargs))
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # Also where the call is wrong: it fails once more then, and says why.
         return _run_after_all(operator, args, kwargs)
     leaves, structure = tree_flatten(shapes)
     if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):

@@ -18,16 +18,7 @@ template <typename W>
 Work copy_rows_body(void** arguments, dim3 grid) {
   auto const batch = parameter<Batch<W>>(arguments, 0);
   auto const targets = parameter<int32_t const*>(arguments, 1), sources = parameter<int32_t const*>(arguments, 2);
-  return [=] {
-    for (uint32_t i = 0; i < grid.y; ++i) {
-      for (uint32_t index = 0; index < batch.items[i].words; ++index) {
-        Word<W> word;
-        word.locate(batch.items[i], index, targets, sources);
-        word.load();
-        word.store();
-      }
-    }
-  };
+  return [=] { copy_on_host(batch, grid.y, targets, sources); };
 }
 
 template <typename T, int V>
@@ -37,16 +28,7 @@ Work rope_on_load_body(void** arguments, dim3 grid) {
   auto const pages = parameter<uint32_t>(arguments, 2);
   auto const table = parameter<float const*>(arguments, 3);
   auto const width = parameter<uint32_t>(arguments, 4);
-  return [=] {
-    for (uint32_t i = 0; i < grid.y; ++i) {
-      for (uint32_t index = 0; index < sources.items[i].units; ++index) {
-        Lane<T, V> lane;
-        lane.locate(sources.items[i], index, moves, pages);
-        lane.load();
-        lane.store(sources.items[i], table, width);
-      }
-    }
-  };
+  return [=] { move_on_host<T, V>(sources, grid.y, moves, pages, table, width); };
 }
 
 template <typename T>

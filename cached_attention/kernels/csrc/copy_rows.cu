@@ -83,6 +83,19 @@ __global__ void __launch_bounds__(kCopyThreads)
       [](Word<W> const& word) { word.store(); });
 }
 
+// What the kernel does, word by word.
+template <typename W>
+void copy_on_host(Batch<W> const& batch, uint32_t arrays, int32_t const* target_rows, int32_t const* source_rows) {
+  for (uint32_t i = 0; i < arrays; ++i) {
+    for (uint32_t index = 0; index < batch.items[i].words; ++index) {
+      Word<W> word;
+      word.locate(batch.items[i], index, target_rows, source_rows);
+      word.load();
+      word.store();
+    }
+  }
+}
+
 template <typename W>
 void copy_in_words(TensorView arrays, TensorView target_rows, TensorView source_rows, uint32_t blocks) {
   auto const* items = static_cast<Arrays const*>(arrays.data_ptr());
@@ -93,15 +106,7 @@ void copy_in_words(TensorView arrays, TensorView target_rows, TensorView source_
   uint32_t filled = 0, most = 0;
   auto const run = [&] {
     if (on_host) {
-      // What the kernel does, word by word.
-      for (uint32_t i = 0; i < filled; ++i) {
-        for (uint32_t index = 0; index < batch.items[i].words; ++index) {
-          Word<W> word;
-          word.locate(batch.items[i], index, to, from);
-          word.load();
-          word.store();
-        }
-      }
+      copy_on_host(batch, filled, to, from);
     } else {
       uint32_t const step = kCopyThreads * kWordsInFlight;
       dim3 const grid(std::min((blocks + filled - 1) / filled, (most + step - 1) / step), filled);

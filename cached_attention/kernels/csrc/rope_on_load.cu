@@ -193,19 +193,26 @@ void load_on_device(TensorView moves, TensorView table, TensorView components, i
   });
 }
 
-// What the kernel does, lane by lane, where there is no device.
+// What the kernel does, lane by lane.
+template <typename T, int V>
+void move_on_host(Sources<T> const& sources, uint32_t count, int32_t const* moves, uint32_t pages, float const* table,
+                  uint32_t width) {
+  for (uint32_t i = 0; i < count; ++i) {
+    for (uint32_t index = 0; index < sources.items[i].units; ++index) {
+      Lane<T, V> lane;
+      lane.locate(sources.items[i], index, moves, pages);
+      lane.load();
+      lane.store(sources.items[i], table, width);
+    }
+  }
+}
+
 template <typename T, int V>
 void load_on_host(TensorView moves, TensorView table, TensorView components, int64_t page_size) {
   uint32_t const pages = moves.size(1);
   for_each_batch<T, V>(components, page_size, pages, [&](Sources<T> const& sources, uint32_t count) {
-    for (uint32_t i = 0; i < count; ++i) {
-      for (uint32_t index = 0; index < sources.items[i].units; ++index) {
-        Lane<T, V> lane;
-        lane.locate(sources.items[i], index, static_cast<int32_t const*>(moves.data_ptr()), pages);
-        lane.load();
-        lane.store(sources.items[i], static_cast<float const*>(table.data_ptr()), table.size(1));
-      }
-    }
+    move_on_host<T, V>(sources, count, static_cast<int32_t const*>(moves.data_ptr()), pages,
+                       static_cast<float const*>(table.data_ptr()), table.size(1));
   });
 }
 
