@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import sglang_cached_attention  # noqa: F401
 from sglang.srt.mem_cache.cached_attention.flags import (
     AUTO_TRUNCATE,
     DISAGGREGATION,

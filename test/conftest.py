@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import sglang_cached_attention  # noqa: F401
 import torch
 
 from benchmark.mooncake import Master, missing

@@ -23,7 +23,7 @@ tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz").extractall(sys.argv[1], filt
 fi
 site=$BUNDLE/bundle/site
 cp -r "$checkout/cached_attention" "$site"
-cp -r "$checkout/python/sglang" "$site"
+cp -r "$checkout/python/." "$site"
 
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import sglang_cached_attention  # noqa: F401
 import torch
 
 

@@ -37,7 +37,7 @@ def activate() -> None:
             continues without us; the flags are then unknown, so a server that was given them does not start.
     """
     found = version("sglang")
-    if found != SUPPORTED_SGLANG:
+    if found.partition("+")[0] != SUPPORTED_SGLANG:  # What follows a "+" says how it was built.
         raise ImportError(
             f"sglang-cached-attention supports sglang {SUPPORTED_SGLANG}, but {found} is installed: "
             f"pip install sglang=={SUPPORTED_SGLANG}"
