@@ -85,14 +85,17 @@ class Bench:
         command += ["--cached-attention-host-size", args.host_size, "--cached-attention-disk-path"]
         command += [str(self._disk), "--cached-attention-disk-size", args.disk_size, *more]
         command += shlex.split(args.server_args)
-        path = os.pathsep.join(filter(None, (str(SLOW_READS), os.environ.get("PYTHONPATH"))))
-        env = {"PYTHONPATH": path, "SLOW_READS": str(self._pace)}
+        env = self._slowed() if seconds_per_read else {}
         log = self._logs / f"disk-{time.monotonic_ns()}.log"
         with Server(self._model, command, env=env, log=log) as running:
             running.generate(self.words(args.history), 1)
             running.generate(self.words(PAGE), 1)
             self._pace.write_text(json.dumps(seconds_per_read))
             yield running
+
+    def _slowed(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, (str(SLOW_READS), os.environ.get("PYTHONPATH"))))
+        return {"PYTHONPATH": path, "SLOW_READS": str(self._pace)}
 
     def fill(self) -> None:
         """Compute every history once and wait until all of it is on disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import torch
 
 from benchmark.gpu.bound import Verdict
 from benchmark.report import machine
+from benchmark.simulated_gpu.environment import LIBRARIES
 
-NOT_A_CLAIM = "cpu, not a claim"
+NOT_A_CLAIM = "no GPU, not a claim"
 TABLE_HEAD = ("| experiment | device | date | bounds |", "|---|---|---|---|")
 PACKAGES = ("sglang-kernel", "flashinfer-python", "transformers", "triton")
 
@@ -39,8 +41,8 @@ class Outcome:
 
     @property
     def is_claim(self) -> bool:
-        """Whether the numbers are from a GPU; those from a CPU only show that the experiment runs."""
-        return self.device != "cpu"
+        """Whether the numbers are from a real GPU; others only show that the experiment runs."""
+        return self.device != "cpu" and LIBRARIES not in os.environ
 
     @property
     def passed(self) -> bool:
@@ -82,8 +84,9 @@ class Outcome:
 
 
 def describe(device: str) -> str:
-    """Name of the GPU, or a note that a CPU's numbers are no claim."""
-    return torch.cuda.get_device_name(device) if device != "cpu" else NOT_A_CLAIM
+    """Name of the GPU, or a note that numbers without one are no claim."""
+    real = device != "cpu" and LIBRARIES not in os.environ
+    return torch.cuda.get_device_name(device) if real else NOT_A_CLAIM
 
 
 def _gpu() -> dict[str, Any]:

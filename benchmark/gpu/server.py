@@ -25,7 +25,7 @@ from benchmark.fleet import Fleet, Plan, run_rounds, schedule
 from benchmark.gpu.bound import Bound
 from benchmark.gpu.loads import LOADS, PAGE, Load
 from benchmark.gpu.outcome import Outcome
-from benchmark.gpu.setting import FOR_GPU, Setting
+from benchmark.gpu.setting import Setting
 from benchmark.gpu.traffic import DEVICE, HOST, RECOMPUTE, FirstToken, Prompts
 from benchmark.model import make_model
 from benchmark.multiturn import vocabulary_of
@@ -47,7 +47,7 @@ BESIDE = 6 << 30
 LONG_TALKS = WorkloadShape(6, 3, history=1_500, new=48, output=24)
 SHORT_TALKS = WorkloadShape(3, 2, history=300, new=16, output=8)
 """For `equality`, on a GPU and without: the device holds half of them, so they return from host memory."""
-EXACT_ARGS = ("--attention-backend=triton", *FOR_GPU)
+EXACT_ATTENTION = "triton"
 """FlashInfer has no modules for the small model's heads until it compiles them."""
 
 TTFT = Bound("TTFT of returning turns to HiCache's", 1.0)
@@ -95,8 +95,8 @@ def compare(setting: Setting, load: Load, outcome: Outcome) -> None:
 
 
 def others(setting: Setting) -> list[str]:
-    """Configurations that ours is compared with in the parts that run. HiCache needs a GPU."""
-    hicache = [HICACHE] if setting.on_gpu and setting.runs(MULTITURN) else []
+    """Configurations that ours is compared with in the parts that run. HiCache needs a real GPU."""
+    hicache = [HICACHE] if setting.on_gpu and not setting.is_simulated and setting.runs(MULTITURN) else []
     return [STOCK, *hicache] if any(map(setting.runs, (MULTITURN, ZERO_HIT, DECODE))) else []
 
 
@@ -116,7 +116,7 @@ def groups(others: Sequence[str], most: int) -> list[list[str]]:
 
 def room(setting: Setting, pools: Pools) -> int:
     """Number of servers that fit on the device."""
-    if not setting.on_gpu:
+    if not setting.on_gpu or setting.is_simulated:
         return len(PARTS)
     free, _ = torch.cuda.mem_get_info()
     return int(free // (setting.weight_bytes + pools.small_device * setting.kv_bytes + BESIDE))
@@ -237,7 +237,7 @@ def compare_answers(setting: Setting, outcome: Outcome) -> None:
     else:
         model, shape = make_model(models / "telling-tiny", "tiny", 4_096, "float32"), SHORT_TALKS
     pools = fitting_pools(shape, concurrency=1, device_fraction=0.5, host_gb=2, page_size=PAGE)
-    chosen = configurations((OURS, LARGE), pools, EXACT_ARGS if setting.on_gpu else ())
+    chosen = configurations((OURS, LARGE), pools, setting.device_args(EXACT_ATTENTION))
     with Fleet(model, chosen, setting.output / "logs" / setting.name / EQUALITY, START_S) as fleet:
         rounds = run_rounds(fleet.urls, Plan(shape, 1, SEED, 1, vocabulary_of(str(model))))
     judge_answers(rounds, outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmark.model import Shape
+from benchmark.simulated_gpu.environment import LIBRARIES, SERVER_FLAGS
 
 SHAPES = {
     "llama-3-8b": Shape(hidden=4_096, intermediate=14_336, layers=32, heads=32, kv_heads=8, vocabulary=128_256),
@@ -80,13 +82,22 @@ class Setting:
         return (layer * shape.layers + 2 * shape.hidden * shape.vocabulary) * self.dtype.itemsize
 
     @property
+    def is_simulated(self) -> bool:
+        """Whether the GPU is that of `benchmark.simulated_gpu`: experiments run, their times mean nothing."""
+        return LIBRARIES in os.environ
+
+    @property
     def server_args(self) -> tuple[str, ...]:
         """Arguments for a server of `model`: random weights, no tokenizer."""
-        return (
-            "--load-format=dummy",
-            "--skip-tokenizer-init",
-            *(("--attention-backend=flashinfer", *FOR_GPU) if self.on_gpu else ()),
-        )
+        return ("--load-format=dummy", "--skip-tokenizer-init", *self.device_args("flashinfer"))
+
+    def device_args(self, attention: str) -> tuple[str, ...]:
+        """Arguments that suit the device, with the `attention` backend where it is a GPU."""
+        if not self.on_gpu:
+            return ()
+        if self.is_simulated:
+            return ("--dtype=bfloat16", *SERVER_FLAGS)
+        return (f"--attention-backend={attention}", *FOR_GPU)
 
     def runs(self, part: str) -> bool:
         return not self.parts or part in self.parts

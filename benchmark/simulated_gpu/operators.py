@@ -132,7 +132,9 @@ class Call(NamedTuple):
             return self._enter(value)
         if isinstance(value, torch.device) and value.type == "cuda":
             return torch.device(self.device)
-        return None if isinstance(value, torch.Generator) else value
+        if isinstance(value, torch.Generator):
+            return _next_of(value) if self.device == "cpu" else None
+        return value
 
     def _enter(self, tensor: torch.Tensor) -> torch.Tensor:
         for there, entered in self.entered:
@@ -151,6 +153,13 @@ class Call(NamedTuple):
             if there is result:
                 return tensor
         return None
+
+
+def _next_of(generator: torch.Generator) -> torch.Generator:
+    """The same numbers for the same seed and the same number of draws."""
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)
+    return torch.Generator().manual_seed(generator.initial_seed() + offset)
 
 
 def _picks_by_truth(index: Any) -> bool:
