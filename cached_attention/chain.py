@@ -22,6 +22,8 @@ class Chain:
     loadable: int = 0
     """Leading pages in host memory at the last lookup; the store's memo, see `loadable_pages`."""
     epoch: int = -1
+    disorder: int = -1
+    """`epoch` and `disorder` of the hierarchy at the last lookups."""
 
 
 @dataclass(frozen=True)

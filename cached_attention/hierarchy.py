@@ -57,6 +57,9 @@ class Hierarchy:
         """Whether a page is useless without its predecessor."""
         self.epoch = 0
         """Changes when pages are lost out of order: what is remembered about chains must be looked up again."""
+        self.disorder = 0
+        """Changes when a page becomes loadable before its predecessor: what is remembered about loadable pages
+        may then count pages in between that have left."""
         self.feed.follow(self)
         self.stats = stats or StoreStats()
 
@@ -214,6 +217,7 @@ class Hierarchy:
             if other != NOWHERE:
                 self.index.place(row, tier, tier.slot[other])
                 tier.ready[row] = tier.ready[other]
+                self.note_order(row)
                 self.feed.entered(row, tier)
         self.offer(row)
         return row in self.in_host or row in self.on_disk
@@ -242,10 +246,17 @@ class Hierarchy:
         """The bytes of an admitted page have arrived; `clean`: they came from the disk."""
         for sharer in self.index.sharers(row):
             self.in_host.ready[sharer] = sharer in self.in_host
+            self.note_order(sharer)
             self.feed.entered(sharer, self.in_host)
         if not clean:
             self.mark_dirty(row)
             self.remote.offer(self.index.key(self.index.origin(row)))
+
+    def note_order(self, row: int) -> None:
+        """`row` may have become loadable."""
+        parent = self.index.parent[row]
+        if parent != NOWHERE and not self.in_host.ready[parent]:
+            self.disorder += 1
 
     def mark_dirty(self, row: int) -> None:
         """Queue the page in host memory for writing to disk, unless its bytes are there or already queued."""
@@ -362,9 +373,9 @@ class Hierarchy:
         dropped, slots = 0, list[int]()
         for key in reversed(keys):
             row = self.index.find(key)
-            if row == NOWHERE and key in self.remote:
+            if row == NOWHERE:
                 continue
-            if row == NOWHERE or not self.is_idle(row):
+            if not self.is_idle(row):
                 break
             dropped += 1
             slots += self.forget(row)

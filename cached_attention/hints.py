@@ -37,6 +37,11 @@ class Hints:
     def __contains__(self, name: str) -> bool:
         return name in self._hints
 
+    def is_expected(self, name: str) -> bool:
+        """Whether a hint of this name says when the next turn comes; others hold beyond it."""
+        hint = self._hints.get(name)
+        return hint is not None and hint.due < hint.until
+
     @staticmethod
     def name(last: PageKey) -> str:
         """Name of the hint for the chain that ends with `last`; no request has such a name."""

@@ -197,10 +197,9 @@ class HybridStore(CachedAttentionStore):
             for name in tail.chains:
                 self.trailing.leave(name)
 
-    def drop(self, chain: Chain) -> int:
-        dropped = super().drop(chain)
-        known = self.trailing.known_pages
-        for part in self.trailing.chains([key for key in chain.keys if key in known and not self.holds(key)]):
+    def _drop(self, keys: Sequence[PageKey], until: float) -> int:
+        dropped, known = super()._drop(keys, until), self.trailing.known_pages
+        for part in self.trailing.chains([key for key in keys if key in known and not self.holds(key)]):
             self.trailing.drop(part)
         return dropped
 

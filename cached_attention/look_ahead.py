@@ -9,11 +9,14 @@ from itertools import islice
 
 from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
+from cached_attention.hints import Hints
 from cached_attention.index import PageKey
 from cached_attention.policy.waiting import Outstanding, WaitOrRecompute
 
 HELD = 0.9
 """Share of the host slots that fetched pages may hold; the rest is left for loads and saves."""
+HINTED = 0.5
+"""Like `HELD`, for conversations that clients expect to continue: they must leave room for those that do."""
 BATCH = 16
 """Maximum number of pages requested in one call."""
 ASKING, ASKING_MOST, ASKING_SHARE = 1e-4, 2e-3, 0.01
@@ -99,10 +102,10 @@ class LookAhead:
         self._open: set[str] = set()
         """Requests with pages that have not been requested yet."""
 
-    @property
-    def _limit(self) -> int:
-        """Maximum number of pages held for all requests."""
-        return max(1, int(HELD * self._pages.host.capacity))
+    def _limit(self, request: str) -> int:
+        """Maximum number of pages held for all requests when more are requested for this one."""
+        share = HINTED if Hints.is_name(request) else HELD
+        return max(1, int(share * self._pages.host.capacity))
 
     @property
     def depth(self) -> int:
@@ -117,7 +120,7 @@ class LookAhead:
         Args:
             page_tokens: tokens to recompute per page that is not waited for; the page size unless given.
         """
-        keys = keys[: min(loadable + self._limit, self._pages.host.capacity)]
+        keys = keys[: min(loadable + self._limit(request), self._pages.host.capacity)]
         known = self._asks.get(request)
         if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
             return
@@ -159,7 +162,7 @@ class LookAhead:
         ask = self._asks[request]
         if ask.next == ask.first:  # Nothing is held yet: pages may have left host memory.
             ask.first = ask.next = self._pages.loadable(ask.keys, ask.first)
-        end = min(ask.next + min(BATCH, self._room(rank)), len(ask.keys))
+        end = min(ask.next + min(BATCH, self._room(request, rank)), len(ask.keys))
         first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
         if ask.next < end and not self._pages.is_restorable(ask.keys[ask.next]):
             ask.cut_short()
@@ -167,14 +170,15 @@ class LookAhead:
             self._open.discard(request)
         return ask.next - first
 
-    def _room(self, rank: int) -> int:
+    def _room(self, request: str, rank: int) -> int:
         """Number of pages that may be held for the request at `rank`, after releasing those of later requests."""
-        while self._fetch.held >= self._limit and (last := self._last_holder(rank)) is not None:
+        limit = self._limit(request)
+        while self._fetch.held >= limit and (last := self._last_holder(rank)) is not None:
             self._fetch.release(last)
             self._fetch.poll()
             self._asks[last].next = self._asks[last].first
             self._open.add(last)
-        return self._limit - self._fetch.held
+        return max(0, limit - self._fetch.held)
 
     def _last_holder(self, rank: int) -> str | None:
         waiting = self._pages.waiting

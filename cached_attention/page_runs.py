@@ -52,12 +52,13 @@ def admit(pages: Hierarchy, rows: list[int], for_rank: int) -> list[int]:
 def land(pages: Hierarchy, rows: Sequence[int]) -> None:
     """`Hierarchy.land` for pages that came from disk."""
     index, ready, slot = pages.index, pages.in_host.ready, pages.in_host.slot
-    is_observed, is_shared = pages.feed.observer is not None, index.is_shared
+    is_observed, is_shared, note_order = pages.feed.observer is not None, index.is_shared, pages.note_order
     for row in rows:
         if is_observed or is_shared(row):
             pages.land(row, clean=True)
         else:
             ready[row] = slot[row] != NOWHERE
+            note_order(row)
 
 
 def give_up(pages: Hierarchy, rows: list[int]) -> None:

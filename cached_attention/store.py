@@ -8,8 +8,9 @@ those that have ended.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,8 +42,18 @@ EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
 HINTED_AT_ONCE = 8
 """Hints per poll that are looked up again."""
+DROPPING, DROP_PAUSE = 5.0, 0.05
+"""Seconds for which pages that are on their way between tiers are tried to be dropped, and between two tries."""
 KEPT = 3600.0
 """Seconds that the hint `keep` lasts if there is no time to live."""
+
+
+class _Dropping(NamedTuple):
+    """A dropped conversation with pages that were on their way between tiers; seconds since the epoch."""
+
+    keys: Sequence[PageKey]
+    until: float
+    again: float
 
 
 class CachedAttentionStore:
@@ -122,6 +133,7 @@ class CachedAttentionStore:
         self._migrate()
         self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
         self._hints = Hints()
+        self._dropping: deque[_Dropping] = deque()
         self._saves = Saves(
             self._pages,
             self._transfers,
@@ -311,23 +323,37 @@ class CachedAttentionStore:
     def drop(self, chain: Chain) -> int:
         """Remove the conversation `chain` from every tier; returns the number of pages removed.
 
-        Pages that other conversations continue, that are being loaded or saved, or that a queued request needs,
-        stay.
+        Pages that other conversations continue, or that a queued request needs, stay. Pages that are on their way
+        between tiers are removed by later calls of `poll`, if they get there within `DROPPING` seconds.
         """
-        if chain.keys:
-            self.leave(self._hints.discard(Hints.name(chain.keys[-1])))
-            if self._migration is not None:
-                self._migration.fetch.poll()  # What was on its way for the hint is not needed any more.
-        dropped, slots = self._pages.drop(chain.keys)
+        if not chain.keys:
+            return 0
+        self.leave(self._hints.discard(Hints.name(chain.keys[-1])))
+        if self._migration is not None:
+            self._migration.fetch.poll()  # What was on its way for the hint is not needed any more.
+        return self._drop(chain.keys, self._clock() + DROPPING)
+
+    def _drop(self, keys: Sequence[PageKey], until: float) -> int:
+        dropped, slots = self._pages.drop(keys)
         if self.disk is not None:
             self.disk.remove(slots)
         if self._migration is not None:
-            self._migration.forget(chain.keys)
+            self._migration.forget(keys)
+        if any(row != NOWHERE and self._index.pins[row] for row in map(self._index.find, keys)):
+            self._dropping.append(_Dropping(keys, until, self._clock() + DROP_PAUSE))
         return dropped
 
-    def chain_to(self, last: PageKey) -> Chain:
-        """The chain that ends with the page `last`; empty if it is unknown."""
-        return Chain(self._index.path(self._index.find(last)))
+    def _drop_rest(self, now: float) -> None:
+        """Try again to drop what was on its way between tiers."""
+        while self._dropping and self._dropping[0].again <= now:
+            keys, until, _ = self._dropping.popleft()
+            if now < until:
+                self._drop(keys, until)
+
+    def chain_to(self, *ends: PageKey) -> Chain:
+        """The chain that ends with the first of the pages `ends` that is known; empty if none is."""
+        known = (row for row in map(self._index.find, ends) if row != NOWHERE)
+        return Chain(self._index.path(next(known, NOWHERE)))
 
     def tiers_with(self, key: PageKey) -> list[str]:
         """Names of the tiers that the page is in."""
@@ -344,6 +370,8 @@ class CachedAttentionStore:
     def reserve(self, request: str, chain: Chain) -> int:
         """Pin the loadable pages of `chain` until `end_pass`, so that a load cannot fail; returns how many."""
         self._release(request)
+        if chain.disorder != self._pages.disorder:
+            chain.disorder, chain.loadable = self._pages.disorder, 0
         pages = self.loadable_pages(chain)
         if pages:
             row = self._index.find(chain.keys[pages - 1])
@@ -393,7 +421,7 @@ class CachedAttentionStore:
         self._aliases.loaded_rotated(request, [key for key, delta in zip(keys, deltas, strict=True) if delta])
         self._uses.count(rows)
         self.leave(request)
-        for name in filter(self._hints.__contains__, map(Hints.name, keys)) if self._hints else ():
+        for name in filter(self._hints.is_expected, map(Hints.name, keys)) if self._hints else ():
             self.leave(self._hints.discard(name))
         return True
 
@@ -460,6 +488,8 @@ class CachedAttentionStore:
             # A hint often comes right after an answer, whose pages are still being saved.
             for name, chain in self._hints.take_lacking(HINTED_AT_ONCE) if finished else ():
                 self._arrive_hinted(name, chain)
+        if self._dropping:
+            self._drop_rest(self._clock())
         if self._migration is not None:
             self._migration.poll()
         return finished

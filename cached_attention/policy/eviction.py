@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from cached_attention.index import PageIndex, Residency
 from cached_attention.policy.demand import Demand, WaitingOrder
 from cached_attention.policy.next_use import BINS, BOUNDS, KINDS, NextUse, bin_of
+from cached_attention.policy.set_aside import SetAside
 
 NOT_WAITING = -1
 """Rank of work that comes before all queued requests: it may evict any page that they need."""
@@ -51,7 +52,7 @@ class EvictionOrder:
         self.spared: Residency | None = None
         """Pages that are also in this tier are evicted after all others that no request needs: not being on disk
         yet, they would be lost. They must be offered when they leave it."""
-        self._set_aside: dict[int, None] = {}
+        self._set_aside = SetAside(index)
         """Pages that were spared when they reached the front."""
         self._seen = (-1, 0.0)
         self.demand = Demand(WaitingOrder() if waiting is None else waiting, index, tier, freed=self.offer)
@@ -125,13 +126,8 @@ class EvictionOrder:
         while (row := self._least_worth()) is not None:
             if not self._is_spared(row):
                 return row
-            self._set_aside[row] = None
-        while self._set_aside:
-            row = next(iter(self._set_aside))
-            del self._set_aside[row]
-            if not self._queued[row] and self._evictable(row) and not self.demand.is_wanted(row):
-                return row
-        return None
+            self._set_aside.add(row)
+        return self._set_aside.take_first(self._may_go)
 
     def _least_worth(self) -> int | None:
         if self._seen != (self._next_use.version, self._next_use.now):
@@ -166,11 +162,15 @@ class EvictionOrder:
             fronts = [(queue[0][0], number) for number, queue in enumerate(self._queues) if queue]
             last_use, number = min(fronts, default=(math.inf, -1))
             if last_use >= used_before:
-                return None
+                return self._set_aside.take_coldest(used_before, self._may_go)
             row = self._pop(number)
             self._announce(number)
             if row is not None:
                 return row
+
+    def _may_go(self, row: int) -> bool:
+        """Whether a page that was set aside is to be evicted; if not, it is queued or will be offered again."""
+        return not self._queued[row] and self._evictable(row) and not self.demand.is_wanted(row)
 
     def _pop(self, number: int) -> int | None:
         """Take the first page of a queue; None if its entry was stale."""

@@ -16,7 +16,7 @@ from cached_attention.fingerprint import Fingerprint
 from cached_attention.hints import GRACE
 from cached_attention.layout import DevicePool
 from cached_attention.policy.waiting import WaitOrRecompute
-from cached_attention.store import CachedAttentionStore
+from cached_attention.store import DROP_PAUSE, DROPPING, CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 PAGE, LONG = 2, 4
@@ -228,13 +228,25 @@ def test_an_expected_turn_is_brought_up_and_kept_until_its_time_has_passed(talk:
 
 
 def test_a_hint_gives_way_to_requests(talk: Talk) -> None:
-    talk.on_disk_only("abc")
+    talk.on_disk_only("abcd")
     for name in "ab":
         talk.store.expect(Chain(keys_of(name)), 5.0)
-    talk.poll_until(lambda: talk.in_host("a") + talk.in_host("b") >= 8)
-    talk.arrive("c")
-    talk.store.reorder(["c"])
-    talk.poll_until(lambda: talk.in_host("c") == LONG)
+    talk.poll_until(lambda: talk.in_host("a") + talk.in_host("b") >= 5)
+    talk.arrive("c", "d")
+    talk.store.reorder(["c", "d"])
+    talk.poll_until(lambda: talk.in_host("c") == talk.in_host("d") == LONG)
+
+
+def test_hints_leave_room_for_conversations_that_go_on(talk: Talk) -> None:
+    talk.on_disk_only("abc")
+    for name in "abc":
+        talk.store.expect(Chain(keys_of(name)), 3600.0)
+    talk.poll_until(lambda: talk.in_host("a") + talk.in_host("b") >= 5)
+    talk.poll_for_a_while()
+    for name in "defgh":
+        talk.save(name)
+        assert talk.kept(name) == LONG
+        assert not talk.store.flush(20)
 
 
 def test_a_hint_ends_with_the_turn_that_it_announced(talk: Talk) -> None:
@@ -251,6 +263,17 @@ def test_a_hint_ends_with_the_turn_that_it_announced(talk: Talk) -> None:
 def test_a_kept_conversation_outlasts_others(talk: Talk) -> None:
     talk.save("a")
     assert talk.store.keep(Chain(keys_of("a"))) == LONG
+    for name in "bcdefgh":
+        talk.save(name)
+        assert not talk.store.flush(20)
+    assert talk.in_host("a") == LONG
+
+
+def test_a_kept_conversation_is_still_kept_after_its_next_turn(talk: Talk) -> None:
+    talk.save("a")
+    talk.store.keep(Chain(keys_of("a")))
+    talk.arrive("a")
+    talk.run("a")
     for name in "bcdefgh":
         talk.save(name)
         assert not talk.store.flush(20)
@@ -289,6 +312,37 @@ def test_a_dropped_conversation_is_gone_but_for_what_others_share(talk: Talk) ->
     assert talk.store.counters()["disk_pages_used"] == 0
 
 
+def test_a_conversation_without_its_last_page_is_dropped(talk: Talk) -> None:
+    talk.save("a")
+    assert not talk.store.flush(20)
+    assert talk.store.drop(Chain(keys_of("a", LONG + 2))) == LONG
+    assert talk.kept("a") == 0
+
+
+def test_what_is_still_being_saved_is_dropped_when_it_has_been(talk: Talk) -> None:
+    talk.store.save(PageRun(None, 0, keys_of("a"), torch.arange(LONG * PAGE)))
+    assert talk.store.drop(Chain(keys_of("a"))) == 0
+    talk.store._saves.wait()
+    talk.store.poll()
+    assert talk.kept("a") == LONG
+    for _ in range(50):  # It may meet the write to disk once or twice.
+        talk.now += DROP_PAUSE
+        talk.poll_for_a_while()
+        if talk.kept("a") == 0:
+            return
+    pytest.fail("it is still there")
+
+
+def test_a_drop_is_not_tried_for_ever(talk: Talk) -> None:
+    """The conversation may come back."""
+    talk.store.save(PageRun(None, 0, keys_of("a"), torch.arange(LONG * PAGE)))
+    talk.store.drop(Chain(keys_of("a")))
+    talk.store._saves.wait()
+    talk.now += DROPPING
+    talk.poll_for_a_while()
+    assert talk.kept("a") == LONG
+
+
 def test_hints_for_unknown_conversations_are_taken_and_do_nothing(talk: Talk) -> None:
     unknown = Chain(keys_of("unknown"))
     assert talk.store.expect(unknown, 1.0) == talk.store.keep(unknown) == talk.store.drop(unknown) == 0
@@ -299,6 +353,7 @@ def test_hints_for_unknown_conversations_are_taken_and_do_nothing(talk: Talk) ->
 def test_a_conversation_is_found_by_its_last_page(talk: Talk) -> None:
     talk.save("a")
     assert talk.store.chain_to(keys_of("a")[-1]).keys == keys_of("a")
+    assert talk.store.chain_to(b"evicted", *keys_of("a")[::-1]).keys == keys_of("a")
 
 
 def test_a_fetch_that_starts_late_brings_what_has_left_meanwhile(talk: Talk) -> None:
@@ -323,4 +378,23 @@ def test_a_fetch_that_starts_late_brings_what_has_left_meanwhile(talk: Talk) -> 
     assert talk.store.queue_load("other", other.keys, torch.arange(LONG * PAGE))
     talk.store.cancel_load("other")
     talk.store.leave("a")
+    talk.store.end_pass()
+
+
+def test_what_is_reserved_is_there_even_if_pages_came_back_out_of_order(talk: Talk) -> None:
+    """Its beginning is on disk only when the rest is computed again."""
+    waiting = Chain(keys_of("a"))
+    talk.save("a")
+    assert not talk.store.flush(20)
+    assert talk.store.loadable_pages(waiting) == LONG
+    for name in "bcd":
+        talk.save(name)
+        assert not talk.store.flush(20)
+    assert talk.in_host("a") == 0
+    first = talk.store._index.find(keys_of("a")[0])
+    slots = [slot for key in keys_of("a")[1:] for slot in talk.store._pages.forget(talk.store._index.find(key))]
+    talk.store.disk.remove(slots)
+    talk.save("a")
+    assert first not in talk.store._in_host
+    assert talk.store.reserve("waiting", waiting) == 0
     talk.store.end_pass()

@@ -56,3 +56,14 @@ def test_where_nothing_is_written_the_coldest_goes() -> None:
     pages = Hierarchy(HostSlots(SLOTS), has_disk=True)
     fill(pages, range(SLOTS + 3))
     assert [n for n in range(SLOTS + 3) if pages.is_kept(key(n))] == list(range(3, SLOTS + 3))
+
+
+def test_what_was_spared_expires() -> None:
+    pages = Hierarchy(HostSlots(SLOTS), has_disk=True)
+    fill(pages, range(SLOTS))
+    pages.make_room(1, None)
+    pages.index.last_use[pages.index.find(key(3))] = 100.0
+    assert pages.expire(SLOTS, limit=50.0) == SLOTS - 2
+    assert [n for n in range(SLOTS) if pages.is_kept(key(n))] == [3]
+    assert pages.expire(SLOTS, limit=101.0) == 1
+    pages.check_invariants()

@@ -22,7 +22,6 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from cached_attention.chain import Chain
 from cached_attention.conversations import Conversations
-from cached_attention.index import PageKey
 
 from .hints import HintReqInput, Outlook
 from .linker import CachedAttentionLinker, PathTransfer, page_keys
@@ -38,7 +37,10 @@ if TYPE_CHECKING:
 
 
 REMEMBERED = 65_536
-"""Number of requests whose conversations a hint can name, at about 200 bytes each."""
+"""Number of requests whose conversations a hint can name, at up to 500 bytes each."""
+BACK = (1, 2, 3, 5, 9, 17, 33, 65, 129)
+"""Pages from the end by which a conversation can be found: its tail is evicted first."""
+KEY_BYTES = 32
 
 
 class RequestChain(NamedTuple):
@@ -71,8 +73,8 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self._truncated: WeakKeyDictionary[Req, TruncatedPrompt] = WeakKeyDictionary()
         self.ranks = Ranks(self._is_ready_here, None if cache.tp_world_size == 1 else self._take_least)
         self._inserted: RadixKey | None = None
-        self._ends: OrderedDict[str, PageKey] = OrderedDict()
-        """Per request that ended recently: the last page of its conversation."""
+        self._ends: OrderedDict[str, bytes] = OrderedDict()
+        """Per request that ended recently: keys of pages at the end of its conversation, the last first."""
         self.conversations = Conversations(time.monotonic)
 
     @property
@@ -149,7 +151,9 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         tokens = array("q", [*req.origin_input_ids, *req.output_ids[:-1]])
         known.extend(self._key(tokens, req.extra_key, req.cache_salt), self.cache.page_size)
         if known.chain.keys:
-            self._ends[req.rid] = known.chain.keys[-1]
+            self._ends[req.rid] = b"".join(
+                known.chain.keys[-back] for back in BACK if back <= len(known.chain.keys)
+            )
             self._ends.move_to_end(req.rid)
             if req.finished():
                 self.conversations.turn_ended(known.chain.keys, req.cached_tokens)
@@ -186,7 +190,9 @@ class TreeLink(UnifiedCacheLinkerWrapper):
 
     def _hinted(self, hint: HintReqInput) -> Chain:
         if hint.conversation is not None:
-            return self.cache_linker.store.chain_to(self._ends.get(hint.conversation, b""))
+            ends = self._ends.get(hint.conversation, b"")
+            keys = (ends[start : start + KEY_BYTES] for start in range(0, len(ends), KEY_BYTES))
+            return self.cache_linker.store.chain_to(*keys)
         known, tokens, extra_key = RequestChain([], Chain()), hint.input_ids or array("q"), hint.extra_key
         prompt = self.truncation.cut(tokens, extra_key, hint.cache_salt) if self.truncation else None
         if prompt is not None:
