@@ -205,7 +205,8 @@ class CachedAttentionStore:
 
     def _refresh(self, chain: Chain) -> None:
         if chain.epoch != self._pages.epoch:
-            chain.epoch, chain.restorable, chain.loadable = self._pages.epoch, 0, 0
+            chain.epoch, chain.disorder = self._pages.epoch, self._pages.disorder
+            chain.restorable = chain.loadable = 0
 
     def alias(self, chain: Chain, sources: Iterable[Source]) -> None:
         """Alias pages of `chain` that the store lacks to pages of the same tokens at other positions.
