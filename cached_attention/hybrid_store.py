@@ -285,6 +285,10 @@ class HybridStore(CachedAttentionStore):
 
     # Life and death
 
+    def wait_for_device(self) -> None:
+        super().wait_for_device()
+        self.trailing.wait_for_device()
+
     def flush(self, timeout: float) -> int:
         # KV and trailing pages are useless without each other, so each gets its share of the time.
         until = time.monotonic() + timeout

@@ -1,8 +1,8 @@
 """The façade that an engine drives: look up, look ahead, load, save.
 
 One thread, the engine's scheduler, calls the store. None of its calls waits for a transfer except `reset`,
-`close`, `flush` and, without a GPU, `finish_load`. Transfers run on streams of their own; `poll` takes note of
-those that have ended.
+`replace_disk`, `detach_disk`, `wait_for_device`, `flush`, `close` and, without a GPU, `finish_load`.
+Transfers run on streams of their own; `poll` takes note of those that have ended.
 """
 
 from __future__ import annotations
@@ -503,6 +503,11 @@ class CachedAttentionStore:
 
     # Life and death
 
+    def wait_for_device(self) -> None:
+        """Wait until no transfer touches the device."""
+        self._saves.wait()
+        self._loads.wait()
+
     def flush(self, timeout: float) -> int:
         """Write dirty pages to disk for at most `timeout` seconds; returns the number not written."""
         self._saves.wait()
@@ -555,8 +560,7 @@ class CachedAttentionStore:
         self.host.close()
 
     def _wait(self) -> None:
-        self._saves.wait()
-        self._loads.wait()
+        self.wait_for_device()
         if self._migration is not None:
             self._migration.wait()
 

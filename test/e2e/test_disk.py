@@ -147,6 +147,38 @@ def test_new_weights_never_meet_old_pages(
     verify(tmp_path)
 
 
+def test_updates_that_do_not_tell_of_their_weights(
+    models: Any, start: Any, town: Any, store_states: Any, settled: Any, tmp_path: Path, disk: Any
+) -> None:
+    """A trainer that writes into this server's memory, and an update that fails."""
+    conversations = town(3, HISTORY)
+    with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
+
+        def has_disk() -> bool:
+            return "disk_pages" in store_states(server)[0]
+
+        def comes_back_with_the_next_flush() -> bool:
+            server.flush_cache()
+            return has_disk()
+
+        conversations.hold(server, 1)
+        settled(server)
+        server.post("/begin_weight_update", {})
+        assert not has_disk()
+        server.post("/end_weight_update", {})
+        assert not has_disk()
+        assert comes_back_with_the_next_flush()
+        with pytest.raises(ServerError, match="400"):
+            server.post("/update_weights_from_disk", {"model_path": str(tmp_path / "nothing")})
+        assert not has_disk()
+        assert comes_back_with_the_next_flush()
+        conversations.hold(server, 1)
+        with pytest.raises(ServerError, match="400"):
+            server.post("/hicache/storage-backend/clear", {})
+        assert has_disk()
+    verify(tmp_path)
+
+
 def test_an_engine_flushes_before_it_ends(models: Any, tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "engine.py"
     command = [sys.executable, str(example), "--model-path", str(models()), "--host-size", "100MB"]

@@ -61,6 +61,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     rotations: list[Rotation | None] | None = None
     """Per layer: how keys are moved to other positions; None if they cannot be, or need not be."""
     _immovable: UnsupportedRotationError | None = None
+    _weights_are_here = True
     events: KvEvents | None = None
     """With `--kv-events-config`, on the rank that publishes."""
 
@@ -305,13 +306,15 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self.store.replace_disk(self._reopen_disk)
         else:
             self.store.reset()
-        if self.store.remote is not None:
+        if self.store.remote is not None and self._weights_are_here:
             self.store.remote.serve(self._identity.fingerprint())
         self.layer_done_counter.reset()
 
     def _has_other_pages(self, store: CachedAttentionStore, identity: ModelIdentity) -> bool:
         """Whether a disk is configured, and `store` has none open or one with pages of other weights."""
-        return self._config.disk_path is not None and (store.disk is None or identity.has_changed())
+        if self._config.disk_path is None or not self._weights_are_here:
+            return False
+        return store.disk is None or identity.has_changed()
 
     def weights_updated(self) -> None:
         """Stop using disk and remote store until the next `reset`: the KV may be of old or new weights."""
@@ -320,6 +323,21 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if self.store.disk is not None:
             logger.info("CachedAttention: weights were updated; the disk tier waits for the cache to be flushed.")
             self.store.detach_disk()
+
+    def check_weights(self) -> None:
+        """An update has ended: as `weights_updated`, unless the weights are those for which pages are kept."""
+        uses_weights = self.store.disk is not None or self.store.remote is not None
+        if uses_weights and self._identity.has_changed():
+            self.weights_updated()
+
+    def weights_left(self) -> None:
+        """The weights are about to leave the device: until they are back, they cannot be read."""
+        self.weights_updated()
+        self._weights_are_here = False
+
+    def weights_are_back(self) -> None:
+        """Perhaps other ones: disk and remote store still wait for the next `reset`."""
+        self._weights_are_here = True
 
     def close(self) -> None:
         left = self.store.flush(FLUSH_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
     from .radix_cache import CachedAttentionRadixCache
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_SGLANG = "0.5.23"
 TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -69,8 +72,10 @@ def activate() -> None:
         register(f"{prefill}.process_batch_result_disagg_prefill", _prefill_ended, HookType.AFTER)
         streamer = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
         register(f"{streamer}._get_storage_backend_type", _storage_backend, HookType.AROUND)
-        updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-        register(f"{updater}.record_weight_version_after_update", _weights_updated, HookType.AFTER)
+        register(f"{scheduler}.clear_hicache_storage_wrapped", _clear_storage, HookType.AROUND)
+        from .weights import register_hooks
+
+        register_hooks()
 
 
 def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
@@ -250,9 +255,14 @@ def _storage_backend(original: Callable[[Any], str], streamer: Any) -> str:
     return original(streamer) if _ours(streamer) is None else "CachedAttention"
 
 
-def _weights_updated(_result: None, updater: Any, *_args: Any) -> None:
-    if (cache := _ours(updater.scheduler)) is not None:
-        cache.weights_updated()
+def _clear_storage(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    """It would answer that it has cleared something."""
+    if _ours(scheduler) is None:
+        return original(scheduler, recv_req)
+    from sglang.srt.managers.io_struct import ClearHiCacheReqOutput
+
+    logger.warning("CachedAttention: /hicache/storage-backend/clear clears nothing; use /flush_cache.")
+    return ClearHiCacheReqOutput(success=False)
 
 
 def _add_store_state(result: Any, scheduler: Any, *_args: Any) -> None:

@@ -123,8 +123,23 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         events = super().take_events()
         return events if self.linker.events is None else events + self.linker.events.take()
 
+    # See `weights`.
+
     def weights_updated(self) -> None:
         self.linker.cache_linker.weights_updated()
+
+    def check_weights(self) -> None:
+        self.linker.cache_linker.check_weights()
+
+    def weights_left(self) -> None:
+        self.linker.cache_linker.weights_left()
+
+    def weights_are_back(self) -> None:
+        self.linker.cache_linker.weights_are_back()
+
+    def wait_for_transfers(self) -> None:
+        """Wait until nothing is copied from or to the device."""
+        self.linker.cache_linker.store.wait_for_device()
 
     def _queue_known(self) -> list[str]:
         rids = [req.rid for req in self._queue()]
