@@ -28,7 +28,8 @@ class LoadFence:
     them; slots become free other than by an eviction, which takes only what nobody holds.
 
     A decode step in which no request ends, as in most, leaves it open. It is closed when the result of a prefill
-    is read, and when a request ends, is retracted or is aborted.
+    is read, and when a request ends, is retracted or is aborted. It says nothing of when the slots of a load are
+    computed: SGLang does that after a prefill, or after a decode step without a CUDA graph, has ended.
 
     Args:
         free_list: the state of the allocator's list of free slots. Two of its results are equal only if no slot
