@@ -79,7 +79,7 @@ class _Hold:
 class Fetch:
     """Reads pages into host memory and pins them there until their request runs or leaves the queue.
 
-    All calls come from one thread; only `wait` waits for a tier.
+    All calls come from one thread, and none waits for a tier.
 
     Args:
         disk, remote: at least one of them.
@@ -282,7 +282,7 @@ class Fetch:
         if read.is_remote:
             self._far.difference_update(read.rows)
         outcomes = [ReadOutcome.UNAVAILABLE] * len(read.rows)
-        if not read.future.cancelled():
+        if read.future.done() and not read.future.cancelled():
             outcomes = read.future.result()
         landed = [row for row, outcome in zip(read.rows, outcomes, strict=True) if outcome is ReadOutcome.READ]
         if landed:
@@ -330,11 +330,23 @@ class Fetch:
         self._pages.remote.discard(self._pages.index.key(row))
         return []
 
-    def wait(self) -> None:
-        """Release everything, and wait until no read touches a page of the arena."""
+    @property
+    def futures(self) -> list[Future[list[ReadOutcome]]]:
+        """Of all reads that have not been processed."""
+        return [read.future for read in self._reads]
+
+    @property
+    def slots_in_flight(self) -> list[int]:
+        """Host slots that reads may be writing to."""
+        slot = self._pages.in_host.slot
+        return [slot[row] for read in self._reads if not read.future.done() for row in read.rows]
+
+    def release_all(self) -> None:
+        """Release what is held for all requests."""
         for request in list(self._holds):
             self.release(request)
+
+    def settle(self) -> None:
+        """Process all reads; those that have not ended will never be waited for."""
         for read in list(self._reads):
-            if not read.future.cancelled():
-                read.future.exception()
             self._settle(read)

@@ -28,13 +28,13 @@ class InFlight:
         """The pinned `rows` were handed to the tier; `answer` has one item per row."""
         self._batches.append((rows, answer))
 
-    def settled(self, wait: bool = False) -> Iterator[tuple[int, int | None]]:
-        """Rows of answered batches with their answers; each row is unpinned after being yielded.
+    @property
+    def answers(self) -> list[Future[list[int | None]]]:
+        return [answer for _, answer in self._batches]
 
-        Args:
-            wait: also wait for batches that have not been answered.
-        """
-        while self._batches and (wait or self._batches[0][1].done()):
+    def settled(self) -> Iterator[tuple[int, int | None]]:
+        """Rows of answered batches with their answers; each row is unpinned after being yielded."""
+        while self._batches and self._batches[0][1].done():
             rows, answer = self._batches.popleft()
             for row, item in zip(rows, answer.result(), strict=True):
                 yield row, item

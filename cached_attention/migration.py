@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 
 from cached_attention.chain import reach
 from cached_attention.fetch import Fetch, Remote
@@ -176,9 +178,28 @@ class Migration:
             self._put_behind.flush(deadline - time.monotonic())
         return left
 
-    def wait(self) -> None:
-        """Release everything held for requests, and wait until no tier touches a page of the arena."""
-        self.fetch.wait()
-        for writer in (self.write_behind, self._put_behind):
-            if writer is not None:
-                writer.wait()
+    def wait(self, timeout: float) -> bool:
+        """Release everything held for requests, and wait until no tier touches a page of the arena.
+
+        False, with nothing more done, if a tier still does after `timeout` seconds.
+        """
+        self.fetch.release_all()
+        futures: list[Future[Any]] = [future for part in self._parts for future in part.futures]
+        if wait([future for future in futures if not future.cancelled()], timeout).not_done:
+            return False
+        self.settle()
+        return True
+
+    @property
+    def _parts(self) -> list[Fetch | WriteBehind | PutBehind]:
+        return [part for part in (self.fetch, self.write_behind, self._put_behind) if part is not None]
+
+    def settle(self) -> None:
+        """Process all transfers that have ended; reads that have not will never be waited for."""
+        for part in self._parts:
+            part.settle()
+
+    @property
+    def slots_in_flight(self) -> list[int]:
+        """Host slots that a tier may be writing to."""
+        return self.fetch.slots_in_flight

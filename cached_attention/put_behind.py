@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.in_flight import InFlight
@@ -43,7 +44,7 @@ class PutBehind:
 
     def poll(self) -> None:
         """Process puts that have ended, and start more."""
-        self._settle()
+        self.settle()
         while len(self._puts) < BATCHES_IN_FLIGHT and self._may_put and (rows := self._choose()):
             for row in rows:
                 self._pages.pin(row)
@@ -63,9 +64,15 @@ class PutBehind:
                 rows.append(row)
         return rows
 
-    def _settle(self, wait: bool = False) -> None:
+    @property
+    def futures(self) -> list[Future[list[int | None]]]:
+        """Of all puts that have not been processed."""
+        return self._puts.answers
+
+    def settle(self) -> None:
+        """Process puts that have ended."""
         index = self._pages.index
-        for row, put in self._puts.settled(wait):
+        for row, put in self._puts.settled():
             origin = index.origin(row)
             key, parent = index.key(origin), index.parent[origin]
             if put is not None:
@@ -73,10 +80,6 @@ class PutBehind:
             else:
                 self._pages.remote.offer(key)
                 self._resume_at = time.monotonic() + REFUSED_PAUSE
-
-    def wait(self) -> None:
-        """Wait until no put touches a page of the arena."""
-        self._settle(wait=True)
 
     def flush(self, timeout: float) -> None:
         """Put waiting pages for at most `timeout` seconds, or until a put is refused."""

@@ -7,6 +7,7 @@ Transfers run on streams of their own; `poll` takes note of those that have ende
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -38,12 +39,16 @@ from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
 from cached_attention.transfer.streams import Event
 from cached_attention.uses import Uses
 
+logger = logging.getLogger(__name__)
+
 EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
 HINTED_AT_ONCE = 8
 """Hints per poll that are looked up again."""
 DROPPING, DROP_PAUSE = 5.0, 0.05
 """Seconds for which pages that are on their way between tiers are tried to be dropped, and between two tries."""
+PATIENCE = 10.0
+"""Seconds that the store waits for a tier before it goes on without it."""
 KEPT = 3600.0
 """Seconds that the hint `keep` lasts if there is no time to live."""
 
@@ -540,9 +545,10 @@ class CachedAttentionStore:
         """
         if self.disk is None or self._migration is None:
             return
-        self._migration.wait()
+        self._wait_for_tiers()
         self._pages.forget_disk()
-        self.disk.close()
+        if self.disk is not None:
+            self.disk.close()
         self.disk = None
         self._migrate()
 
@@ -557,12 +563,31 @@ class CachedAttentionStore:
         for tier in (self.disk, self.remote):
             if tier is not None:
                 tier.close()
-        self.host.close()
+        if not self.host.retired:
+            self.host.close()
 
     def _wait(self) -> None:
         self.wait_for_device()
-        if self._migration is not None:
-            self._migration.wait()
+        self._wait_for_tiers()
+
+    def _wait_for_tiers(self) -> None:
+        """Wait until no tier touches host memory; go on without the tiers if that takes too long."""
+        if self._migration is None or self._migration.wait(PATIENCE):
+            return
+        slots = self._migration.slots_in_flight
+        logger.error(
+            "CachedAttention: a tier has not answered for %.0f s. Until a restart, the server goes on without"
+            " disk and remote store, which keep their pages, and without %d pages of host memory.",
+            PATIENCE,
+            len(slots),
+        )
+        self.host.retire(slots)
+        for tier in (self.disk, self.remote):
+            if tier is not None:
+                tier.close(0.0)
+        self._migration.settle()
+        self.disk = self.remote = self._migration = None
+        self._pages.remote.clear()
 
     def check_invariants(self) -> None:
         """Walk everything; for tests and debugging.

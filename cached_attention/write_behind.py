@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.in_flight import InFlight
@@ -94,7 +95,7 @@ class WriteBehind:
     def _adapt_depth(self) -> None:
         """Enough batches in flight to keep the disk busy until the next pass."""
         was_writing = len(self._writes) > 0
-        self._settle()
+        self.settle()
         if len(self._writes):
             self._depth = max(BATCHES_IN_FLIGHT, self._depth - 1)
         elif was_writing:
@@ -137,19 +138,21 @@ class WriteBehind:
             slots += self._pages.leave_disk(victim)
         return slots
 
-    def _settle(self, wait: bool = False) -> None:
+    @property
+    def futures(self) -> list[Future[list[int | None]]]:
+        """Of all writes that have not been processed."""
+        return self._writes.answers
+
+    def settle(self) -> None:
+        """Process writes that have ended."""
         unneeded: list[int] = []
-        for row, slot in self._writes.settled(wait):
+        for row, slot in self._writes.settled():
             if slot is None:
                 self._pages.mark_dirty(row)
             else:
                 unneeded += self._pages.settle_on_disk(row, slot)
         if unneeded:
             self._disk.remove(unneeded)
-
-    def wait(self) -> None:
-        """Wait until no write touches a page of the arena."""
-        self._settle(wait=True)
 
     def flush(self, timeout: float) -> int:
         """Write dirty pages for at most `timeout` seconds; returns the number not written."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class HostSlots:
     """`capacity` slots, each of which holds one page record or nothing."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.retired: set[int] = set()
+        """Slots that are never used again: somebody may write to them at any time."""
         self.clear()
 
     @property
@@ -16,7 +20,7 @@ class HostSlots:
 
     def clear(self) -> None:
         """Make every slot free."""
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self._free = [slot for slot in range(self.capacity - 1, -1, -1) if slot not in self.retired]
 
     def take_slot(self) -> int | None:
         return self._free.pop() if self._free else None
@@ -29,10 +33,14 @@ class HostSlots:
         return taken[::-1]
 
     def give_back(self, slot: int) -> None:
-        self._free.append(slot)
+        self.give_back_all([slot])
 
     def give_back_all(self, slots: list[int]) -> None:
-        self._free += slots
+        self._free += [slot for slot in slots if slot not in self.retired] if self.retired else slots
+
+    def retire(self, slots: Iterable[int]) -> None:
+        """Never use these slots again, which are in use."""
+        self.retired.update(slots)
 
     def slot_bytes(self, slot: int) -> memoryview:
         """Record of a page; empty here, where slots are only counted."""
@@ -43,4 +51,4 @@ class HostSlots:
         free = set(self._free)
         assert len(free) == len(self._free), "a slot is free twice"
         assert not free & used, "a slot is free and in use"
-        assert len(free) + len(used) == self.capacity, "slots leaked"
+        assert len(free) + len(used | self.retired) == self.capacity, "slots leaked"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cached_attention import store
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.hints import GRACE
@@ -398,3 +399,27 @@ def test_what_is_reserved_is_there_even_if_pages_came_back_out_of_order(talk: Ta
     assert first not in talk.store._in_host
     assert talk.store.reserve("waiting", waiting) == 0
     talk.store.end_pass()
+
+
+@pytest.mark.parametrize("call", ["reset", "detach_disk", "close"])
+def test_a_read_that_never_ends_holds_nothing_up(talk: Talk, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it write into pages that are saved later, when it ends after all."""
+    monkeypatch.setattr(store, "PATIENCE", 0.2)
+    talk.on_disk_only("a")
+    talk.io.gate.clear()
+    talk.arrive("a")
+    talk.poll_for_a_while()
+    talk.store.reorder([])
+    busy = [talk.store._in_host.slot[talk.store._index.find(key)] for key in keys_of("a")]
+    getattr(talk.store, call)()
+    assert talk.store.disk is None
+    if call == "close":
+        return
+    for name in "bcd":
+        talk.save(name)
+    assert talk.in_host("d") == LONG
+    assert not {talk.store._in_host.slot[row] for row in talk.store._index.rows()}.intersection(busy)
+    assert talk.store.host.retired == set(busy)
+    talk.io.gate.set()
+    talk.poll_for_a_while()
+    assert talk.in_host("d") == LONG
