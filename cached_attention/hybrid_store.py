@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cached_attention.chain import Chain, PageRun
+from cached_attention.drops import Drop
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer.streams import Event
@@ -197,9 +198,9 @@ class HybridStore(CachedAttentionStore):
             for name in tail.chains:
                 self.trailing.leave(name)
 
-    def _drop(self, keys: Sequence[PageKey], until: float) -> int:
-        dropped, known = super()._drop(keys, until), self.trailing.known_pages
-        for part in self.trailing.chains([key for key in keys if key in known and not self.holds(key)]):
+    def _drop(self, drop: Drop) -> int:
+        dropped, known = super()._drop(drop), self.trailing.known_pages
+        for part in self.trailing.chains([key for key in drop.keys if key in known and not self.holds(key)]):
             self.trailing.drop(part)
         return dropped
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
+from cached_attention.drops import DROPPING, Drop, Drops
 from cached_attention.fetch import Arrived
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import GRACE, Hint, Hints
@@ -45,20 +45,10 @@ EXPIRED_AT_ONCE = 64
 """Pages per tier and poll."""
 HINTED_AT_ONCE = 8
 """Hints per poll that are looked up again."""
-DROPPING, DROP_PAUSE = 5.0, 0.05
-"""Seconds for which pages that are on their way between tiers are tried to be dropped, and between two tries."""
 PATIENCE = 10.0
 """Seconds that the store waits for a tier before it goes on without it."""
 KEPT = 3600.0
 """Seconds that the hint `keep` lasts if there is no time to live."""
-
-
-class _Dropping(NamedTuple):
-    """A dropped conversation with pages that were on their way between tiers; seconds since the epoch."""
-
-    keys: Sequence[PageKey]
-    until: float
-    again: float
 
 
 class CachedAttentionStore:
@@ -138,7 +128,7 @@ class CachedAttentionStore:
         self._migrate()
         self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
         self._hints = Hints()
-        self._dropping: deque[_Dropping] = deque()
+        self._drops = Drops()
         self._saves = Saves(
             self._pages,
             self._transfers,
@@ -337,24 +327,17 @@ class CachedAttentionStore:
         self.leave(self._hints.discard(Hints.name(chain.keys[-1])))
         if self._migration is not None:
             self._migration.fetch.poll()  # What was on its way for the hint is not needed any more.
-        return self._drop(chain.keys, self._clock() + DROPPING)
+        return self._drop(Drop(chain.keys, self._clock() + DROPPING))
 
-    def _drop(self, keys: Sequence[PageKey], until: float) -> int:
-        dropped, slots = self._pages.drop(keys)
+    def _drop(self, drop: Drop) -> int:
+        dropped, slots = self._pages.drop(drop.keys)
         if self.disk is not None:
             self.disk.remove(slots)
         if self._migration is not None:
-            self._migration.forget(keys)
-        if any(row != NOWHERE and self._index.pins[row] for row in map(self._index.find, keys)):
-            self._dropping.append(_Dropping(keys, until, self._clock() + DROP_PAUSE))
+            self._migration.forget(drop.keys)
+        if any(row != NOWHERE and self._index.pins[row] for row in map(self._index.find, drop.keys)):
+            self._drops.add(drop, self._clock())
         return dropped
-
-    def _drop_rest(self, now: float) -> None:
-        """Try again to drop what was on its way between tiers."""
-        while self._dropping and self._dropping[0].again <= now:
-            keys, until, _ = self._dropping.popleft()
-            if now < until:
-                self._drop(keys, until)
 
     def chain_to(self, *ends: PageKey) -> Chain:
         """The chain that ends with the first of the pages `ends` that is known; empty if none is."""
@@ -494,8 +477,8 @@ class CachedAttentionStore:
             # A hint often comes right after an answer, whose pages are still being saved.
             for name, chain in self._hints.take_lacking(HINTED_AT_ONCE) if finished else ():
                 self._arrive_hinted(name, chain)
-        if self._dropping:
-            self._drop_rest(self._clock())
+        for drop in self._drops.take_due(self._clock()):
+            self._drop(drop)
         if self._migration is not None:
             self._migration.poll()
         return finished

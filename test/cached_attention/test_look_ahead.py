@@ -13,11 +13,12 @@ import torch
 
 from cached_attention import store
 from cached_attention.chain import Chain, PageRun
+from cached_attention.drops import DROPPING, PAUSE
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.hints import GRACE
 from cached_attention.layout import DevicePool
 from cached_attention.policy.waiting import WaitOrRecompute
-from cached_attention.store import DROP_PAUSE, DROPPING, CachedAttentionStore
+from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 
 PAGE, LONG = 2, 4
@@ -327,7 +328,7 @@ def test_what_is_still_being_saved_is_dropped_when_it_has_been(talk: Talk) -> No
     talk.store.poll()
     assert talk.kept("a") == LONG
     for _ in range(50):  # It may meet the write to disk once or twice.
-        talk.now += DROP_PAUSE
+        talk.now += PAUSE
         talk.poll_for_a_while()
         if talk.kept("a") == 0:
             return
