@@ -90,7 +90,7 @@ def test_pages_that_are_named_by_pairs_of_tokens(
         hint(server, conversation="ended", drop=True)
         assert settled(server)["disk_pages_used"] == kept
     assert state["page_bytes"] == PLAIN_PAGE * 5 // 4
-    with start(model, *tiers, host_size="20MB") as server:
+    with start(model, *tiers, host_size="40MB") as server:
         for conversation in actual.conversations:
             hint(server, prompt=conversation.tokens, expect_in_s=5)
         pages = sum((len(conversation.tokens) - 2) // PAGE for conversation in actual.conversations)
