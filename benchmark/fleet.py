@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from benchmark.client import Round, play
 from benchmark.configuration import Configuration
-from benchmark.server import Server
+from benchmark.server import Server, stop_all
 from benchmark.workload import WorkloadShape, make_workload
 
 WARM_UP_ROUND = -1
@@ -48,7 +47,7 @@ class Fleet:
         self.configurations = configurations
         self.logs = logs
         self.timeout_s = timeout_s
-        self._servers = contextlib.ExitStack()
+        self._servers: list[Server] = []
 
     def __enter__(self) -> Self:
         self.urls: dict[str, str] = {}
@@ -58,19 +57,32 @@ class Fleet:
                     bar.set_postfix_str(configuration.name)
                     self.urls[configuration.name] = self._start(configuration, bar).url
         except BaseException:
-            self._servers.close()
+            self._stop()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._servers.close()
+        self._stop()
+
+    def flush(self) -> None:
+        """Every server forgets every cached token, in all of its tiers. ServerError if one refuses."""
+        for server in self._servers:
+            server.flush_cache()
+
+    def log(self, name: str) -> Path:
+        """Log of the server of the configuration `name`."""
+        return self.logs / f"{name}.log"
+
+    def _stop(self) -> None:
+        servers, self._servers = self._servers, []
+        stop_all(servers)
 
     def _start(self, configuration: Configuration, bar: tqdm[Configuration]) -> Server:
-        log = self.logs / f"{configuration.name}.log"
+        log = self.log(configuration.name)
         server = Server(self.model, configuration.args, log=log, timeout_s=self.timeout_s)
-        self._servers.callback(server.stop)
+        self._servers.append(server)
         return server.wait_ready(bar.refresh if IS_TERMINAL else lambda: None)
 
 

@@ -194,22 +194,29 @@ class Server:
 
     def stop(self) -> None:
         """Stop the server and everything it started; may be called again."""
+        stop_all([self])
+
+    def ask_to_end(self) -> list[psutil.Process]:
+        """Send SIGTERM; returns the processes that were alive then."""
         family = self._family()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(family, timeout=TERMINATION_GRACE_S)
-        self._kill()
+        return family
 
     def kill(self) -> None:
         """Stop the server like a crash: SIGKILL to all of its processes at once."""
         self._family()
-        self._kill()
+        kill_all([self])
 
-    def _kill(self) -> None:
-        survivors = self._family()
-        for process in survivors:
+    def kill_family(self) -> list[psutil.Process]:
+        """Send SIGKILL to all that is alive, and return it; for `kill_all`, which waits for it."""
+        family = self._family()
+        for process in family:
             _kill_quietly(process)
-        psutil.wait_procs(survivors, timeout=TERMINATION_GRACE_S)
+        return family
+
+    def forget_process(self) -> None:
+        """Call when nothing of the server is alive."""
         self.process.wait()
         self._log_file.close()
 
@@ -235,6 +242,21 @@ class Server:
 
     def _diagnosis(self) -> str:
         return f"command: {' '.join(self.command)}\nlog {self.log} ends with:\n{self.log_tail()}"
+
+
+def stop_all(servers: Sequence[Server]) -> None:
+    """Stop servers, and everything they started, at the same time: it takes as long as the slowest."""
+    asked = [process for server in servers for process in server.ask_to_end()]
+    psutil.wait_procs(asked, timeout=TERMINATION_GRACE_S)
+    kill_all(servers)
+
+
+def kill_all(servers: Sequence[Server]) -> None:
+    """SIGKILL to everything that is left of the servers."""
+    killed = [process for server in servers for process in server.kill_family()]
+    psutil.wait_procs(killed, timeout=TERMINATION_GRACE_S)
+    for server in servers:
+        server.forget_process()
 
 
 def _temporary_log() -> Path:

@@ -1,7 +1,8 @@
 """Do pages move bit for bit, and at what share of a pinned copy's bandwidth?
 
 Saves and loads go through a store, driven as an engine drives it. The reference is one copy of the same bytes
-between pinned memory and the device, alternating with ours.
+between pinned memory and the device, alternating with ours. A note per page size says whether the store chose a
+kernel or the copy engines. On a GPU, loads by the kernel with other numbers of thread blocks follow.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from benchmark.gpu.bound import Bound
 from benchmark.gpu.outcome import Outcome
 from benchmark.gpu.setting import Setting
 from benchmark.gpu.stored import StoredPages
+from benchmark.gpu.sweep import sweep
 from benchmark.throughput import Comparison, Contest
 from cached_attention.layout import DevicePool
 from cached_attention.position.delta_table import delta_table
@@ -28,21 +30,45 @@ EXACT = Bound("bytes that differ after save, load and rotation", 0, unit="")
 THETA = 10_000.0
 
 
+def pinned_bytes(setting: Setting) -> int:
+    """The store's memory, and as much for plain copies."""
+    return 2 * _size(setting)
+
+
+def _size(setting: Setting) -> int:
+    """Bytes moved in each round."""
+    return 8 << 20 if setting.shape_name == "tiny" else 2 << 30
+
+
 def run(setting: Setting, outcome: Outcome) -> None:
-    moved, rounds = (8 << 20, 2) if setting.shape_name == "tiny" else (2 << 30, 15)
     wrong, ratios = 0, {}
     for page_size in tqdm(PAGE_SIZES, "page sizes", unit="size"):
-        bench = Moves(setting, page_size, moved)
-        with bench.stored:
-            wrong += bench.check(outcome)
-            for direction, contest in bench.contests().items():
-                comparison = Comparison("host", direction, page_size, bench.page_bytes, bench.moved_bytes)
-                for _ in contest.run(comparison, rounds):
-                    pass
-                outcome.rows.append(_row(comparison))
-                ratios[direction, page_size] = comparison.ratio
+        differing, ratios[page_size] = _measure(setting, page_size, outcome)
+        wrong += differing
         outcome.save(setting.output)
-    outcome.add(LOAD_64.judge(ratios["load", 64]), LOAD_16.judge(ratios["load", 16]), EXACT.judge(wrong))
+    loads = [ratios[page_size]["load"] for page_size in (64, 16)]
+    outcome.add(LOAD_64.judge(loads[0]), LOAD_16.judge(loads[1]), EXACT.judge(wrong))
+    if setting.on_gpu:
+        sweep(setting, rotation(setting.head_dim), _size(setting), min(5, _rounds(setting)), outcome)
+
+
+def _rounds(setting: Setting) -> int:
+    return 2 if setting.shape_name == "tiny" else 15
+
+
+def _measure(setting: Setting, page_size: int, outcome: Outcome) -> tuple[int, dict[str, float]]:
+    """How many bytes differ from torch's result, and per direction the ratio to plain copies."""
+    bench, ratios = Moves(setting, page_size, _size(setting)), {}
+    with bench.stored:
+        outcome.notes += [f"pages of {page_size} tokens: {line}" for line in bench.stored.ways()]
+        wrong = bench.check(outcome)
+        for direction, contest in bench.contests().items():
+            comparison = Comparison("host", direction, page_size, bench.page_bytes, bench.moved_bytes)
+            for _ in contest.run(comparison, _rounds(setting)):
+                pass
+            outcome.rows.append(_row(comparison))
+            ratios[direction] = comparison.ratio
+    return wrong, ratios
 
 
 def _row(comparison: Comparison) -> dict[str, Any]:

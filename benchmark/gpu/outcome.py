@@ -37,6 +37,8 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    host_memory: dict[str, int] = field(default_factory=dict)
+    """Bytes before the experiment, see `HostMemory`."""
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
@@ -76,6 +78,7 @@ class Outcome:
             "device": describe(self.device),
             "machine": machine() | {"more_packages": {name: _version(name) for name in PACKAGES}},
             "gpu": _gpu() if self.is_claim else None,
+            "host_memory": self.host_memory,
             "bounds": [verdict.entry() for verdict in self.verdicts],
             "notes": self.notes,
             "line": self.line(),

@@ -6,6 +6,9 @@ it is loaded layer by layer during the forward; it is loaded first, then the for
 `floor_s` of a point is the lower limit for any engine, unless its load starts before the forward could: the
 longer of the forward alone and of a pinned copy of the history's bytes, measured in the same run. If the copy
 takes longer than the forward, a hit in host memory cannot equal one on the device: the outcome says so.
+
+A note says whether loads are made by a kernel or by copy engines. `CACHED_ATTENTION_BLOCKS` in the environment is
+the number of thread blocks of a load by the kernel, 32 without it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from benchmark.gpu.outcome import Outcome
 from benchmark.gpu.setting import Setting
 from benchmark.gpu.stopwatch import Mark, Stopwatch
 from benchmark.gpu.stored import Arrival, StoredPages
+from cached_attention.kernels.rope_on_load import BLOCKS, BLOCKS_VARIABLE
 
 PAGE = 64
 DEVICE, LAYER_WISE, LOAD_FIRST, RECOMPUTE = WAYS = ("device", "layer-wise", "load-then-compute", "recompute")
@@ -59,12 +63,19 @@ def reduction_bound(history: int, new: int) -> Bound:
     return Bound(f"TTFT saved against recompute, {history} + {new}", 0.87, at_least=True, unit="")
 
 
+def pinned_bytes(setting: Setting) -> int:
+    """The store's memory, and as much for plain copies."""
+    return 2 * max(GRIDS[setting.shape_name].histories) * setting.kv_bytes
+
+
 def run(setting: Setting, outcome: Outcome) -> None:
     grid = GRIDS[setting.shape_name]
     bench = Turns(setting, grid)
     points = [(history, new) for history in grid.histories for new in grid.news]
     differing = 0
     with bench.stored:
+        outcome.notes += bench.stored.ways()
+        outcome.notes.append(f"loads by the kernel use {BLOCKS} blocks; {BLOCKS_VARIABLE} is another number")
         for history, new in tqdm(points, "history + new", unit="point"):
             row = bench.measure(history, new, grid.rounds)
             differing += row["differing"]

@@ -37,7 +37,8 @@ class Setting:
         experiment: its name.
         device: `cuda` or `cpu`.
         shape_name: a key of `SHAPES`.
-        output: directory of results, logs and models.
+        output: directory of the results.
+        scratch: directory of logs, models and what else need not be kept.
         parts: parts of the experiment, in order; empty: all of them.
     """
 
@@ -45,6 +46,7 @@ class Setting:
     device: str
     shape_name: str
     output: Path
+    scratch: Path
     parts: tuple[str, ...] = ()
 
     @property
@@ -87,6 +89,10 @@ class Setting:
         return LIBRARIES in os.environ
 
     @property
+    def is_real_gpu(self) -> bool:
+        return self.on_gpu and not self.is_simulated
+
+    @property
     def server_args(self) -> tuple[str, ...]:
         """Arguments for a server of `model`: random weights, no tokenizer."""
         return ("--load-format=dummy", "--skip-tokenizer-init", *self.device_args("flashinfer"))
@@ -104,7 +110,7 @@ class Setting:
 
     def model(self, context: int) -> Path:
         """Directory with the config of a Llama of this shape and a window of `context` tokens; no weights."""
-        directory = self.output / "models" / f"{self.shape_name}-{context}"
+        directory = self.scratch / "models" / f"{self.shape_name}-{context}"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(self._config(context), indent=1) + "\n")
         return directory

@@ -15,6 +15,7 @@ from cached_attention.chain import Chain, PageRun
 from cached_attention.layout import DevicePool
 from cached_attention.position.rotation import Rotation
 from cached_attention.store import CachedAttentionStore
+from cached_attention.transfer.cuda_copier import CudaCopier
 from cached_attention.transfer.layer_wise_load import LayerWiseLoad
 from cached_attention.transfer.streams import Event
 
@@ -58,6 +59,12 @@ class StoredPages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._store.close()
+
+    def ways(self) -> list[str]:
+        """How saves and loads of verbatim pages are made, and what both ways took; nothing without a GPU."""
+        copier = self._store._transfers.copier
+        comparison = copier.comparison if isinstance(copier, CudaCopier) else None
+        return comparison.lines() if comparison else []
 
     def forget(self) -> None:
         """Forget everything that was saved."""

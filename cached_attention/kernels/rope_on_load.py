@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,25 @@ ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PAGES_AT_ONCE = 64
 """Pages per step of the torch version, so that intermediate results stay small."""
 
-BLOCKS = 32
-"""CUDA thread blocks per call: enough reads in flight for a PCIe link, few enough to let the model run."""
+BLOCKS_VARIABLE = "CACHED_ATTENTION_BLOCKS"
+DEFAULT_BLOCKS, MOST_BLOCKS = 32, 1024
+
+
+def blocks_from(environment: Mapping[str, str]) -> int:
+    """Number of thread blocks that the environment variable `CACHED_ATTENTION_BLOCKS` asks for.
+
+    Raises:
+        ValueError: not a whole number from 1 to `MOST_BLOCKS`.
+    """
+    text = environment.get(BLOCKS_VARIABLE, str(DEFAULT_BLOCKS))
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_BLOCKS):
+        raise ValueError(f"{BLOCKS_VARIABLE} is {text!r}: give a whole number from 1 to {MOST_BLOCKS}.")
+    return int(text)
+
+
+BLOCKS = blocks_from(os.environ)
+"""CUDA thread blocks per call: enough reads in flight for a PCIe link, few enough to let the model run. Read once,
+when this module is imported; for experiments."""
 
 
 class PagedComponent(NamedTuple):
@@ -53,14 +71,21 @@ class RopeOnLoad:
         layers: components of each layer.
         page_size: tokens per page; page p starts at slot `p * page_size`.
         compiled: False to use torch only.
+        blocks: CUDA thread blocks per call.
 
     Raises:
         ValueError: a shape, stride, dtype or kind of memory is not supported.
     """
 
     def __init__(
-        self, layers: Sequence[Sequence[PagedComponent]], page_size: int, *, compiled: bool = True
+        self,
+        layers: Sequence[Sequence[PagedComponent]],
+        page_size: int,
+        *,
+        compiled: bool = True,
+        blocks: int = BLOCKS,
     ) -> None:
+        self._blocks = blocks
         self._layers = [[_in_heads(component) for component in layer] for layer in layers]
         self._page_size = page_size
         self._device = self._layers[0][0].pool.device
@@ -124,7 +149,7 @@ class RopeOnLoad:
                     self._load_in_torch(component, moves)
             return
         rows = self._rows[self._first_row[layers.start] : self._first_row[layers.stop]]
-        self._library.rope_on_load(*moves, rows, self._page_size, self._element, BLOCKS)
+        self._library.rope_on_load(*moves, rows, self._page_size, self._element, self._blocks)
 
     def _load_in_torch(self, component: PagedComponent, moves: PageMoves) -> None:
         pool, records, rotation = component

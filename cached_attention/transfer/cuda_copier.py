@@ -55,6 +55,9 @@ class Time(NamedTuple):
     on_host: float
     """Until all of it is issued."""
 
+    def __str__(self) -> str:
+        return f"{self.on_device:.2f} ms and {self.on_host:.2f} ms to hand over"
+
 
 class Way(NamedTuple):
     """Durations for the same pages in one of the two ways."""
@@ -70,8 +73,32 @@ class ByEngines(NamedTuple):
     loads: bool
 
 
+class Comparison(NamedTuple):
+    """What both ways took for the same pages when the server started, and what was chosen."""
+
+    pages: int
+    engines: Way | RuntimeError
+    """The error if the driver cannot copy in batches."""
+    cores: Way
+    chosen: ByEngines
+
+    def lines(self) -> list[str]:
+        """A sentence each about saves and loads."""
+        return [self._line(what, by_engines) for what, by_engines in self.chosen._asdict().items()]
+
+    def _line(self, what: str, by_engines: bool) -> str:
+        engines = self.engines if isinstance(self.engines, RuntimeError) else getattr(self.engines, what)
+        return (
+            f"{what} are made by {'copy engines' if by_engines else 'a kernel'} ({self.pages} pages: "
+            f"copy engines {engines}, a kernel {getattr(self.cores, what)})."
+        )
+
+
 class CudaCopier(PageCopier):
     """Copies with kernels or copy engines."""
+
+    comparison: Comparison | None = None
+    """None if no kernel can be used."""
 
     def __init__(self, device: DevicePool, host: HostTier, rotations: Rotations | None) -> None:
         super().__init__(device, host, rotations)
@@ -162,17 +189,10 @@ class CudaCopier(PageCopier):
         if isinstance(cores, RuntimeError):
             logger.warning("CachedAttention: the kernel that moves pages does not run on this GPU: %s", cores)
             return None  # Some loads need it: those whose page numbers are not known in time, and rotated pages.
-        chosen = choose(engines, cores)
-        for what, by_engines in chosen._asdict().items():
-            logger.info(
-                "CachedAttention: %s are made by %s (%d pages: copy engines %s, a kernel %s).",
-                what,
-                "copy engines" if by_engines else "a kernel",
-                len(rows),
-                engines if isinstance(engines, RuntimeError) else _format(getattr(engines, what)),
-                _format(getattr(cores, what)),
-            )
-        return chosen
+        self.comparison = Comparison(len(rows), engines, cores, choose(engines, cores))
+        for line in self.comparison.lines():
+            logger.info("CachedAttention: %s", line)
+        return self.comparison.chosen
 
     def _try_ways(self, rows: list[int]) -> tuple[Way | RuntimeError, Way | RuntimeError]:
         """What the copy engines and the kernel take for `rows`, on the current stream."""
@@ -191,7 +211,7 @@ class CudaCopier(PageCopier):
             pages = find_pages()
             return Way(_time(partial(save, rows, rows)), _time(partial(self._load_all, pages, rows)))
         except RuntimeError as error:
-            return error
+            return error.with_traceback(None)  # `comparison` keeps it, and must not keep the tensors of the call.
 
     def _load_all(self, pages: torch.Tensor | np.ndarray, slots: list[int]) -> None:
         moves = self.moves(pages, slots)
@@ -213,10 +233,6 @@ def choose(engines: Way | RuntimeError, cores: Way) -> ByEngines:
 def engines_are_worth_it(engines: float, cores: float) -> bool:
     """Whether copy engines, which leave the cores to the model, are fast enough; both in milliseconds."""
     return cores >= WORTH_CORES * engines
-
-
-def _format(time: Time) -> str:
-    return f"{time.on_device:.2f} ms and {time.on_host:.2f} ms to hand over"
 
 
 def _time(copy: Callable[[], None]) -> Time:

@@ -67,6 +67,10 @@ class Transfers:
         """Two events: its copies have begun, and have ended."""
         self._saved_at_once = max(1, SAVED_AT_ONCE // host.layout.page_bytes)
 
+    @property
+    def copier(self) -> PageCopier:
+        return self._copier
+
     def read_numbers(self, device_slots: torch.Tensor, after: Sequence[Event]) -> PageNumbers | None:
         """Start copying the page numbers of a load to the host after the events `after`; None if not needed."""
         if self._numbers is None:

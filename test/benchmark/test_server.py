@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmark.configuration import Configuration
+from benchmark.fleet import Fleet
 from benchmark.server import Server, ServerError
 
 ECHO = """
@@ -95,6 +97,21 @@ def test_nothing_is_left_behind(stand_in: Callable[[str], Path], way: str) -> No
         getattr(server, way)()
         assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
         assert server.process.returncode is not None
+
+
+@pytest.mark.usefixtures("quick_stop")
+def test_a_fleet_is_stopped_at_once(stand_in: Callable[[str], Path], tmp_path: Path) -> None:
+    """Three servers that ignore SIGTERM take as long as one, and nothing of them is left."""
+    model = stand_in("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + ECHO)
+    chosen = [Configuration(name, ()) for name in "abc"]
+    with Fleet(model, chosen, tmp_path / "logs") as fleet:
+        families = [one for server in fleet._servers for one in psutil.Process(server.process.pid).children()]
+        fleet.flush()
+        assert {"a", "b", "c"} == {log.stem for log in map(fleet.log, fleet.urls) if log.exists()}
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 1.2
+    assert len(families) == 3
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in families)
 
 
 def test_a_server_that_dies_is_reported_at_once(stand_in: Callable[[str], Path]) -> None:

@@ -49,9 +49,10 @@ def test_the_bundle_comes_in_parts_and_run_puts_them_together(parts: Path, tmp_p
     assert len(sizes) > 1
     assert max(sizes) <= 400
     bundle = tmp_path / "bundle"
-    run = '"$GPU/run.sh" "$PARTS" kernels --help'
+    run = '"$GPU/run.sh" "$PARTS" "$OUT" "kernels --help"'
+    variables = {"GPU": GPU, "BUNDLE": bundle, "OUT": tmp_path / "out", "SCRATCH": tmp_path}
     for place in (str(parts), "-"):  # The second time there are no parts, and none are needed.
-        assert "experiment" in bash(run, PARTS=place, GPU=GPU, BUNDLE=bundle, PYTHON=sys.executable)
+        assert "experiment" in bash(run, PARTS=place, PYTHON=sys.executable, **variables)
     site = bundle / "bundle" / "site"
     assert all((site / name).exists() for name in KEPT)
     assert not any((site / name).exists() for name in LEFT_OUT)
