@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cached_attention.kernels.rope_on_load import PagedComponent, RopeOnLoad
+from cached_attention.kernels.rope_on_load import BLOCKS_VARIABLE, PagedComponent, RopeOnLoad, blocks_from
 from cached_attention.position.delta_table import delta_table
 from cached_attention.position.rotation import Pairing, Rotation, rotate
 
@@ -252,3 +252,14 @@ def test_refuses_moves_that_do_not_exist() -> None:
         loader.moves([0], [-1], [0])
     with pytest.raises(ValueError, match="do not match"):
         loader.moves([0, 1], [0], [0])
+
+
+def test_the_number_of_blocks_is_32_unless_the_environment_says_otherwise() -> None:
+    assert blocks_from({}) == 32
+    assert blocks_from({BLOCKS_VARIABLE: "8"}) == 8
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4", "1025", "many", "8.0", "\u00b2"])
+def test_other_numbers_of_blocks_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a whole number from 1 to 1024"):
+        blocks_from({BLOCKS_VARIABLE: text})

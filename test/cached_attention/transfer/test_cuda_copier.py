@@ -16,7 +16,15 @@ from cached_attention.position.delta_table import delta_table
 from cached_attention.position.rotation import Rotation, rotate
 from cached_attention.tiers.host import HostTier
 from cached_attention.transfer import cuda_copier
-from cached_attention.transfer.cuda_copier import ByEngines, CudaCopier, Time, Way, choose, engines_are_worth_it
+from cached_attention.transfer.cuda_copier import (
+    ByEngines,
+    Comparison,
+    CudaCopier,
+    Time,
+    Way,
+    choose,
+    engines_are_worth_it,
+)
 
 PAGE = 16
 WAYS = [ByEngines(*ways) for ways in product((False, True), repeat=2)]
@@ -54,6 +62,18 @@ def test_copy_engines_that_fail_are_not_used() -> None:
     failed = RuntimeError("no")
     assert choose(engines=slow, cores=quick) == choose(engines=failed, cores=slow) == ByEngines(False, False)
     assert choose(engines=quick, cores=slow) == ByEngines(True, True)
+
+
+def test_what_was_measured_is_said_of_saves_and_of_loads() -> None:
+    quick, slow = Time(1.0, 0.1), Time(9.0, 0.2)
+    cores = Way(saves=quick, loads=quick)
+    found = Comparison(16, Way(saves=quick, loads=slow), cores, ByEngines(saves=True, loads=False))
+    saves, loads = found.lines()
+    assert saves.startswith("saves are made by copy engines (16 pages: copy engines 1.00 ms and 0.10 ms to")
+    assert loads.startswith("loads are made by a kernel (16 pages: copy engines 9.00 ms and 0.20 ms to")
+    assert loads.endswith("a kernel 1.00 ms and 0.10 ms to hand over).")
+    without = Comparison(16, RuntimeError("no engines"), cores, ByEngines(saves=False, loads=False))
+    assert all("copy engines no engines, a kernel 1.00 ms" in line for line in without.lines())
 
 
 def test_both_ways_are_tried_with_pages_of_the_pool(
@@ -110,8 +130,10 @@ def test_what_is_measured_at_start_leaves_the_pool_as_it_was() -> None:
     device = DevicePool(buffers, PAGE)
     before = [[buffer.clone() for buffer in layer] for layer in buffers]
     with closing(HostTier(device.layout, 40 * device.layout.stride, device.device)) as host:
-        CudaCopier(device, host, None)
+        comparison = CudaCopier(device, host, None).comparison
         torch.cuda.synchronize()
+    assert comparison is not None
+    assert comparison.cores.loads.on_device > 0
     for now, then in zip(buffers, before, strict=True):
         assert all(map(torch.equal, now, then))
 
