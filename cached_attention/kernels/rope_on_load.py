@@ -35,8 +35,8 @@ def blocks_from(environment: Mapping[str, str]) -> int:
 
 
 BLOCKS = blocks_from(os.environ)
-"""CUDA thread blocks per call: enough reads in flight for a PCIe link, few enough to let the model run. Read once,
-when this module is imported; for experiments."""
+"""CUDA thread blocks per call: enough reads in flight for a PCIe link, few enough to let the model run. The
+variable is for experiments, and is read when this module is imported."""
 
 
 class PagedComponent(NamedTuple):
