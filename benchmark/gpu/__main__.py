@@ -102,9 +102,8 @@ def _report(outcome: Outcome, path: Path) -> None:
 
 def _stop(number: int, _frame: FrameType | None) -> None:
     """The servers run in process groups of their own: exit in a way that stops them."""
-    signal.signal(
-        number, signal.SIG_IGN
-    )  # `timeout` may send it twice, and the second must not end the stopping.
+    # `timeout` may send it twice, and the second must not end the stopping.
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
