@@ -77,16 +77,19 @@ def test_a_server_that_prefills_keeps_conversations(
 
         pair = Pair(prefiller, decoder, port)
         actual.hold(pair, 2, (1, 3))
+        # Others take the device and host memory.
+        town(3, history=1_200, seed=1).hold(pair, 1)
         settled(prefiller)
         # The decode server is late: what a request waits for comes from the disk meanwhile, and stays.
         pair.meanwhile = wait_until_it_waits
         before = actual.cached("storage")
         actual.hold(pair, 1)
         rest = settled(prefiller, "waiting", "pins")
+        time.sleep(1.5)  # Metrics are published about once a second.
         prompts = prefiller.metric("sglang:cached_attention_prompts_total")
     assert matches(actual, answers(conversations=30, turns=6))
     assert actual.cached("storage") - before > 2_000
     assert actual.cached("device") + actual.cached("host") + actual.cached("storage") > 5_000
     assert waited == [1] * 6
     assert rest["recomputed"] == 0
-    assert prompts in (18, 19)  # With the one that SGLang warms the server up with.
+    assert prompts == 22  # With the one that SGLang warms the server up with.

@@ -43,7 +43,10 @@ def test_a_gpu_answers_what_is_answered_without_a_cache(
     actual, tiers = town(conversations), (*args, *disk_tier(tmp_path, "200MB"))
     gpu = {"command": True, "env": {**with_gpu(LATE), CHECK_WAITS: "1"}}
     with start(models(**model), *SERVER_FLAGS, *tiers, host_size=host_size, **gpu) as server:
-        actual.hold(server, 2, (1, 3))
+        actual.hold(server, 1)
+        # Another one takes the device.
+        town(1, history=1_100, seed=1).hold(server, 1)
+        actual.hold(server, 1, (3,))
         assert "GB of host memory in" in server.log.read_text(), "it took the device for a CPU"
     assert matches(actual, answers(*answered, conversations=known[0], turns=known[1], **model))
     assert actual.cached("host") + actual.cached("storage") > 250 * conversations
