@@ -13,6 +13,7 @@ import torch
 from cached_attention.chain import Chain, PageRun
 from cached_attention.drops import Drop
 from cached_attention.index import NOWHERE, PageKey
+from cached_attention.lookups import ScatteredLookups
 from cached_attention.store import CachedAttentionStore
 from cached_attention.transfer.streams import Event
 
@@ -32,6 +33,14 @@ class _Tail(NamedTuple):
     """By the name under which each is queued there: a chain is kept through its last page."""
 
 
+class _Queued(NamedTuple):
+    """A request in the queue, and how much of its chain is brought up for it."""
+
+    chain: Chain
+    on_device: int
+    end: int
+
+
 class TrailingStore(CachedAttentionStore):
     """Pages of which only the last ones of a prefix are needed: states, or sliding windows.
 
@@ -39,15 +48,62 @@ class TrailingStore(CachedAttentionStore):
     beginning.
     """
 
+    _lookups: ScatteredLookups | None
+
+    def _migrate(self) -> None:
+        super()._migrate()
+        self._lookups = None
+        if self.remote is not None:
+            self._lookups = ScatteredLookups(self._pages, self.remote, self._decision, self.layout.page_size)
+
     @property
     def known_pages(self) -> Container[PageKey]:
-        """Pages that may be in a tier; no others are."""
+        """Pages that may be in a tier of this server; no others are."""
         return self._index.known
+
+    @property
+    def remote_pages(self) -> Container[PageKey]:
+        """Pages in the remote store, as far as is known."""
+        return self._pages.remote.known
+
+    def seek(self, request: str, keys: Sequence[PageKey], span: int, page_tokens: int) -> None:
+        """Look up which pages of the prompt `keys` the remote store has; see `found`.
+
+        Args:
+            span: number of pages that will be needed.
+            page_tokens: tokens to recompute per page that is not there.
+        """
+        if self._lookups is not None:
+            self._lookups.seek(request, keys, span, page_tokens)
+
+    def has_sought(self, request: str, may_give_up: bool = True) -> bool:
+        """Whether `seek` has an answer, or waiting for it is not expected to pay off."""
+        return self._lookups is None or self._lookups.is_ready(request, may_give_up)
+
+    def found(self) -> list[str]:
+        """Requests for which `seek` has found pages since the last call."""
+        return [] if self._lookups is None else [request for request, _ in self._lookups.poll()]
+
+    def stop_seeking(self, request: str) -> None:
+        if self._lookups is not None:
+            self._lookups.leave(request)
+
+    def forget(self, keys: Sequence[PageKey]) -> None:
+        """Drop the pages `keys` from every tier, as far as they are not needed."""
+        known = self._index.known
+        for part in self.chains([key for key in keys if key in known]):
+            self.drop(part)
+        if self._migration is not None:
+            self._migration.forget([key for key in keys if not self._pages.is_kept(key)])
 
     def mark_used(self, key: PageKey) -> None:
         """The page, if it is in a tier, is in use: refresh its last use."""
         if (row := self._index.find(key)) != NOWHERE:
             self._uses.mark(row)
+
+    def can_restore(self, key: PageKey) -> bool:
+        """Whether the page is in some tier."""
+        return self.holds(key) or key in self._pages.remote
 
     def is_loadable(self, key: PageKey) -> bool:
         """Whether the page is in host memory."""
@@ -57,14 +113,20 @@ class TrailingStore(CachedAttentionStore):
     def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
         """Split consecutive pages of a prompt into chains, each of which is kept through its last page."""
         chains: list[Chain] = []
-        before = NOWHERE
+        before, was_remote = NOWHERE, False
         for key in keys:
-            row = self._index.find(key)
-            if before == NOWHERE or row == NOWHERE or self._index.parent[row] != before:
+            row, is_kept = self._index.find(key), self._pages.is_kept(key)
+            # Pages from the remote store are in no chain here yet: those in a row become one.
+            is_remote = not is_kept and key in self._pages.remote
+            follows = was_remote if is_remote else before != NOWHERE and self._is_after(row, before)
+            if not follows or (is_remote and len(chains[-1].keys) == self._chain_pages):
                 chains.append(Chain())
             chains[-1].keys.append(key)
-            before = row if self._pages.is_kept(key) else NOWHERE
+            before, was_remote = row if is_kept else NOWHERE, is_remote
         return chains
+
+    def _is_after(self, row: int, before: int) -> bool:
+        return row != NOWHERE and self._index.parent[row] == before
 
 
 class HybridStore(CachedAttentionStore):
@@ -79,16 +141,18 @@ class HybridStore(CachedAttentionStore):
     Both stores fetch what the queue needs; each evicts independently.
 
     Args:
-        trailing: made for the pool of states, or of layers with windows, without a remote tier. This store
-            drives and closes it.
+        trailing: made for the pool of states, or of layers with windows. This store drives and closes it.
         span: number of its last pages that a prefix needs: 1 for states, else the pages that cover a window.
-        options: of `CachedAttentionStore`, like the positional arguments; no remote tier.
+        options: of `CachedAttentionStore`, like the positional arguments. With a remote tier, `trailing` has one
+            of its own.
     """
 
     def __init__(self, *args: Any, trailing: TrailingStore, span: int = 1, **options: Any) -> None:
         self.trailing = trailing
         self.span = span
         self._tails: dict[str, _Tail] = {}
+        """Per queued request."""
+        self._queued: dict[str, _Queued] = {}
         """Per queued request."""
         self._saved: deque[_Saved] = deque()
         """Saves that have not been popped."""
@@ -105,14 +169,16 @@ class HybridStore(CachedAttentionStore):
         return self._ends(chain, pages, on_device, self.trailing.is_loadable)
 
     def held_ends(self, chain: Chain, pages: int, on_device: int = 0) -> Iterator[int]:
-        """Like `ends`, from host memory or disk."""
-        return self._ends(chain, pages, on_device, self.trailing.holds)
+        """Like `ends`, from any tier."""
+        return self._ends(chain, pages, on_device, self.trailing.can_restore)
 
     def _ends(self, chain: Chain, pages: int, on_device: int, has: Callable[[PageKey], bool]) -> Iterator[int]:
         # Called for waiting requests in each pass, and most pages of a long prompt have no state.
-        keys, known, there = chain.keys, self.trailing.known_pages, 0
+        keys, there = chain.keys, 0
+        known, remote = self.trailing.known_pages, self.trailing.remote_pages
         for page in range(pages, on_device, -1):
-            there = there + 1 if keys[page - 1] in known and has(keys[page - 1]) else 0
+            key = keys[page - 1]
+            there = there + 1 if (key in known or key in remote) and has(key) else 0
             if there >= self.span:
                 yield page + self.span - 1
         yield from range(on_device + min(there, self.span - 1), on_device, -1)
@@ -143,7 +209,24 @@ class HybridStore(CachedAttentionStore):
         self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable), on_device)
         # All of it, even if some is on the device: that may be evicted before the request runs.
         self._wait_for_tail(request, self._tail(chain, pages, 0), lost)
+        if on_device < len(chain.keys):
+            self.trailing.seek(request, chain.keys, self.span, self.layout.page_size)
+        self._queued[request] = _Queued(chain, on_device, pages)
         return pages
+
+    def _on_found(self) -> Callable[[str, Sequence[PageKey]], object]:
+        return lambda request, _: self._find_again(request)
+
+    def _find_again(self, request: str) -> None:
+        """Pages of the queued `request` were found or lost, so that it may resume at another end."""
+        if (queued := self._queued.get(request)) is not None:
+            self.arrive(request, queued.chain, on_device=queued.on_device)
+
+    def _has_lost(self, request: str) -> bool:
+        """Whether something was lost that `request` needs to resume where it was going to."""
+        queued = self._queued[request]
+        tail = self._tail(queued.chain, queued.end, queued.on_device)
+        return self.restorable_pages(queued.chain) < queued.end or not all(map(self.trailing.can_restore, tail))
 
     def _find_end(self, chain: Chain, on_device: int) -> int:
         # A prefix that is on the device is in use, so its copy here is kept as well.
@@ -180,9 +263,16 @@ class HybridStore(CachedAttentionStore):
         if not super().is_ready(request, may_give_up):
             return False
         tail, migration = self._tails.get(request), self._migration
-        if tail is None or (migration is not None and migration.gave_up(request)):
+        if tail is None or migration is None or migration.gave_up(request):
             return True
-        return all(self.trailing.is_ready(name, may_give_up) for name in tail.chains)
+        if not self.trailing.has_sought(request, may_give_up):
+            return False
+        if not all(self.trailing.is_ready(name, may_give_up) for name in tail.chains):
+            return False
+        if self._has_lost(request):
+            self._find_again(request)
+            return False
+        return True
 
     def reorder(self, requests: Sequence[str]) -> None:
         super().reorder(requests)
@@ -192,6 +282,8 @@ class HybridStore(CachedAttentionStore):
     def leave(self, request: str) -> None:
         super().leave(request)
         self._leave_tail(request)
+        self._queued.pop(request, None)
+        self.trailing.stop_seeking(request)
 
     def _leave_tail(self, request: str) -> None:
         if (tail := self._tails.pop(request, None)) is not None:
@@ -199,9 +291,8 @@ class HybridStore(CachedAttentionStore):
                 self.trailing.leave(name)
 
     def _drop(self, drop: Drop) -> int:
-        dropped, known = super()._drop(drop), self.trailing.known_pages
-        for part in self.trailing.chains([key for key in drop.keys if key in known and not self.holds(key)]):
-            self.trailing.drop(part)
+        dropped = super()._drop(drop)
+        self.trailing.forget([key for key in drop.keys if not self.holds(key)])
         return dropped
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
@@ -267,6 +358,8 @@ class HybridStore(CachedAttentionStore):
 
     def poll(self) -> int:
         pages, trailing, finished = super().poll(), self.trailing.poll(), 0
+        for request in self.trailing.found():
+            self._find_again(request)
         for saved in self._saved:
             pages -= saved.pages
             trailing -= saved.trailing
@@ -308,6 +401,7 @@ class HybridStore(CachedAttentionStore):
     def _start_empty(self, epoch: int) -> None:
         super()._start_empty(epoch)
         self._tails.clear()
+        self._queued.clear()
         self._saved.clear()
 
     def close(self) -> None:

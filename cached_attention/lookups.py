@@ -21,6 +21,10 @@ class _Lookup:
     """The first page that was looked up."""
     on_device: int
     """Leading pages that are on the device."""
+    useful: int
+    """Maximum number of pages to fetch if all are there."""
+    page_tokens: int
+    """Tokens to recompute per page if nothing is there."""
     answer: Future[list[int]]
     held_since: float | None = None
     """When the scheduler would first have run the request."""
@@ -64,9 +68,14 @@ class Lookups:
         self._asked[request] = state
         self._offer(keys[:restorable])
         if max(restorable, on_device) < len(keys):
-            self.asked += 1
-            answer = self._remote.exist(keys[restorable:])
-            self._open[request] = _Lookup(keys, restorable, on_device, answer)
+            self._look_up(request, keys, restorable, on_device, len(keys) - restorable, self._page_tokens)
+
+    def _look_up(
+        self, request: str, keys: Sequence[PageKey], first: int, on_device: int, useful: int, page_tokens: int
+    ) -> None:
+        self.asked += 1
+        answer = self._remote.exist(keys[first:])
+        self._open[request] = _Lookup(keys, first, on_device, useful, page_tokens, answer)
 
     def _offer(self, keys: Sequence[PageKey]) -> None:
         """Offer pages in use that are not known to be in the store for sharing again: it may have lost them."""
@@ -85,13 +94,16 @@ class Lookups:
         found: list[tuple[str, Sequence[PageKey]]] = []
         for request, lookup in [entry for entry in self._open.items() if entry[1].answer.done()]:
             del self._open[request]
-            (pages,) = lookup.answer.result()
-            if pages:
-                keys, first = lookup.keys, lookup.first
-                self._pages.remote.add(keys[first : first + pages], keys[first - 1] if first else None)
-                if first + pages > lookup.on_device:
-                    found.append((request, keys))
+            if self._learn(lookup):
+                found.append((request, lookup.keys))
         return found
+
+    def _learn(self, lookup: _Lookup) -> bool:
+        """Whether there are pages beyond those on the device."""
+        keys, first, there = lookup.keys, lookup.first, lookup.answer.result()
+        end = first + (there.index(0) if 0 in there else len(there))
+        self._pages.remote.add(keys[first:end], keys[first - 1] if first else None)
+        return end > max(first, lookup.on_device)
 
     def is_ready(self, request: str, may_give_up: bool) -> bool:
         """Whether no lookup is pending for `request`, or waiting for it is not expected to pay off."""
@@ -103,9 +115,33 @@ class Lookups:
         now = self._clock()
         lookup.held_since = now if lookup.held_since is None else lookup.held_since
         missing, held = len(lookup.keys) - lookup.first, now - lookup.held_since
-        size = missing * self._remote.stride
-        fetch = Outstanding(held, held, 0, 0, missing * self._page_tokens, remote_bytes=size)
+        size = lookup.useful * self._remote.stride
+        fetch = Outstanding(held, held, 0, 0, missing * lookup.page_tokens, remote_bytes=size)
         if self._decision.is_worth_waiting(fetch):
             return False
         del self._open[request]
         return True
+
+
+class ScatteredLookups(Lookups):
+    """Looks up pages that are useful without the pages before them, see `TrailingStore`."""
+
+    def seek(self, request: str, keys: Sequence[PageKey], useful: int, page_tokens: int) -> None:
+        """Look up those of the pages `keys` that are not in a tier, unless that was done before.
+
+        Args:
+            useful: maximum number of pages that will be fetched.
+            page_tokens: tokens to recompute per page that is not there.
+        """
+        state = len(keys), True
+        if self._asked.get(request) == state or not self._remote.healthy:
+            return
+        self._asked[request] = state
+        if missing := [key for key in keys if not self._pages.is_restorable(key)]:
+            self._look_up(request, missing, 0, 0, min(useful, len(missing)), page_tokens)
+
+    def _learn(self, lookup: _Lookup) -> bool:
+        there = [key for key, is_there in zip(lookup.keys, lookup.answer.result(), strict=True) if is_there]
+        for key in there:
+            self._pages.remote.add([key], None)
+        return bool(there)

@@ -32,6 +32,8 @@ class Migration:
         look_ahead: number of queued requests whose pages are fetched before they run.
         min_uses: write a page to disk after this many uses.
         page_tokens: tokens per page.
+        on_found: called with a queued request and its chain when pages of it were found in the remote store;
+            see `ask`, which is the default.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Migration:
         min_uses: int,
         page_tokens: int,
         clock: Callable[[], float],
+        on_found: Callable[[str, Sequence[PageKey]], object] | None = None,
     ) -> None:
         self._pages = pages
         self._disk = disk
@@ -55,6 +58,7 @@ class Migration:
         self.write_behind = None if disk is None else WriteBehind(pages, disk, min_uses, clock)
         self._put_behind = None if remote is None else PutBehind(pages, remote)
         self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
+        self._on_found = on_found or self.ask
         self._outages = -1
 
     @property
@@ -144,8 +148,12 @@ class Migration:
             self._pages.epoch += 1
         self._pages.remote.tell(TOLD_AT_ONCE)
         for request, keys in self._lookups.poll():
-            loadable, restorable = self._pages.loadable(keys, 0), self._pages.restorable(keys, 0)
-            self.ahead.ask(request, keys[:restorable], loadable)
+            self._on_found(request, keys)
+
+    def ask(self, request: str, keys: Sequence[PageKey]) -> None:
+        """Fetch all restorable pages of the chain `keys` for the queued `request`."""
+        loadable, restorable = self._pages.loadable(keys, 0), self._pages.restorable(keys, 0)
+        self.ahead.ask(request, keys[:restorable], loadable)
 
     def forget(self, keys: Sequence[PageKey]) -> None:
         """Remove a chain from the remote store, except for the leading pages that this server still keeps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from cached_attention.index import PageKey
 from cached_attention.residency import ResidencyFeed, ResidentPage
@@ -39,6 +39,11 @@ class RemotePages:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def known(self) -> Container[PageKey]:
+        """The pages themselves: a lookup there costs less than one here."""
+        return self._known
 
     def add(self, keys: Sequence[PageKey], parent: PageKey | None) -> None:
         """The store has these consecutive pages, the first of which follows `parent`."""

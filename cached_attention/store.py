@@ -155,7 +155,12 @@ class CachedAttentionStore:
             min_uses=self._min_uses,
             page_tokens=self.layout.page_size,
             clock=self._clock,
+            on_found=self._on_found(),
         )
+
+    def _on_found(self) -> Callable[[str, Sequence[PageKey]], object] | None:
+        """See `Migration`."""
+        return None
 
     @property
     def resident_pages(self) -> int:

@@ -117,8 +117,8 @@ class RemoteTier:
         self._lost()
 
     def exist(self, keys: Sequence[bytes]) -> Future[list[int]]:
-        """Number of leading `keys` in the store, as the only item; 0 if the store cannot be asked."""
-        ticket = Ticket(1, 0)
+        """For each of `keys` 1 if it is in the store, else 0; 0 for all if the store cannot be asked."""
+        ticket = Ticket(len(keys), 0)
         self._submit(Priority.NOW, ticket, self._exist, keys)
         return ticket.future
 
@@ -204,8 +204,8 @@ class RemoteTier:
             ticket.finish()
 
     def _exist(self, objects: Objects, keys: Sequence[bytes], ticket: Ticket[int]) -> None:
-        there = self._client.exist(list(map(objects.name, keys)))
-        ticket.settle(0, there.index(False) if False in there else len(there))
+        for place, there in enumerate(self._client.exist(list(map(objects.name, keys)))):
+            ticket.settle(place, int(there))
 
     def _in_calls(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from benchmark.mooncake import Master
 from benchmark.server import Server
 
 
@@ -35,6 +37,7 @@ WINDOWS = Kind("mellum", "windows", (), ("--max-total-tokens", "1600", "--swa-fu
 SHARED = 512
 """Tokens that prompts of a fleet have in common."""
 PAGE = 64
+TIERS = ("device", "host", "storage")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,50 @@ def test_all_comes_back_from_host_memory_disk_and_after_a_restart(
     assert after["loaded"] >= 6
     assert after["fetched"] in fetched
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dp0-pp0-tp0", f"dp0-pp0-tp0-{kind.what}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [(STATES, ()), (WINDOWS, ("--tp-size", "2"))], ids=["states", "windows on two ranks"]
+)
+def test_conversations_move_between_servers(
+    master: Master,
+    models: Any,
+    start: Any,
+    town: Any,
+    answers: Any,
+    matches: Any,
+    store_states: Any,
+    kind: Kind,
+    ranks: tuple[str, ...],
+) -> None:
+    actual, model = town(4), models(**kind.model)
+    remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
+
+    def is_shared(server: Server) -> bool:
+        states = [part for state in store_states(server) for part in (state, state[kind.what])]
+        return all(state["remote_healthy"] and not state["remote_unshared"] for state in states)
+
+    def wait_until_shared(server: Server) -> None:
+        deadline = time.monotonic() + 60
+        while not is_shared(server):
+            assert time.monotonic() < deadline, store_states(server)
+            time.sleep(0.1)
+
+    args = (*kind.tight, *remote, *ranks)
+    with start(model, *args, host_size="80MB") as a, start(model, *args, host_size="80MB") as b:
+        for server in (a, b):
+            wait_until_shared(server)
+        actual.hold(a, 1)
+        wait_until_shared(a)
+        actual.hold(b, 1, (2,))
+        moved = actual.cached("storage")
+        wait_until_shared(b)
+        actual.hold(a, 1, (2,))
+    assert matches(actual, answers(*kind.plenty, *ranks, conversations=6, turns=3, **kind.model))
+    assert moved > 4 * 384, "B does not find what A computed"
+    back = sum(conversation.cached[2][tier] for conversation in actual.conversations for tier in TIERS)
+    assert back > moved, "A does not find what B computed"
+    assert actual.cached("storage") > moved
 
 
 @pytest.mark.parametrize(

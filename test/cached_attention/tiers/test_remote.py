@@ -83,8 +83,7 @@ class Member:
         return outcomes
 
     def has(self, numbers: Sequence[int]) -> int:
-        (leading,) = self.tier.exist([key(number) for number in numbers]).result(PATIENCE)
-        return leading
+        return sum(self.tier.exist([key(number) for number in numbers]).result(PATIENCE))
 
     def name(self, number: int) -> str:
         return self.tier._objects.name(key(number))

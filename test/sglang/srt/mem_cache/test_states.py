@@ -40,16 +40,6 @@ def test_states_are_not_broadcast() -> None:
         MlaDedupLinker(nothing, nothing, components=HYBRID)
 
 
-def test_states_are_not_shared_by_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def configure(linker: Any, *_args: Any, **_options: Any) -> None:
-        linker._config = SimpleNamespace(remote="mooncake://127.0.0.1:1")
-
-    monkeypatch.setattr(CachedAttentionLinker, "__init__", configure)
-    nothing: Any = None
-    with pytest.raises(UnsupportedModelError, match=r"shared by servers\. Leave --cached-attention-remote out"):
-        StatesLinker(nothing, nothing, components=HYBRID)
-
-
 def test_a_layer_waits_for_the_keys_and_values_up_to_it() -> None:
     assert _kv_before({1: 0, 4: 1}, 0) == [None, 0, 0, 0, 1]
     assert _kv_before({5: 0, 6: 1}, 5) == [0, 1]

@@ -22,13 +22,12 @@ from cached_attention.hybrid_store import HybridStore, TrailingStore
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_ranks import Beside, beside
+from cached_attention.tiers.remote import RemoteTier
 
-from .flags import REMOTE
 from .identity import ModelIdentity
 from .layer_events import LayerEvents
 from .linker import CachedAttentionLinker, page_keys
 from .never_waits import never_waits
-from .pools import refuse
 from .rotary import UnsupportedRotationError
 from .tree_link import TreeLink
 
@@ -58,8 +57,6 @@ class HybridLinker(CachedAttentionLinker):
 
     def __init__(self, server_args: ServerArgs, params: CacheInitParams, **options: Any) -> None:
         super().__init__(server_args, params, **options)
-        if self._config.remote is not None:
-            refuse(f"{self.what} are not shared by servers", f"Leave {REMOTE.option} out")
         self._trailing = self._trailing_pool(params)
         form = {self.what: form_of(self._trailing)}
         self._trailing_identity = ModelIdentity(server_args, params, self._trailing, **form)
@@ -85,10 +82,19 @@ class HybridLinker(CachedAttentionLinker):
             self._trailing,
             self._rest(self._config.host_size),
             self._open_trailing(),
+            self._reach_remote_trailing(),
             chain_pages=self.chain_pages,
             **policies,
         )
-        return HybridStore(self._pool, size, self._open_disk(), trailing=trailing, span=self.span, **policies)
+        return HybridStore(
+            self._pool,
+            size,
+            self._open_disk(),
+            self._reach_remote(),
+            trailing=trailing,
+            span=self.span,
+            **policies,
+        )
 
     def _share(self, size: int) -> int:
         """The share of this rank's KV in `size` bytes of its machine."""
@@ -105,6 +111,12 @@ class HybridLinker(CachedAttentionLinker):
     def _open_trailing(self) -> DiskTier | None:
         name = beside(self._identity.rank_name, self.what)
         return self._open_directory(name, self._trailing_identity, self._rest(self._config.disk_size))
+
+    def _reach_remote_trailing(self) -> RemoteTier | None:
+        """Lends nothing: the other tier lends what this rank lends."""
+        if (address := self._remote_address) is None:
+            return None
+        return RemoteTier(address, 0, self._trailing_identity.fingerprint(), encryption=self._read_key())
 
     def _find_rotations(self, model: torch.nn.Module) -> None:
         self._immovable = UnsupportedRotationError(
@@ -159,10 +171,15 @@ class HybridLinker(CachedAttentionLinker):
             trailing.replace_disk(lambda: self._try_to_open(self._open_trailing))
         else:
             trailing.reset()  # Also if only the disk of the KV was replaced.
+        if trailing.remote is not None and self._weights_are_here:
+            trailing.remote.serve(self._trailing_identity.fingerprint())
 
     def weights_updated(self) -> None:
         super().weights_updated()
-        self.store.trailing.detach_disk()
+        trailing = self.store.trailing
+        if trailing.remote is not None:
+            trailing.remote.pause()
+        trailing.detach_disk()
 
     def describe(self) -> dict[str, Any]:
         trailing = self.store.trailing

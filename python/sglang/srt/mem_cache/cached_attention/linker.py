@@ -25,7 +25,7 @@ from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DirectoryInUseError, DiskTier
 from cached_attention.tiers.remote import RemoteTier
-from cached_attention.tiers.remote_address import LEAST_SEGMENT, parse_remote
+from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
 from cached_attention.transfer.load_fence import LoadFence
 from cached_attention.transfer.streams import Event
 
@@ -172,14 +172,18 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     def _reach_remote(self) -> RemoteTier | None:
         """Connects in the background: the server runs whether or not the store can be reached."""
-        if self._config.remote is None:
+        if (address := self._remote_address) is None:
             return None
-        address = parse_remote("--cached-attention-remote", self._config.remote)
         segment = max(self._share(address.segment), LEAST_SEGMENT) if address.segment else 0
         logger.info(
             "CachedAttention: remote tier at %s, which this rank lends %s.", address.master, format_size(segment)
         )
         return RemoteTier(address, segment, self._identity.fingerprint(), encryption=self._read_key())
+
+    @property
+    def _remote_address(self) -> RemoteAddress | None:
+        url = self._config.remote
+        return None if url is None else parse_remote("--cached-attention-remote", url)
 
     def _reopen_disk(self) -> DiskTier | None:
         return self._try_to_open(self._open_disk)
