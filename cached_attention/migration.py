@@ -46,7 +46,6 @@ class Migration:
         look_ahead: int,
         min_uses: int,
         page_tokens: int,
-        clock: Callable[[], float],
         on_found: Callable[[str, Sequence[PageKey]], object] | None = None,
     ) -> None:
         self._pages = pages
@@ -55,7 +54,7 @@ class Migration:
         source = None if remote is None else Remote(remote, decision.remote, page_tokens)
         self.fetch = Fetch(pages, disk, decision.fetching, remote=source)
         self.ahead = LookAhead(pages, self.fetch, decision, look_ahead, page_tokens)
-        self.write_behind = None if disk is None else WriteBehind(pages, disk, min_uses, clock)
+        self.write_behind = None if disk is None else WriteBehind(pages, disk, min_uses)
         self._put_behind = None if remote is None else PutBehind(pages, remote)
         self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
         self._on_found = on_found or self.ask

@@ -8,7 +8,6 @@ Transfers run on streams of their own; `poll` takes note of those that have ende
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
+from cached_attention.clock import EpochClock
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
 from cached_attention.drops import DROPPING, Drop, Drops
 from cached_attention.fetch import Arrived
@@ -72,7 +72,7 @@ class CachedAttentionStore:
         eviction: order in which pages that no queued request needs leave host memory.
         chain_pages: start a new chain after this many pages, so that later pages of a prompt can be kept without
             the earlier ones; None: one chain per prompt. See `TrailingStore`.
-        clock: seconds since the epoch.
+        clock: seconds since the epoch; `EpochClock` unless given.
 
     Raises:
         ValueError: `host_size` holds no page, or keys of this dtype or shape cannot be rotated.
@@ -92,7 +92,7 @@ class CachedAttentionStore:
         wait: Wait = Wait.MEASURED,
         eviction: Eviction = Eviction.LEARNT,
         chain_pages: int | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.layout = device.layout
         self.host = HostTier(self.layout, host_size, device.device)
@@ -103,7 +103,7 @@ class CachedAttentionStore:
         self._ttl = ttl
         self._look_ahead = look_ahead
         self._chain_pages = chain_pages
-        self._clock = clock
+        self._clock = clock or EpochClock()
         self._decision = WaitOrRecompute(always=wait is Wait.COMPLETE)
         self._learns = eviction is Eviction.LEARNT
         self._can_rotate = rotations is not None
@@ -154,7 +154,6 @@ class CachedAttentionStore:
             look_ahead=self._look_ahead,
             min_uses=self._min_uses,
             page_tokens=self.layout.page_size,
-            clock=self._clock,
             on_found=self._on_found(),
         )
 

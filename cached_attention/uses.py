@@ -41,6 +41,7 @@ class Uses:
             if used >= now - USE_NOTED:
                 break
             self._touch(row, now)
+            self._pages.mark_dirty(row)  # If the disk has evicted it: on disk its successors need it.
             row = parent[row]
 
     def count(self, rows: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
@@ -25,8 +24,6 @@ URGENT_BATCHES = 8
 """Batches in flight while the reserve is short; at most so many if the disk runs dry between passes."""
 SHARE = 0.1
 """Share of the host slots that non-urgent writes may hold: their pages cannot be evicted."""
-ROOM_PAUSE = 0.5
-"""Seconds until more room is made on a full disk: slots become free once their removal is durable."""
 FLUSH_REPORT = 2.0
 """Seconds between log lines of a long flush."""
 
@@ -56,16 +53,15 @@ class WriteBehind:
         min_uses: write a page after this many uses; spares the disk pages that are never reused.
     """
 
-    def __init__(self, pages: Hierarchy, disk: PageDisk, min_uses: int, clock: Callable[[], float]) -> None:
+    def __init__(self, pages: Hierarchy, disk: PageDisk, min_uses: int) -> None:
         self._pages = pages
         self._disk = disk
         self._min_uses = min_uses
-        self._clock = clock
         self._writes = InFlight(pages)
         self._depth = BATCHES_IN_FLIGHT
         share = int(SHARE * pages.host.capacity) // BATCH_PAGES
         self._deepest = min(URGENT_BATCHES, max(BATCHES_IN_FLIGHT, share))
-        self._make_room_at = 0.0
+        self._batches = BATCHES_IN_FLIGHT
 
     @property
     def rows_in_flight(self) -> int:
@@ -83,8 +79,8 @@ class WriteBehind:
         """
         self._adapt_depth()
         urgent = self.reserve_is_short(held)
-        batches = URGENT_BATCHES if urgent else 0 if reading else self._depth
-        while len(self._writes) < batches and self._disk.healthy:
+        self._batches = URGENT_BATCHES if urgent else 0 if reading else self._depth
+        while len(self._writes) < self._batches and self._disk.healthy:
             if not (rows := self._choose()):
                 break
             rows.reverse()  # The head of a chain first: pages lie on disk in the order in which they are read.
@@ -117,25 +113,26 @@ class WriteBehind:
         return rows
 
     def _make_room(self, row: int) -> bool:
-        """Evict pages colder than `row` from a full disk; their slots become free at a later poll.
+        """Evict pages colder than `row` from a full disk; their slots become free once that is durable.
 
         False if nothing is colder.
         """
-        now = self._clock()
-        if now >= self._make_room_at:
-            slots = self.evict(BATCH_PAGES * BATCHES_IN_FLIGHT, self._pages.index.last_use[row])
-            if not slots:
-                return False
-            self._make_room_at = now + ROOM_PAUSE
-            self._pages.stats.left("disk", Reason.ROOM, len(slots))
+        removing = self._disk.removing
+        slots = self.evict(self._batches * BATCH_PAGES - removing, self._pages.index.last_use[row])
+        self._pages.stats.left("disk", Reason.ROOM, len(slots))
+        if slots:
             self._disk.remove(slots)
-        return True
+        return bool(slots or removing)
 
     def evict(self, count: int, limit: float) -> list[int]:
         """Take up to `count` pages last used before `limit` off the disk; returns the slots that this frees."""
         slots: list[int] = []
         while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
+            sharers = list(self._pages.index.sharers(victim))
             slots += self._pages.leave_disk(victim)
+            for row in sharers:
+                # Where it stays in host memory, it is written again when it was used again.
+                self._pages.mark_clean(row)
         return slots
 
     @property

@@ -22,7 +22,6 @@ REMEMBERED = 512
 class Sampled(NamedTuple):
     """A sampled page that a request needs."""
 
-    hashed: int
     key: bytes
     kind: int
 
@@ -83,12 +82,6 @@ class GhostCache:
         if place < len(self._pages):
             self._pages[place], self._used[place], self._places[page.key] = page, used, place
 
-    def thin_out(self, threshold: int) -> None:
-        """Forget the keys whose hash is not below `threshold`."""
-        for place in reversed(range(len(self._pages))):
-            if self._pages[place].hashed >= threshold:
-                self._remove(place)
-
 
 class Duel:
     """Runs LRU and the learnt order side by side on a sample of the pages, and follows the one with more hits.
@@ -136,14 +129,7 @@ class Duel:
     def ran(self, pages: Iterable[Sampled], worth: Sequence[Sequence[float]], now: float) -> None:
         """The request ran: `pages` are in the tier. `worth`: the learnt estimates, per class and age."""
         for page in pages:
-            if page.hashed < self.threshold:
-                self.lru.put(page, now)
-                self.learnt.put(page, now)
+            self.lru.put(page, now)
+            self.learnt.put(page, now)
         self.lru.shrink(self.size, None, now)
         self.learnt.shrink(self.size, worth, now)
-
-    def thin_out(self, threshold: int) -> None:
-        """Restrict the sample to hashes below `threshold` from now on."""
-        self.threshold = min(self.threshold, threshold)
-        for ghosts in (self.lru, self.learnt):
-            ghosts.thin_out(self.threshold)

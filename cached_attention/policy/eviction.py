@@ -106,8 +106,7 @@ class EvictionOrder:
         The same pages in the same order as from as many calls of `take`, in less time: once the tail of a chain
         is evicted, the page before it has the same worth and comes next.
         """
-        row = self._unwanted()
-        if row is None:
+        if (row := self._unwanted()) is None:
             row = self._wanted_behind(for_rank)
             return [] if row is None else [row]
         index, children, wanted = self._index, self.tier.children, self.demand.is_wanted
@@ -158,6 +157,8 @@ class EvictionOrder:
             self._announce(number)
 
     def _coldest(self, used_before: float) -> int | None:
+        if len(self._fronts) > 4 * len(self._queues):
+            self._fronts, self._seen = [], (-1, 0.0)  # Most are stale: `_catch_up` makes them anew.
         while True:
             fronts = [(queue[0][0], number) for number, queue in enumerate(self._queues) if queue]
             last_use, number = min(fronts, default=(math.inf, -1))

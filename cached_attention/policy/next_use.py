@@ -29,6 +29,8 @@ PRIOR = [0.3] + [0.1] * (BINS - 1)
 """Prior probability of a use in each bin: the worth of a page then falls as one over its age, which is LRU."""
 WATCHED = 1 << 15
 """Maximum number of watched pages."""
+WIDENING = 3600.0
+"""Least seconds between changes of the sample's size before it grows."""
 CELLS = 1 << 22
 """Number of use counters, a byte each; pages whose keys map to the same cell share it."""
 FORGETTING = 1 << 20
@@ -58,7 +60,7 @@ class _Prompt(NamedTuple):
     keys: list[bytes]
     kinds: bytearray
     duelled: list[Sampled]
-    """The few of them that are in the sample of the ghost caches."""
+    """The pages that are in the sample of the ghost caches."""
 
 
 class NextUse:
@@ -72,8 +74,8 @@ class NextUse:
     evicted ones too, in cells by hash (TinyLFU, Einziger et al., ACM ToS 2017). Keys that share a cell are
     overcounted; since a page is used at least as often as its successors, the minimum count in a prompt up to the
     page is a better estimate. The sample consists of the keys whose hash is below a threshold that falls as the
-    record fills (SHARDS, Waldspurger et al., FAST 2015, section 3.2), so memory is bounded and each sampled page
-    represents the same number of pages.
+    record fills (SHARDS, Waldspurger et al., FAST 2015, section 3.2) and rises when it empties, so memory is
+    bounded and each sampled page represents the same number of pages.
 
     The worth of a page is the Gittins index of its class and age (Gittins, J. R. Stat. Soc. B 41, 1979): the
     highest ratio, over all times at which to give up, of the probability of a use to the expected seconds kept
@@ -97,6 +99,7 @@ class NextUse:
         """Per request that has not run."""
         self._by_bin: list[deque[_Watch]] = [deque() for _ in range(BINS)]
         self._threshold = EVERYTHING
+        self._widen_at = 0.0
         self._counts = bytearray(CELLS)
         self._uses, self._refresh_at, self._halve_at = 0, 64, FORGETTING
         self._next_kind = 0
@@ -133,9 +136,9 @@ class NextUse:
                 end(key)
                 prompt.keys.append(key)
                 prompt.kinds.append(kind)
-                if hashed < duelled:
-                    prompt.duelled.append(Sampled(hashed, key, kind))
-        if prompt.keys:
+            if hashed < duelled:
+                prompt.duelled.append(Sampled(key, kind))
+        if prompt.keys or prompt.duelled:
             self._asked[request] = prompt
             self._choose(prompt.duelled)
         return kinds
@@ -180,12 +183,18 @@ class NextUse:
             limit = self.now - BOUNDS[bin + 1]
             while queue and (queue[0].is_over or queue[0].used <= limit):
                 watch = queue.popleft()
-                if not watch.is_over:
-                    watch.bin += 1
-                    self._reached[watch.kind][watch.bin] += 1
+                if watch.is_over:
+                    continue
+                watch.bin += 1
+                self._reached[watch.kind][watch.bin] += 1
+                if watch.bin < BINS - 1:
                     self._by_bin[watch.bin].append(watch)
+                else:
+                    del self._watched[watch.key]  # Else what never returns would fill the record.
         if len(self._watched) > WATCHED:
             self._thin_out()
+        elif len(self._watched) < WATCHED // 4 and self._threshold < EVERYTHING and self.now >= self._widen_at:
+            self._widen()
         if self._uses >= self._halve_at:
             self._forget_half()
         if self._uses >= self._refresh_at:
@@ -195,21 +204,26 @@ class NextUse:
     def _thin_out(self) -> None:
         """Halve the sample; walks all watched pages, once per `WATCHED` / 2 new ones."""
         self._threshold //= 2
-        self._weigh_half()
+        self._weigh(1 / 2)
+        self._widen_at = self.now + WIDENING
         for key in [key for key in self._watched if crc32(key) >= self._threshold]:
             self._watched.pop(key).is_over = True
         for bin, queue in enumerate(self._by_bin):
             self._by_bin[bin] = deque(watch for watch in queue if not watch.is_over)
-        if self._duel is not None:
-            self._duel.thin_out(self._threshold)
 
-    def _weigh_half(self) -> None:
+    def _widen(self) -> None:
+        """Double the sample: fewer pages are in use than when it was thinned out."""
+        self._widen_at = self.now + WIDENING
+        self._threshold *= 2
+        self._weigh(2)
+
+    def _weigh(self, factor: float) -> None:
         for counts in (*self._reached, *self._used):
-            counts[:] = [count / 2 for count in counts]
+            counts[:] = [count * factor for count in counts]
 
     def _forget_half(self) -> None:
         self._halve_at = self._uses + FORGETTING
-        self._weigh_half()
+        self._weigh(1 / 2)
         self._counts = self._counts.translate(HALF)
 
     def _learn(self) -> None:

@@ -82,6 +82,10 @@ class SimulatedDisk:
         return len(self._free)
 
     @property
+    def removing(self) -> int:
+        return 0  # Slots are free at once.
+
+    @property
     def write_room(self) -> int:
         return self.capacity_slots
 

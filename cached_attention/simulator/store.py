@@ -89,7 +89,7 @@ class SimulatedStore:
             # Other policies fetch when the request is first due to run.
             window = look_ahead if policy.looks_ahead else UNPROTECTED_WINDOW if policy.fetches_ahead else 1
             self._ahead = LookAhead(self.pages, self._fetch, self.decision, window, page_tokens, clock)
-            self._write_behind = WriteBehind(self.pages, self.disk, min_uses=1, clock=clock)
+            self._write_behind = WriteBehind(self.pages, self.disk, min_uses=1)
 
     def _now(self) -> float:
         """The clock's time, but later than any time recorded before."""

@@ -103,6 +103,7 @@ class DiskTier:
         self._queued_write_bytes = queued_write_bytes
         self._lock = threading.Lock()
         self._grow_at = float("-inf")
+        self._removing = 0
         self._closing = self._given_up = self._closed = False
         self._writes: dict[int, tuple[Ticket[int | None], int]] = {}
         self._reads: set[Ticket[ReadOutcome]] = set()
@@ -115,7 +116,7 @@ class DiskTier:
         self.path = self._store.path
         self.stats.dropped = self._store.dropped
         self._files = self._store.files
-        self._slots = SlotTable(self._store.states, self._files.end())
+        self._slots = SlotTable(self._store.states, self._files.end(), self._files.missing(self._files.end()))
         self._read_health = Health(f"{self.path}, reads", *probe_seconds)
         self._write_health = Health(f"{self.path}, writes", *probe_seconds)
         self._queue = IoQueue(io_threads)
@@ -155,6 +156,11 @@ class DiskTier:
     def free_slots(self) -> int:
         """Slots available for writing now."""
         return self._slots.free if self._growing else self._slots.recycled
+
+    @property
+    def removing(self) -> int:
+        """Slots that become free once the removal of their pages is durable."""
+        return self._removing
 
     @property
     def write_room(self) -> int:
@@ -240,6 +246,7 @@ class DiskTier:
                     raise ValueError(f"slot {slot} of {self.path} holds no saved page.")
                 self._slots.states[slot] = REMOVING
             self.stats.removed += len(slots)
+            self._removing += len(slots)
         self._committer.remove(slots)
 
     def touch(self, slot: int, last_use: float, uses: int) -> None:
@@ -347,7 +354,6 @@ class DiskTier:
             if self._growing:
                 logger.warning("%s: %s; pages are declined until others leave.", self.path, error)
             self._grow_at = time.monotonic() + GROWTH_PAUSE
-            self._slots.growth_ended(self._files.end())
 
     def _read_run(self, ticket: Ticket[ReadOutcome], run: Run[PlacedRead]) -> None:
         with self._lock:
@@ -383,7 +389,7 @@ class DiskTier:
                     self._slots.states[slot] = SAVED
                     self.stats.saved += 1
                 else:
-                    self._slots.give_back(slot)
+                    self._slots.give_back(slot, self._files.has_space(slot))
                     self.stats.failed += 1
                 ticket.settle(place, slot if saved else None)
                 if ticket.settled:
@@ -399,5 +405,6 @@ class DiskTier:
 
     def removed(self, slots: list[int]) -> None:
         with self._lock:
+            self._removing -= len(slots)
             for slot in slots:
-                self._slots.give_back(slot)
+                self._slots.give_back(slot, self._files.has_space(slot))

@@ -142,12 +142,19 @@ class SlotFiles:
         for number in {slot // self.slots_per_file for slot in slots}:
             fd = self._fd(number)
             if os.fstat(fd).st_nlink == 0:
+                if self.directory.exists():
+                    self._forget(number)  # What is written from now on goes to a new file.
                 raise FileNotFoundError(errno.ENOENT, "removed under the running store", self._path(number))
             self._io.fdatasync(fd)
 
     def slots_held(self, number: int) -> int:
         """Whole records that file `number` has space for now."""
         return min(self._allocated.get(number, 0) // self.stride, self.slots_per_file)
+
+    def has_space(self, slot: int) -> bool:
+        """Whether a record can be written to `slot` without more space on disk."""
+        number, place = divmod(slot, self.slots_per_file)
+        return place < self.slots_held(number)
 
     def end(self) -> int:
         """One past the highest slot that any file has space for."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -29,6 +31,8 @@ from cached_attention.tiers.disk_space import SECTOR, Space, disk_usage
 
 logger = logging.getLogger(__name__)
 
+SPARE = 1 << 20
+"""Bytes: opening an index writes to its log."""
 _RANGES = 100
 """Slot ranges per SQL condition."""
 
@@ -89,8 +93,10 @@ def open_store(
         except BaseException:
             index.close()
             raise
-    except BaseException:
+    except BaseException as error:
         lock.release()
+        if isinstance(error, INDEX_ERRORS) and shutil.disk_usage(directory).free < SPARE:
+            raise OSError(errno.ENOSPC, f"the file system is full ({error})", str(directory)) from error
         raise
 
 

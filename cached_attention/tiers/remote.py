@@ -177,7 +177,7 @@ class RemoteTier:
                 self._client.exist(["probe"])
             else:
                 self._client.connect(self._regions)
-        except RemoteError as error:
+        except (*CALL_ERRORS, OSError) as error:
             self._health.warn(error)
             return False
         return True

@@ -96,6 +96,7 @@ class RemoteClient:
             address.master,
         )
         if code != 0:
+            store.close()
             raise RemoteError(f"Mooncake at {address.master} cannot be set up, error {code}")
         for start, size in memory:
             if (code := store.register_buffer(start, size)) != 0:

@@ -104,3 +104,19 @@ class TreeOfPages(RuleBasedStateMachine):
 
 TestTreeOfPages = TreeOfPages.TestCase
 TestTreeOfPages.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def test_an_order_of_which_only_the_coldest_are_taken_does_not_grow() -> None:
+    index = PageIndex("disk")
+    (tier,) = index.tiers
+    order = EvictionOrder(index, tier)
+    for page in range(20_000):
+        row = index.add(b"%d" % page, None, 0)
+        index.last_use[row] = float(page)
+        index.place(row, tier, page)
+        order.offer(row)
+        if page >= 100:
+            assert order.take(float(page)) is not None
+            index.displace(index.find(b"%d" % (page - 100)), tier)
+    assert len(order._fronts) <= 4 * len(order._queues) + 1
+    assert order.take() == index.find(b"19900")

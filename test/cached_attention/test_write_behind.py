@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from cached_attention.hierarchy import Hierarchy
@@ -22,19 +24,38 @@ LARGE = int(MOST / SHARE)
 """Host slots of which writes may hold as many as they ever do."""
 
 
+class Disk(SimulatedDisk):
+    """Frees slots at once, or when a test says so."""
+
+    removing = 0
+    frees_at_once = True
+
+    def remove(self, slots: Iterable[int]) -> None:
+        if self.frees_at_once:
+            super().remove(slots)
+        else:
+            self.removing += len(list(slots))
+
+
 class Writing:
     """Pages that are wanted on a disk which takes a second for each."""
 
-    def __init__(self, host_slots: int, dirty: int) -> None:
+    def __init__(self, host_slots: int, dirty: int, disk_slots: int | None = None, rate: float = 1.0) -> None:
         self.now = 0.0
-        cost = Cost(page_bytes=1, disk_write=1.0, disk_latency=0.0)
-        self.disk = SimulatedDisk(2 * host_slots, cost, lambda: self.now)
+        self.saved = 0
+        cost = Cost(page_bytes=1, disk_write=rate, disk_latency=0.0)
+        self.disk = Disk(disk_slots or 2 * host_slots, cost, lambda: self.now)
         self.pages = Hierarchy(HostSlots(host_slots), has_disk=True)
-        self.write_behind = WriteBehind(self.pages, self.disk, 1, lambda: self.now)
-        for page in range(dirty):
-            row = self.pages.admit(f"page {page}".encode(), None, 0)
+        self.write_behind = WriteBehind(self.pages, self.disk, 1)
+        self.save(dirty)
+
+    def save(self, pages: int) -> None:
+        for _ in range(pages):
+            self.saved += 1
+            row = self.pages.admit(f"page {self.saved}".encode(), None, 0)
             assert row is not None
             self.pages.index.uses[row] = 1
+            self.pages.index.last_use[row] = self.saved
             self.pages.land(row, clean=False)
             self.pages.unpin(row)
 
@@ -76,3 +97,51 @@ def test_everything_is_written_in_the_end(seconds: float) -> None:
         writing.run_pass(seconds + 1)
     assert writing.pages.on_disk.pages == LARGE // 2
     assert not sum(writing.pages.index.pins)
+
+
+FAST = 1e6
+"""Pages per second."""
+
+
+def test_what_a_full_disk_has_evicted_is_not_written_again_before_it_is_used() -> None:
+    writing = Writing(LARGE, 0, disk_slots=LARGE // 4, rate=FAST)
+    for _ in range(8):
+        writing.save(LARGE // 16)
+        for _ in range(20):
+            writing.run_pass(1.0)
+    assert writing.disk.written_pages == writing.saved == LARGE // 2, "pages were written twice"
+    on_disk = writing.pages.rows_on_disk()
+    assert len(on_disk) > LARGE // 4 - MOST
+    assert min(writing.pages.index.last_use[row] for row in on_disk) > LARGE // 4, "the coldest pages stayed"
+    evicted = writing.pages.index.find(b"page 1")
+    assert evicted in writing.pages.in_host
+    writing.pages.index.last_use[evicted] = writing.saved + 1
+    writing.pages.mark_dirty(evicted)
+    for _ in range(20):
+        writing.run_pass(1.0)
+    assert evicted in writing.pages.on_disk
+    writing.pages.check_invariants()
+
+
+def test_a_full_disk_takes_as_much_per_pass_as_another_one() -> None:
+    writing = Writing(LARGE, LARGE // 2, disk_slots=LARGE // 2, rate=FAST)
+    while writing.pages.dirty.pages:
+        writing.run_pass(1.0)
+    assert writing.run_pass(1.0) == writing.disk.free_slots == 0
+    before = writing.disk.written_pages
+    writing.save(4 * LEAST)
+    for _ in range(10):
+        writing.run_pass(0.001)
+    assert writing.disk.written_pages - before == 4 * LEAST
+
+
+def test_no_more_is_evicted_while_slots_become_free() -> None:
+    writing = Writing(LARGE, LARGE // 2, disk_slots=LARGE // 2, rate=FAST)
+    while writing.pages.dirty.pages:
+        writing.run_pass(1.0)
+    writing.disk.frees_at_once = False
+    writing.save(4 * LEAST)
+    for _ in range(10):
+        writing.run_pass(1.0)
+    assert writing.disk.removing <= MOST
+    assert writing.pages.on_disk.pages == LARGE // 2 - writing.disk.removing

@@ -148,6 +148,29 @@ def test_what_is_watched_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(map(len, estimate._by_bin)) <= 2 * 520
 
 
+def test_the_sample_recovers_after_a_busy_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_use, "WATCHED", 500)
+    estimate = NextUse(2000)
+
+    def serve(name: str, prompts: int, gap: float) -> None:
+        for step in range(prompts):
+            now = estimate.now + gap
+            estimate.asked("request", pages(f"{name}{step}", 20), now)
+            estimate.ran("request", now)
+
+    assert estimate._duel is not None
+    before = estimate._threshold, estimate._duel.size
+    serve("busy", 4000, 1.0)
+    assert estimate._threshold < before[0] / 64
+    assert estimate._duel.size == before[1], "the ghost caches shrink with what is watched"
+    assert len(estimate._duel.lru) > before[1] / 2
+    serve("quiet", 200, BOUNDS[-2] / 20)
+    assert estimate._threshold > before[0] / 4
+    assert len(estimate._watched) <= 500 + 20
+    assert sum(map(len, estimate._by_bin)) <= 2 * 520
+    assert all(watch.bin < BINS - 1 for watch in estimate._watched.values())
+
+
 def test_a_page_counts_no_more_uses_than_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(next_use, "CELLS", 7)
     estimate = NextUse()

@@ -7,11 +7,13 @@ import sqlite3
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from cached_attention.tiers import disk, disk_queue
+from cached_attention.tiers import disk, disk_queue, disk_space
 from cached_attention.tiers.disk import ReadOutcome
+from cached_attention.tiers.disk_index import DiskIndex
 
 
 def wait_for(condition, seconds=10):
@@ -274,3 +276,68 @@ def test_a_read_only_file_system_is_refused(store_in, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
     with pytest.raises(OSError, match="Read-only file system"):
         store_in(path / "kv").open()
+
+
+def test_a_slot_file_removed_under_a_running_tier_is_made_again(store):
+    tier = store.open()
+    slots = store.write(tier, list(range(10)))
+    (tier.path / "pages-000000.bin").unlink()
+    assert not store.write(tier, [100]), "reported as saved, in a file without a name"
+    wait_for(lambda: tier.healthy)
+    assert set(store.read(tier, slots).values()) == {ReadOutcome.LOST}
+    tier.remove(slots.values())
+    store.check_serves(tier, store.write(tier, list(range(200, 230))))
+    tier.check_invariants()
+    tier.close()
+
+
+def test_slots_of_a_lost_file_do_not_stop_writes_where_there_is_no_room(store, faulty_io, monkeypatch):
+    monkeypatch.setattr(disk_space, "FILE_BYTES", 80 * 8192)
+    monkeypatch.setattr(disk, "GROWTH_PAUSE", 0.2)
+    store.capacity = 8 << 20
+    tier = store.open()
+    per_file = tier._files.slots_per_file
+    store.write(tier, list(range(per_file + 40)))
+    tier.close()
+    (tier.path / "pages-000000.bin").unlink()
+
+    def full(step):
+        if step == "allocate":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    faulty_io.before = full
+    tier = store.open(io=faulty_io)
+    assert len(store.held(tier)) == 40
+    assert tier._slots.recycled == tier._files.slots_held(1) - 40
+    tier.remove([record.slot for record in tier.records()][:20])
+    assert tier.flush(10)
+    room = tier._slots.recycled
+    assert room >= 20
+    saved = [
+        slot for first in range(1000, 1000 + 2 * room, 5) for slot in store.write(tier, range(first, first + 5))
+    ]
+    assert len(saved) >= room - 5
+    faulty_io.before = lambda step: None
+    time.sleep(0.3)
+    assert len(store.write(tier, list(range(5000, 5010)))) == 10, "it grows again"
+    tier.check_invariants()
+    tier.close()
+
+
+def test_a_file_system_that_is_full_at_start_says_so(store, monkeypatch):
+    store.open().close()
+
+    def fail(*_):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(DiskIndex, "set_meta", fail)
+    with pytest.raises(sqlite3.OperationalError):
+        store.open()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="the file system is full") as error:
+        store.open()
+    assert error.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    tier = store.open()
+    store.check_serves(tier, store.write(tier, [1]))
+    tier.close()

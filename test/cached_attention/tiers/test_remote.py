@@ -21,7 +21,7 @@ from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
 from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote import RemoteStats, RemoteTier
 from cached_attention.tiers.remote_address import parse_remote
-from cached_attention.tiers.remote_client import Extent
+from cached_attention.tiers.remote_client import Extent, RemoteError
 from cached_attention.tiers.remote_records import STAGING_BYTES, SealedObjects, Staging
 
 LAYOUT = PageLayout(64, ((5000, 5000),))
@@ -368,3 +368,22 @@ def test_a_store_may_start_after_its_servers(master: Master) -> None:
     master.start()
     with joined(a):
         assert a.put([0]) == [True]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of the binding"), OSError("no route")])
+def test_an_unexpected_error_of_the_client_is_an_outage(
+    pair: tuple[Member, Member], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    a, _ = pair
+    client, ping = a.tier._client, a.tier._client.ping
+
+    def fail() -> str:
+        raise error
+
+    monkeypatch.setattr(client, "ping", fail)
+    a.tier._health.failed(RemoteError("it does not answer"))
+    until(lambda: a.tier._health.seconds_to_probe() is not None, "no outage")
+    time.sleep(0.5)
+    assert not a.tier.healthy
+    monkeypatch.setattr(client, "ping", ping)
+    until(lambda: a.tier.healthy, "it never comes back")

@@ -24,6 +24,7 @@ from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DirectoryInUseError, DiskTier
+from cached_attention.tiers.disk_files import OUT_OF_SPACE
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
 from cached_attention.transfer.load_fence import LoadFence
@@ -156,16 +157,17 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         )
 
     def _open_directory(self, name: str, identity: ModelIdentity, size: int) -> DiskTier | None:
-        """The tier of up to `size` bytes in the directory `name`."""
+        """The tier of up to `size` bytes in the directory `name`; None while its file system is full."""
         if self._config.disk_path is None:
             return None
-        return DiskTier(
-            Path(self._config.disk_path) / name,
-            identity.fingerprint(),
-            size,
-            ttl=self._config.ttl or None,
-            encryption=self._read_key(),
-        )
+        directory, ttl = Path(self._config.disk_path) / name, self._config.ttl or None
+        try:
+            return DiskTier(directory, identity.fingerprint(), size, ttl=ttl, encryption=self._read_key())
+        except OSError as error:
+            if error.errno not in OUT_OF_SPACE:
+                raise
+            logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
+            return None
 
     def _read_key(self) -> EncryptionKey | None:
         return read_key(self._config.encryption_key) if self._config.encryption_key else None
