@@ -163,6 +163,7 @@ EXCLUSIVE = {
     "enable_unified_cache_external_linker": "CachedAttention is a linker itself",
     "enable_unified_memory": "its pool does not lie in whole pages",
     "enable_pdmux": "its prefills do not wait for what is loaded",
+    "dllm_algorithm": "its batches start no loads",
     "enable_pd_role_switch": "a server that decodes for others loads nothing",
     "radix_cache_backend": "CachedAttention brings its own radix cache",
 }

@@ -62,6 +62,9 @@ def activate() -> None:
         scheduler = "sglang.srt.managers.scheduler.Scheduler"
         register(f"{scheduler}.__init__", _look_ahead, HookType.AFTER)
         register(f"{scheduler}._create_generation_req", _truncate, HookType.AFTER)
+        register(f"{scheduler}._prefetch_kvcache", _announce, HookType.AROUND)
+        adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
+        register(f"{adder}.preempt_to_schedule", _preempt, HookType.AROUND)
         order = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
         register(order, _order_known, HookType.AFTER)
         worker = "sglang.srt.managers.tp_worker.BaseTpWorker"
@@ -92,6 +95,7 @@ def _from_cli_args(
     if flags.is_enabled(vars(args).get("unified_cache_external_linker_config")):
         HookRegistry.register(f"{TOKENIZER_MANAGER}.__init__", _serve_hints, HookType.AFTER)
         _leave_prompts_whole()
+        _name_adapters_by_content()
     return original(cls, args)
 
 
@@ -109,6 +113,19 @@ def _leave_prompts_whole() -> None:
     for stream in (f"{chat}._generate_chat_stream", f"{completion}._generate_completion_stream"):
         register(stream, _tell_truncated_in_stream, HookType.AFTER)
     HookRegistry.apply_hooks()
+
+
+def _name_adapters_by_content() -> None:
+    """To be called before SGLang reads `--lora-paths`."""
+    adapter = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
+    HookRegistry.register(adapter, _adapter_id, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
+def _adapter_id(original: Callable[[str, str], str], lora_name: str, lora_path: str) -> str:
+    from .adapters import adapter_id
+
+    return adapter_id(original, lora_name, lora_path)
 
 
 def _validate(original: Callable[..., None], manager: Any, obj: Any, input_ids: list[int] | None) -> None:
@@ -158,6 +175,7 @@ def _accept_engine_arguments() -> None:
         flags.fold(kwargs)
         if flags.is_enabled(kwargs.get("unified_cache_external_linker_config")):
             _leave_prompts_whole()
+            _name_adapters_by_content()
         return server_args_class(**kwargs)
 
     module.Engine.server_args_class = staticmethod(build)
@@ -215,6 +233,21 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
         cache.watch(lambda: _waiting(scheduler))
         cache.reporting = Reporting(scheduler, cache.linker.cache_linker.store)
+
+
+def _announce(original: Callable[..., None], scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> None:
+    """A streaming session keeps its KV on the device, outside of the tree, in which SGLang would look for it."""
+    cache = _ours(scheduler)
+    if cache is None or not cache.session.will_lend_record(req):
+        original(scheduler, req, *args, **kwargs)
+
+
+def _preempt(original: Callable[..., bool], adder: Any, req: Req, *args: Any, **kwargs: Any) -> bool:
+    """A request that still waits for its pages would not run in the room that others make for it."""
+    cache = _ours(adder)
+    if cache is not None and not cache.check_prefetch_progress(req.cache_request_handle):
+        return False
+    return original(adder, req, *args, **kwargs)
 
 
 def _waiting(scheduler: Any) -> Sequence[Req]:
