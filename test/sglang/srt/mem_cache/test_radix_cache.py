@@ -12,6 +12,7 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.cached_attention import plugin
 from sglang.srt.mem_cache.cached_attention.free_slots import free_slots
 from sglang.srt.mem_cache.cached_attention.radix_cache import CachedAttentionRadixCache
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -100,3 +101,12 @@ def test_slots_that_are_freed_otherwise_close_it(tree: Tree) -> None:
     assert not tree.fence.is_closed
     tree.allocator.free(own)
     assert tree.fence.is_closed
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_nobody_is_preempted_for_a_request_that_waits_for_its_pages(tree: Tree, is_ready: bool) -> None:
+    tree.cache.linker.ranks = SimpleNamespace(is_ready=lambda rid: is_ready)
+    req: Any = SimpleNamespace(cache_request_handle=SimpleNamespace(rid="impatient"))
+    adder = SimpleNamespace(tree_cache=tree.cache)
+    assert plugin._preempt(lambda adder, req: True, adder, req) == is_ready
+    assert plugin._preempt(lambda adder, req: True, SimpleNamespace(tree_cache=None), req)
