@@ -15,6 +15,7 @@ import numpy as np
 
 PageKey = bytes
 """SHA-256 of the tokens up to and including the page, seeded with the request's namespace."""
+KEY_BYTES = 32
 
 NOWHERE = -1
 """No slot, no parent, no row."""

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
+from cached_attention.index import KEY_BYTES
 from cached_attention.tiers.disk_cipher import TAG_BYTES, StoreCipher
 from cached_attention.tiers.disk_space import ROW_BYTES, SEALED_ROW_BYTES
 
-KEY_BYTES = 32
 _UNSIGNED = (1 << 64) - 1
 _FIXED = struct.Struct("<qqQ")
 _SECRET = struct.Struct(f"<qQ?{KEY_BYTES}s{KEY_BYTES}s")

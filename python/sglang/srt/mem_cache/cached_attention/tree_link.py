@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from cached_attention.chain import Chain
 from cached_attention.conversations import Conversations
+from cached_attention.index import KEY_BYTES
 
 from .hints import HintReqInput, Outlook
 from .linker import CachedAttentionLinker, PathTransfer, page_keys
@@ -40,7 +41,6 @@ REMEMBERED = 65_536
 """Number of requests whose conversations a hint can name, at up to 500 bytes each."""
 BACK = (1, 2, 3, 5, 9, 17, 33, 65, 129)
 """Pages from the end by which a conversation can be found: its tail is evicted first."""
-KEY_BYTES = 32
 
 
 class RequestChain(NamedTuple):
