@@ -10,6 +10,8 @@ from typing import Any
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+LEAST_BYTES = 1 << 16
+"""Smallest size that may be given without a unit."""
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Z]*)", re.IGNORECASE)
 
 DEFAULT_PAGE_SIZE = 64
@@ -30,7 +32,8 @@ class ConfigError(ValueError):
 def parse_size(flag: str, text: str | int | float, available: int) -> int:
     """Size in bytes given by `text`: `"8GB"`, `"512MiB"`, a number of bytes, or a share such as `"0.5"`.
 
-    A number from 0 to 1 is a share of `available` (bytes free on this machine now).
+    A number from 0 to 1 is a share of `available` (bytes free on this machine now). Numbers without a unit from 1
+    to `LEAST_BYTES` are refused: they are likely meant to be gigabytes.
 
     Raises:
         ConfigError: not a size, not above zero, or more than `available`.
@@ -39,7 +42,9 @@ def parse_size(flag: str, text: str | int | float, available: int) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{flag} is {text!r}: give a size such as 8GB, or a share of what is free such as 0.5.")
     number, unit = float(match[1]), match[2].upper()
-    size = int(number * available) if not unit and number <= 1 else int(number * _UNITS[unit])
+    if not unit and 1 <= number < LEAST_BYTES:
+        raise ConfigError(f"{flag} is {text!r}: give a unit, such as {text}GB, or a share below 1 such as 0.5.")
+    size = int(number * available) if not unit and number < 1 else int(number * _UNITS[unit])
     if size <= 0:
         raise ConfigError(f"{flag} is {text!r}: it must be above zero; leave the flag out for its default.")
     if size > available:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cached_attention.config import ConfigError, parse_size
+from cached_attention.config import LEAST_BYTES, ConfigError, parse_size
 from cached_attention.encryption import KEY_VARIABLE, EncryptionKey, key_place, read_key
 from cached_attention.tiers.disk_ranks import FoundStores, NoStoresError, find_stores
 
@@ -64,6 +64,12 @@ def duration(text: str) -> float:
 
 def size(text: str) -> int:
     """Parse a size such as '64GB', '1.5TB' or '512MiB' into bytes."""
+    try:
+        bare = float(text)
+    except ValueError:
+        bare = LEAST_BYTES
+    if bare < LEAST_BYTES:
+        raise typer.BadParameter(f"{text!r} has no unit: give a size such as 64GB.")
     try:
         return parse_size("size", text, available=sys.maxsize)
     except ConfigError as error:

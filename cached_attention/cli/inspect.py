@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -24,15 +25,17 @@ class _Contents(NamedTuple):
     pages: int
     page_bytes: int
     described: dict[str, str]
+    is_readable: bool = True
 
 
 def inspect(directory: StoreDirectory) -> None:
     """Show pages, bytes, tokens, age, uses and model of every store below DIR. Works beside a running server."""
     console = Console()
     found = stores_below(directory)
-    pages = size = 0
+    pages = size = unreadable = 0
     for store in found.stores:
         contents = _read(store)
+        unreadable += not contents.is_readable
         pages += contents.pages
         size += contents.pages * contents.page_bytes
         console.print(_table(found.name(store), store, contents))
@@ -40,6 +43,8 @@ def inspect(directory: StoreDirectory) -> None:
         f"{_counted(len(found.stores), 'store')}, {_counted(pages, 'page')} of {format_size(size)} in all, "
         f"{format_size(found.usage)} on disk, {_owners(found)}."
     )
+    if unreadable:
+        raise typer.Exit(1)
 
 
 def _counted(count: int, what: str) -> str:
@@ -71,7 +76,7 @@ def _read(store: Path) -> _Contents:
             described = fingerprint.describe() | _describe(summary, fingerprint)
             return _Contents(summary.pages, fingerprint.page_bytes, described)
     except (ValueError, *INDEX_ERRORS) as error:
-        return _Contents(0, 0, {"unreadable": str(error)})
+        return _Contents(0, 0, {"unreadable": str(error)}, is_readable=False)
 
 
 def _describe(summary: StoreSummary, fingerprint: Fingerprint) -> dict[str, str]:

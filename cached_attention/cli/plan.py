@@ -21,7 +21,9 @@ def plan(
     config: Annotated[
         Path | None, typer.Argument(help="The model's config.json, or the directory it is in.", exists=True)
     ] = None,
-    bytes_per_token: Annotated[int | None, typer.Option(help="KV of a token, instead of a config.")] = None,
+    bytes_per_token: Annotated[
+        int | None, typer.Option(min=1, help="KV of a token, instead of a config.")
+    ] = None,
     kv_dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or fp8.")] = DEFAULT_DTYPE,
     gpus: Annotated[int, typer.Option(min=1)] = 1,
     gpu_kv_size: Annotated[str, typer.Option(help="GPU memory left for KV, over all GPUs.")] = "20GB",
@@ -51,7 +53,7 @@ def plan(
         session_tokens,
         longest_tokens or max(context, session_tokens),
         sessions_per_hour,
-        duration(ttl),
+        _lifetime(ttl),
         gpus,
         size(gpu_kv_size),
         size(host_size),
@@ -62,6 +64,12 @@ def plan(
     console = Console()
     console.print(_tiers(deployment))
     console.print(_outlook(deployment, speedup))
+
+
+def _lifetime(ttl: str) -> float:
+    if not (seconds := duration(ttl)):
+        raise typer.BadParameter("a --ttl of 0 is no plan: give the longest time between two turns, such as 24h.")
+    return seconds
 
 
 def _read(path: Path) -> dict[str, Any]:

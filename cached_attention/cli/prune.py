@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from typing import Annotated
 
@@ -45,6 +46,13 @@ def prune(
                 dropped, kept, freed = dropped + done.dropped, kept + done.kept, freed + done.freed
     except (DirectoryInUseError, PermissionError) as error:
         console.print(f"[red]{error}[/red]")
+        raise typer.Exit(1) from error
+    except (OSError, sqlite3.Error) as error:
+        console.print(
+            f"[red]{type(error).__name__}: {error}. Nothing more was dropped. To drop pages takes a little space "
+            "and the only access: if the file system is full, or another program reads an index, make room, or "
+            "end that program. Whole stores may also be removed by hand: they are only a cache.[/red]"
+        )
         raise typer.Exit(1) from error
     if len(found.stores) > 1:
         table.add_section()

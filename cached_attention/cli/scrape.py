@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,6 +17,8 @@ from cached_attention.metrics import PREFIX
 
 TIMEOUT = 10.0
 """Seconds."""
+UNREACHABLE = (OSError, HTTPException)
+"""The second: the server ended in the middle of an answer, or the URL is none."""
 
 
 class ScrapeError(Exception):
@@ -74,7 +77,7 @@ class Server:
             raise ScrapeError(
                 f"{self.url} answers, but /metrics says {error.code}: start the server with --enable-metrics."
             ) from error
-        except (OSError, ValueError) as error:
+        except (*UNREACHABLE, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ScrapeError(
                 f"{self.url} cannot be reached: {reason}. Is the server up, and the URL right?"
@@ -98,7 +101,7 @@ class Server:
             return [known for state in states for known in state["cached_attention"]["hottest"]]
         except urllib.error.HTTPError as error:
             raise ScrapeError(f"/server_info says {error.code}: give the server's --api-key.") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (*UNREACHABLE, ValueError, KeyError, TypeError) as error:
             raise ScrapeError(f"/server_info: {type(error).__name__}: {error}.") from error
 
     def _get(self, path: str) -> str:

@@ -35,6 +35,7 @@ from cached_attention.tiers.disk_rows import DiskRecord, RecordColumns
 from cached_attention.tiers.disk_runs import IO_ERRORS, PlacedRead, Run, read_run, runs
 from cached_attention.tiers.disk_slots import FREE, REMOVING, SAVED, SlotTable
 from cached_attention.tiers.disk_space import disk_usage, slot_stride
+from cached_attention.tiers.disk_sweeper import Sweeper
 
 __all__ = [
     "DirectoryInUseError",
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 GROWTH_PAUSE = 30.0
 """Seconds until the next attempt after the directory could not grow."""
+COMPLAINT_PAUSE = 3600.0
+"""Seconds between two lines in the log that say so."""
 GRACE_SECONDS = 0.5
 """Seconds that `close` gives threads to end, even if its own timeout is over."""
 
@@ -74,6 +77,8 @@ class DiskTier:
             the store is opened; None: never.
         probe_seconds: first and longest interval between attempts to return to service.
         encryption: key to encrypt the store with; it is a different store from the unencrypted one.
+        whole: the server's directory, if it has one per rank in it; `directory` unless given. Its ranks share it,
+            and no server with one rank can have it meanwhile.
 
     Raises:
         DirectoryInUseError: another process owns the directory.
@@ -93,6 +98,7 @@ class DiskTier:
         ttl: float | None = None,
         probe_seconds: tuple[float, float] = (1.0, 60.0),
         encryption: EncryptionKey | None = None,
+        whole: Path | None = None,
     ) -> None:
         if encryption is not None:
             fingerprint = fingerprint.encrypted(encryption.id)
@@ -102,13 +108,21 @@ class DiskTier:
         self.stats = DiskStats()
         self._queued_write_bytes = queued_write_bytes
         self._lock = threading.Lock()
-        self._grow_at = float("-inf")
+        self._grow_at = self._complain_at = float("-inf")
         self._removing = 0
         self._closing = self._given_up = self._closed = False
         self._writes: dict[int, tuple[Ticket[int | None], int]] = {}
         self._reads: set[Ticket[ReadOutcome]] = set()
+        whole = whole or directory
         self._store = open_store(
-            directory, fingerprint, encryption, capacity_bytes, io or FileIO(), ttl, may_grow=self._may_grow
+            directory,
+            whole,
+            fingerprint,
+            encryption,
+            capacity_bytes,
+            io or FileIO(),
+            ttl,
+            may_grow=self._may_grow,
         )
         self.stride = self._store.files.stride
         """Bytes per slot."""
@@ -117,6 +131,8 @@ class DiskTier:
         self.stats.dropped = self._store.dropped
         self._files = self._store.files
         self._slots = SlotTable(self._store.states, self._files.end(), self._files.missing(self._files.end()))
+        if self._store.room <= self._files.end():
+            self._grow_at = time.monotonic() + GROWTH_PAUSE
         self._read_health = Health(f"{self.path}, reads", *probe_seconds)
         self._write_health = Health(f"{self.path}, writes", *probe_seconds)
         self._queue = IoQueue(io_threads)
@@ -128,6 +144,9 @@ class DiskTier:
             self._files.sync,
             self._files.probe,
         )
+        self._sweeper: Sweeper | None = None
+        if ttl is not None:
+            self._sweeper = Sweeper(directory, whole, fingerprint.name, ttl)
 
     @property
     def healthy(self) -> bool:
@@ -145,7 +164,8 @@ class DiskTier:
 
     @property
     def capacity_slots(self) -> int:
-        return self._slots.capacity
+        """Slots that there was room for when the store was opened, or has been since."""
+        return max(self._store.room, self._files.end())
 
     @property
     def pages(self) -> int:
@@ -242,7 +262,7 @@ class DiskTier:
         slots = list(slots)
         with self._lock:
             for slot in slots:
-                if not (0 <= slot < self.capacity_slots and self._slots.states[slot] == SAVED):
+                if not (0 <= slot < self._slots.capacity and self._slots.states[slot] == SAVED):
                     raise ValueError(f"slot {slot} of {self.path} holds no saved page.")
                 self._slots.states[slot] = REMOVING
             self.stats.removed += len(slots)
@@ -273,6 +293,8 @@ class DiskTier:
         self._given_up = True
         ended = self._queue.close(max(GRACE_SECONDS, deadline - time.monotonic()))
         ended = self._committer.close(max(GRACE_SECONDS, deadline - time.monotonic())) and ended
+        if self._sweeper is not None:
+            ended = self._sweeper.close(max(GRACE_SECONDS, deadline - time.monotonic())) and ended
         with self._lock:
             self._closed = True
             open_tickets = {ticket for ticket, _ in self._writes.values()} | self._reads
@@ -350,10 +372,12 @@ class DiskTier:
             )
 
     def _stop_growing(self, error: NoRoomError) -> None:
+        now = time.monotonic()
         with self._lock:
-            if self._growing:
+            if now >= self._complain_at:
                 logger.warning("%s: %s; pages are declined until others leave.", self.path, error)
-            self._grow_at = time.monotonic() + GROWTH_PAUSE
+                self._complain_at = now + COMPLAINT_PAUSE
+            self._grow_at = now + GROWTH_PAUSE
 
     def _read_run(self, ticket: Ticket[ReadOutcome], run: Run[PlacedRead]) -> None:
         with self._lock:

@@ -36,14 +36,18 @@ class DirectoryLock:
 
     The lock file stays: removing it would let two processes hold two locks of the same name.
 
+    Args:
+        shared: with all others that also share it.
+
     Raises:
         DirectoryInUseError: another process owns it.
         PermissionError: others can write to the directory.
         OSError: it cannot be created or written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, shared: bool = False) -> None:
         make_private(directory)
+        self._how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         path = directory / LOCK_NAME
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         close_to_others(self._fd)
@@ -63,7 +67,7 @@ class DirectoryLock:
         """Tries more than once, because `is_owned` holds the lock for a moment."""
         for pause in (0.05, 0.1, None):
             with suppress(BlockingIOError):
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._fd, self._how | fcntl.LOCK_NB)
                 return True
             if pause:
                 time.sleep(pause)

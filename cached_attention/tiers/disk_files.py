@@ -270,7 +270,10 @@ class SlotFiles:
         step = max(GROWTH_BYTES // self.stride, 1) * self.stride
         longest = min(self.slots_per_file, self.slots - number * self.slots_per_file) * self.stride
         length = min(max(need, have + step), longest) - have
-        if not self._may_grow(length):
+        # Other files may leave less room than a step.
+        while not (may_grow := self._may_grow(length)) and length > need - have:
+            length = max(need - have, length // 2 // self.stride * self.stride)
+        if not may_grow:
             raise NoRoomError(errno.ENOSPC, "the directory is at its size limit", str(self.directory))
         # glibc's fallback for file systems without fallocate writes single bytes, which O_DIRECT refuses.
         fd = self._io.open(self._path(number), os.O_RDWR | os.O_CREAT)

@@ -165,7 +165,7 @@ class DiskIndex:
             except INDEX_ERRORS as error:
                 if connection:
                     connection.close()
-                if not _is_damage(error):
+                if not is_damage(error):
                     raise
                 logger.warning("%s is damaged (%s): the store starts empty.", self.path, error)
         return self._create()
@@ -226,7 +226,7 @@ class DiskIndex:
         return not busy
 
 
-def _is_damage(error: Exception) -> bool:
+def is_damage(error: Exception) -> bool:
     """Whether the error is about the content rather than the file system."""
     if isinstance(error, sqlite3.OperationalError):
         # Only a missing table or column, or a broken schema, is about the content.

@@ -15,7 +15,9 @@ from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_directory import (
     INDEX_NAME,
+    DirectoryInUseError,
     DirectoryLock,
+    is_owned,
     make_store,
     read_fingerprint,
     remove_store,
@@ -24,6 +26,7 @@ from cached_attention.tiers.disk_directory import (
 from cached_attention.tiers.disk_files import FileIO, SlotFiles
 from cached_attention.tiers.disk_format import store_format
 from cached_attention.tiers.disk_index import INDEX_ERRORS, DiskIndex, open_read_only
+from cached_attention.tiers.disk_ranks import rank_directories
 from cached_attention.tiers.disk_records import Records
 from cached_attention.tiers.disk_rows import KeyNeededError
 from cached_attention.tiers.disk_slots import SAVED
@@ -42,11 +45,13 @@ class OpenStore:
     """A store that this process owns, in a consistent state."""
 
     path: Path
-    lock: DirectoryLock
+    locks: list[DirectoryLock]
     index: DiskIndex
     files: SlotFiles
     records: Records
     space: Space
+    room: int
+    """Slots that there is room for, beside everything else in the directory."""
     states: bytearray
     """Per slot: SAVED if the index has a page, else FREE."""
     dropped: int
@@ -58,11 +63,13 @@ class OpenStore:
             self.files.cut(slots)
         self.index.close()
         self.files.close()
-        self.lock.release()
+        for lock in self.locks:
+            lock.release()
 
 
 def open_store(
     directory: Path,
+    whole: Path,
     fingerprint: Fingerprint,
     key: EncryptionKey | None,
     capacity: int,
@@ -79,22 +86,25 @@ def open_store(
             f"{capacity:,} bytes of disk hold no page of {stride:,} bytes and its index: "
             f"give at least {stride + Space(stride, 1, 1, rows.most_bytes).reserve:,}."
         )
-    lock = DirectoryLock(directory)
+    locks = [DirectoryLock(directory)]
     try:
+        if whole != directory:
+            locks.append(DirectoryLock(whole, shared=True))
         before = None if ttl is None else time.time() - ttl
         if before is not None:
-            _remove_expired_stores(directory, fingerprint, before)
+            remove_expired_stores(directory, whole, fingerprint.name, before)
         path = make_store(directory, fingerprint)
         if key is not None:
             _warn_of_plain_stores(directory)
         index = DiskIndex(path / INDEX_NAME, {"fingerprint": fingerprint.digest()}, io, rows)
         try:
-            return _open(directory, path, lock, index, capacity, records, io, before, may_grow)
+            return _open(directory, path, locks, index, capacity, records, io, before, may_grow)
         except BaseException:
             index.close()
             raise
     except BaseException as error:
-        lock.release()
+        for lock in locks:
+            lock.release()
         if isinstance(error, INDEX_ERRORS) and shutil.disk_usage(directory).free < SPARE:
             raise OSError(errno.ENOSPC, f"the file system is full ({error})", str(directory)) from error
         raise
@@ -103,7 +113,7 @@ def open_store(
 def _open(
     directory: Path,
     path: Path,
-    lock: DirectoryLock,
+    locks: list[DirectoryLock],
     index: DiskIndex,
     capacity: int,
     records: Records,
@@ -111,29 +121,31 @@ def _open(
     before: float | None,
     may_grow: Callable[[int], bool],
 ) -> OpenStore:
-    space = _plan(directory, path, index, capacity, records.stride)
+    space, room = _plan(directory, path, index, capacity, records.stride)
     index.set_meta("slots_per_file", str(space.slots_per_file))
     index.limit(space)
     files = SlotFiles(path, space.stride, space.slots, space.slots_per_file, io, may_grow)
-    dropped = _drop(index, files, space, before)
-    files.cut(space.slots)
+    dropped = _drop(index, files, room, before)
+    files.cut(room)
     states = bytearray(space.slots)
     for slot in index.slots():
         states[slot] = SAVED
-    logger.info("%s: %d pages, room for %d.", path, states.count(SAVED), space.slots)
-    return OpenStore(path, lock, index, files, records, space, states, dropped)
+    logger.info("%s: %d pages, room for %d.", path, states.count(SAVED), room)
+    return OpenStore(path, locks, index, files, records, space, room, states, dropped)
 
 
-def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: int) -> Space:
+def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: int) -> tuple[Space, int]:
+    """What the store may grow to, and the number of slots that there is room for beside everything else."""
     others = disk_usage(directory) - disk_usage(path)
     text = index.meta("slots_per_file") or ""
     per_file = int(text) if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 40 else None
-    space = Space.within(capacity - others, stride, per_file, index.rows.most_bytes)
+    space = Space.within(capacity, stride, per_file, index.rows.most_bytes)
     # An index created for a larger capacity does not shrink.
-    excess = disk_usage(index.path) - space.index_pages * SECTOR
-    if excess > 0:
-        space = Space.within(capacity - others - excess, stride, per_file, index.rows.most_bytes)
-    if space.slots < 1:
+    excess = max(0, disk_usage(index.path) - space.index_pages * SECTOR)
+    if excess:
+        space = Space.within(capacity - excess, stride, per_file, index.rows.most_bytes)
+    room = min(space.slots, max(0, capacity - others - excess - space.reserve) // stride)
+    if room < 1:
         logger.warning(
             "%s: other files take %d of its %d bytes: nothing can be saved.", directory, others, capacity
         )
@@ -141,24 +153,25 @@ def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: 
     if siblings:
         logger.warning(
             "%s: %d stores of other models or settings take %d of its %d bytes, which leaves %d pages for this "
-            "one. `cached-attention inspect` says what they are, `cached-attention prune` removes what is old.",
+            "one until they expire. `cached-attention inspect` says what they are, `cached-attention prune` "
+            "removes what is old.",
             directory,
             len(siblings),
             sum(map(disk_usage, siblings)),
             capacity,
-            space.slots,
+            room,
         )
-    return space
+    return space, room
 
 
-def _drop(index: DiskIndex, files: SlotFiles, space: Space, before: float | None) -> int:
+def _drop(index: DiskIndex, files: SlotFiles, room: int, before: float | None) -> int:
     """Delete the rows of pages that cannot be served."""
     dropped = index.drop(
         f"slot < 0 OR slot >= ? OR {index.rows.malformed} OR last_use < ?",
-        space.slots,
+        room,
         float("-inf") if before is None else before,
     )
-    ranges = files.missing(space.slots)
+    ranges = files.missing(room)
     for first in range(0, len(ranges), _RANGES):
         some = ranges[first : first + _RANGES]
         condition = " OR ".join("slot BETWEEN ? AND ?" for _ in some)
@@ -180,15 +193,36 @@ def _warn_of_plain_stores(directory: Path) -> None:
         )
 
 
-def _remove_expired_stores(directory: Path, fingerprint: Fingerprint, before: float) -> None:
-    """Remove other fingerprints' stores whose pages have all expired: none could be served again."""
+def remove_expired_stores(directory: Path, whole: Path, own: str, before: float) -> None:
+    """Remove other fingerprints' stores whose pages were all last used before `before`.
+
+    Also those in directories of ranks below `whole` that nobody owns: servers with another number of ranks left
+    them. The caller owns `directory`, which has its own store `own`.
+    """
     for store in stores(directory):
-        if store.name == fingerprint.name or read_fingerprint(store) is None:
-            continue
-        try:
-            with closing(open_read_only(store / INDEX_NAME)) as connection:
-                (newest,) = connection.execute("SELECT max(last_use) FROM pages").fetchone()
-        except INDEX_ERRORS:
-            continue
+        if store.name != own:
+            _remove_if_expired(store, before)
+    if whole != directory:
+        for store in stores(whole):
+            _remove_if_expired(store, before)
+    for path in rank_directories(whole):
+        if path != directory and path.is_dir() and not is_owned(path):
+            with suppress(DirectoryInUseError, OSError):
+                lock = DirectoryLock(path)
+                try:
+                    for store in stores(path):
+                        _remove_if_expired(store, before)
+                finally:
+                    lock.release()
+
+
+def _remove_if_expired(store: Path, before: float) -> None:
+    if read_fingerprint(store) is None:
+        return
+    try:
+        with closing(open_read_only(store / INDEX_NAME)) as connection:
+            (newest,) = connection.execute("SELECT max(last_use) FROM pages").fetchone()
         if newest is None or newest < before:
             logger.warning("%s: removed, every page in it had expired (%d bytes).", store, remove_store(store))
+    except (OSError, *INDEX_ERRORS):
+        return

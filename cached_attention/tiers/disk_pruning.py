@@ -18,7 +18,7 @@ from cached_attention.tiers.disk_directory import (
     remove_store,
 )
 from cached_attention.tiers.disk_files import FileIO, SlotFiles
-from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex
+from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex, is_damage
 from cached_attention.tiers.disk_ranks import FoundStores, find_stores
 from cached_attention.tiers.disk_reader import StoreReader
 from cached_attention.tiers.disk_space import Space, disk_usage
@@ -93,7 +93,9 @@ def _prune_store(store: Path, cutoff: float) -> Pruned:
     try:
         with closing(StoreReader(store)) as reader:
             rows, stride, per_file = reader.format.rows, reader.format.stride, reader.slots_per_file
-    except INDEX_ERRORS:
+    except INDEX_ERRORS as error:
+        if not is_damage(error):
+            raise
         return Pruned(store, 0, 0, remove_store(store), "removed: its index is damaged")
     index = DiskIndex(store / INDEX_NAME, {"fingerprint": fingerprint.digest()}, FileIO(), rows)
     try:

@@ -83,11 +83,21 @@ def find_stores(directory: Path) -> FoundStores:
 
 
 def _owned(directory: Path) -> Iterator[Path]:
-    """`directory` and the rank directories in it, if they have or once had an owner."""
-    ranks = sorted((path for path in directory.iterdir() if RANK_NAME.fullmatch(path.name)), key=_numbers)
-    for path in (directory, *ranks):
+    """`directory` and the rank directories in it, if they have or once had an owner.
+
+    All ranks of a server lock `directory` as well, so its lock alone says nothing where there are several.
+    """
+    ranks = rank_directories(directory)
+    if stores(directory) or ((directory / LOCK_NAME).is_file() and not ranks):
+        yield directory
+    for path in ranks:
         if path.is_dir() and ((path / LOCK_NAME).is_file() or stores(path)):
             yield path
+
+
+def rank_directories(directory: Path) -> list[Path]:
+    """What has the name of a rank's directory in `directory`, in the order of the ranks."""
+    return sorted((path for path in directory.iterdir() if RANK_NAME.fullmatch(path.name)), key=_numbers)
 
 
 def _numbers(path: Path) -> list[int]:

@@ -15,6 +15,8 @@ from cached_attention.cli.capacity import Deployment, kv_bytes_per_token, state_
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.disk_index import DiskIndex
+from cached_attention.tiers.disk_reader import StoreReader
 from cached_attention.tiers.disk_space import disk_usage
 
 PAGE_BYTES = 16 << 10
@@ -132,6 +134,40 @@ def test_prune_to_a_size_keeps_the_most_recent_of_all_stores(directory):
     tier.close()
     assert run("prune", directory, "--to-size", "1KB")[0] == 0
     assert not list(directory.rglob("pages-*.bin"))
+
+
+def test_a_prune_that_cannot_write_says_so_and_removes_nothing(directory, monkeypatch):
+    def fail(*_):
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
+
+    for broken in (StoreReader, DiskIndex):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, "__init__", fail)
+            code, output = run("prune", directory, "--older-than", "1h")
+            assert (code, "disk I/O error. Nothing more was dropped" in output) == (1, True)
+    assert "50 pages" in run("inspect", directory)[1]
+
+
+def test_an_unreadable_store_is_an_exit_code(directory):
+    (index,) = directory.rglob("index.sqlite3")
+    index.write_bytes(b"no index at all")
+    code, output = run("inspect", directory)
+    assert (code, "unreadable" in output) == (1, True)
+
+
+@pytest.mark.parametrize("size", ["100", "0.5", "1"])
+def test_sizes_need_a_unit(directory, size):
+    code, output = run("prune", directory, "--to-size", size)
+    assert (code, "has no unit" in output) == (2, True)
+    assert "50 pages" in run("inspect", directory)[1]
+
+
+def test_a_plan_needs_some_time():
+    code, output = run("plan", "--bytes-per-token", "1000", "--ttl", "0s")
+    assert (code, "is no plan" in output) == (2, True)
+    assert run("plan", "--bytes-per-token", "-5")[0] == 2
 
 
 def test_an_encrypted_store(directory):

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPResponse, IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -115,6 +116,27 @@ def test_what_is_wrong_is_said_in_a_sentence(pages: dict[str, str], said: str) -
 def test_a_server_that_is_not_there_is_said_to_be() -> None:
     with serving({}) as url:
         pass
+    status, shown = top(url)
+    assert status == 1
+    assert "cannot be reached" in shown
+
+
+@pytest.mark.parametrize("page", ["/metrics", "/server_info"])
+def test_a_server_that_ends_in_the_middle_of_an_answer(monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    def read(response: HTTPResponse) -> bytes:
+        if response.url.endswith(page):
+            raise IncompleteRead(b"sgl", 1_000)
+        return METRICS.encode()
+
+    monkeypatch.setattr(HTTPResponse, "read", read)
+    with serving({"/metrics": METRICS, "/server_info": INFO}) as url:
+        status, shown = top(url)
+    assert "IncompleteRead" in shown
+    assert status == (1 if page == "/metrics" else 0)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:abc", "http://a b:1"])
+def test_what_is_no_url_is_said_in_a_sentence(url: str) -> None:
     status, shown = top(url)
     assert status == 1
     assert "cannot be reached" in shown

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from cached_attention.tiers import disk
+from cached_attention.tiers.disk_directory import DirectoryInUseError, stores
 from cached_attention.tiers.disk_index import open_read_only
 from cached_attention.tiers.disk_space import Space, disk_usage, slot_stride
 
@@ -123,3 +124,75 @@ def test_a_plan_uses_its_budget_and_no_more(budget, page_bytes):
 def test_no_budget_gives_no_slots():
     assert Space.within(-5, 4096).slots == 0
     assert Space.within(0, 4096).slots == 0
+
+
+def test_a_store_of_before_gives_its_space_back_when_its_pages_have_expired(store, monkeypatch):
+    monkeypatch.setattr(disk, "GROWTH_PAUSE", 0.1)
+    tier = store.open("old")
+    count = tier.capacity_slots
+    assert len(store.write(tier, list(range(count - 20)))) == count - 20
+    tier.close()
+    tier = store.open("new", ttl=1.5)
+    assert len(store.write(tier, list(range(1000, 1000 + count)))) < 30, "more than there was room for"
+    assert disk_usage(store.directory) <= store.capacity
+    end, saved, number = time.monotonic() + 30, 0, 2000
+    while saved < count // 2:
+        assert time.monotonic() < end, "the space of before is not used"
+        saved += len(store.write(tier, list(range(number, number + 20))))
+        number += 20
+    assert [path.name for path in stores(store.directory)] == [tier.path.name]
+    assert disk_usage(store.directory) <= store.capacity
+    tier.check_invariants()
+    tier.close()
+
+
+def test_a_store_with_others_beside_it_keeps_the_pages_that_there_is_room_for(store):
+    tier = store.open("old")
+    count = tier.capacity_slots
+    store.write(tier, list(range(count // 2)))
+    tier.close()
+    tier = store.open("new")
+    slots = store.write(tier, list(range(1000, 1000 + count // 4)))
+    assert len(slots) == count // 4
+    tier.close()
+    (store.directory / "photo.jpg").write_bytes(bytes(store.capacity * 3 // 8))
+    tier = store.open("new")
+    assert 0 < len(store.held(tier)) < count // 4
+    assert disk_usage(store.directory) <= store.capacity
+    tier.check_invariants()
+    tier.close()
+
+
+def test_what_servers_with_another_number_of_ranks_left_expires(store_in, tmp_path):
+    whole = tmp_path / "kv"
+    alone, ranks = store_in(whole), [store_in(whole / f"dp0-pp0-tp{rank}") for rank in range(2)]
+    old = time.time() - 100
+    tier = alone.open()
+    alone.write(tier, [1], last_use=old)
+    tier.close()
+    with_two = [rank.open(whole=whole, ttl=50.0) for rank in ranks]
+    assert not stores(whole)
+    for rank, tier in zip(ranks, with_two, strict=True):
+        rank.write(tier, [1], last_use=old)
+    with_two[0].close()
+    with_two[1].close()
+    tier = alone.open(ttl=50.0)
+    assert not any(stores(rank.directory) for rank in ranks)
+    tier.close()
+
+
+def test_a_directory_has_one_server_whatever_its_number_of_ranks(store_in, tmp_path):
+    whole = tmp_path / "kv"
+    alone, ranks = store_in(whole), [store_in(whole / f"dp0-pp0-tp{rank}") for rank in range(2)]
+    tier = alone.open()
+    with pytest.raises(DirectoryInUseError, match=f"{whole} is in use"):
+        ranks[0].open(whole=whole)
+    tier.close()
+    with_two = [rank.open(whole=whole) for rank in ranks]
+    with pytest.raises(DirectoryInUseError, match=f"{whole} is in use"):
+        alone.open()
+    with_two[0].close()
+    with pytest.raises(DirectoryInUseError):
+        alone.open()
+    with_two[1].close()
+    alone.open().close()

@@ -138,6 +138,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             "eviction": config.eviction,
         }
 
+    @property
+    def configured_tiers(self) -> frozenset[str]:
+        """Tiers that this rank is meant to have, whether or not they can be used."""
+        below = {"disk": self._config.disk_path, "remote": self._config.remote}
+        return frozenset({"host", *(tier for tier, place in below.items() if place is not None)})
+
     def _share(self, size: int) -> int:
         """This rank's share of `size` bytes of its machine."""
         return size // self._identity.ranks_per_machine
@@ -160,9 +166,16 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         """The tier of up to `size` bytes in the directory `name`; None while its file system is full."""
         if self._config.disk_path is None:
             return None
-        directory, ttl = Path(self._config.disk_path) / name, self._config.ttl or None
+        whole = Path(self._config.disk_path)
         try:
-            return DiskTier(directory, identity.fingerprint(), size, ttl=ttl, encryption=self._read_key())
+            return DiskTier(
+                whole / name,
+                identity.fingerprint(),
+                size,
+                ttl=self._config.ttl or None,
+                encryption=self._read_key(),
+                whole=whole,
+            )
         except OSError as error:
             if error.errno not in OUT_OF_SPACE:
                 raise

@@ -23,14 +23,20 @@ class StoreMetrics:
     Args:
         collector: the scheduler's; provides the labels and the metric classes, which an embedding application may
             have replaced.
+        tiers: that are reported even while the store does not have them.
     """
 
-    def __init__(self, store: CachedAttentionStore, collector: SchedulerMetricsCollector) -> None:
+    def __init__(
+        self,
+        store: CachedAttentionStore,
+        collector: SchedulerMetricsCollector,
+        tiers: frozenset[str] = frozenset(),
+    ) -> None:
         import prometheus_client  # Chooses its storage on import.
 
         self._store = store
         self._labels: dict[str, Any] = dict(collector.labels)
-        self._tiers = tiers_of(store)
+        self._tiers = tiers | tiers_of(store)
         self._classes = {
             Kind.COUNTER: collector._counter_cls or prometheus_client.Counter,
             Kind.GAUGE: collector._gauge_cls or prometheus_client.Gauge,
@@ -94,9 +100,11 @@ class StoreMetrics:
             child.inc(value if told is None or value < told else value - told)
 
 
-def store_metrics(scheduler: Scheduler, store: CachedAttentionStore) -> StoreMetrics | None:
+def store_metrics(
+    scheduler: Scheduler, store: CachedAttentionStore, tiers: frozenset[str]
+) -> StoreMetrics | None:
     """None without `--enable-metrics`, and on ranks for which SGLang publishes no metrics either."""
     context = scheduler.metrics_collector_context
     if not context.current_scheduler_metrics_enabled or context.collector is None:
         return None
-    return StoreMetrics(store, context.collector)
+    return StoreMetrics(store, context.collector, tiers)

@@ -93,6 +93,10 @@ class MlaDedupLinker(CachedAttentionLinker):
         alike = 1 if self._broadcaster is None else torch.distributed.get_world_size(self._broadcaster.group)
         return size // max(1, self._identity.ranks_per_machine // alike)
 
+    @property
+    def configured_tiers(self) -> frozenset[str]:
+        return super().configured_tiers if self._keeps else frozenset({"host"})
+
     def _open_disk(self) -> DiskTier | None:
         return super()._open_disk() if self._keeps else None
 

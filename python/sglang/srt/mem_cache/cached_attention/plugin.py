@@ -232,7 +232,7 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         scheduler.enable_lmcache = True
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
         cache.watch(lambda: _waiting(scheduler))
-        cache.reporting = Reporting(scheduler, cache.linker.cache_linker.store)
+        cache.reporting = Reporting(scheduler, cache.linker.cache_linker)
 
 
 def _announce(original: Callable[..., None], scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> None:

@@ -6,12 +6,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from cached_attention.activity import Activity
-from cached_attention.store import CachedAttentionStore
 
 from .metrics import store_metrics
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
+
+    from .linker import CachedAttentionLinker
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,9 @@ logger = logging.getLogger(__name__)
 class Reporting:
     """Reports on one scheduler's store. One rank writes the log for all that hold the same pages."""
 
-    def __init__(self, scheduler: Scheduler, store: CachedAttentionStore) -> None:
-        self._metrics = store_metrics(scheduler, store)
+    def __init__(self, scheduler: Scheduler, linker: CachedAttentionLinker) -> None:
+        store = linker.store
+        self._metrics = store_metrics(scheduler, store, linker.configured_tiers)
         speaks = scheduler.metrics_collector_context.is_stats_logging_rank
         self._activity = Activity(store.stats, store.layout.page_bytes) if speaks else None
 

@@ -1,0 +1,43 @@
+"""Removes stores of before from the directory while the server runs, once all of their pages have expired."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from cached_attention.tiers.disk_opening import remove_expired_stores
+
+logger = logging.getLogger(__name__)
+
+PERIODS = (1.0, 900.0)
+"""Shortest and longest seconds between two sweeps; otherwise a quarter of the time to live."""
+
+
+class Sweeper:
+    """A thread; see `remove_expired_stores` for the arguments.
+
+    After an upgrade, the stores of before take the space that the new store needs.
+    """
+
+    def __init__(self, directory: Path, whole: Path, own: str, ttl: float) -> None:
+        self._where = directory, whole, own
+        self._ttl = ttl
+        self._period = min(max(PERIODS[0], ttl / 4), PERIODS[1])
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="disk-sweep", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout: float) -> bool:
+        """False if a sweep still runs after `timeout` seconds."""
+        self._closing.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while not self._closing.wait(self._period):
+            try:
+                remove_expired_stores(*self._where, time.time() - self._ttl)
+            except OSError as error:
+                logger.warning("%s: expired stores could not be looked for: %s", self._where[0], error)
