@@ -148,6 +148,8 @@ class Hierarchy:
         if slot is None:
             return None
         row = self.index.add(key, parent, position)
+        if (before := self.index.parent[row]) != NOWHERE:
+            self.index.walked[row] = self.index.walked[before]
         if not any(row in tier for tier in self.index.tiers):
             self.index.separate(row)  # It is about to have bytes of its own.
         (self.index.kind[row],) = self.next_use.kinds([key], self.kind_before(row))

@@ -33,7 +33,7 @@ class _Tail(NamedTuple):
     """By the name under which each is queued there: a chain is kept through its last page."""
 
 
-class _Queued(NamedTuple):
+class Queued(NamedTuple):
     """A request in the queue, and how much of its chain is brought up for it."""
 
     chain: Chain
@@ -66,15 +66,16 @@ class TrailingStore(CachedAttentionStore):
         """Pages in the remote store, as far as is known."""
         return self._pages.remote.known
 
-    def seek(self, request: str, keys: Sequence[PageKey], span: int, page_tokens: int) -> None:
-        """Look up which pages of the prompt `keys` the remote store has; see `found`.
-
-        Args:
-            span: number of pages that will be needed.
-            page_tokens: tokens to recompute per page that is not there.
-        """
+    def seek(self, request: str, keys: Sequence[PageKey], useful: int, page_tokens: int) -> None:
+        """Look up which pages of the prompt `keys` the remote store has, see `ScatteredLookups`, and `found`."""
         if self._lookups is not None:
-            self._lookups.seek(request, keys, span, page_tokens)
+            self._lookups.seek(request, keys, useful, page_tokens)
+
+    def counters(self) -> dict[str, int]:
+        counts = super().counters()
+        if self._lookups is not None and "remote_lookups" in counts:
+            counts["remote_lookups"] += self._lookups.asked
+        return counts
 
     def has_sought(self, request: str, may_give_up: bool = True) -> bool:
         """Whether `seek` has an answer, or waiting for it is not expected to pay off."""
@@ -89,7 +90,7 @@ class TrailingStore(CachedAttentionStore):
             self._lookups.leave(request)
 
     def forget(self, keys: Sequence[PageKey]) -> None:
-        """Drop the pages `keys` from every tier, as far as they are not needed."""
+        """Drop the pages `keys` from every tier; those that a queued request needs stay on this server."""
         known = self._index.known
         for part in self.chains([key for key in keys if key in known]):
             self.drop(part)
@@ -152,8 +153,12 @@ class HybridStore(CachedAttentionStore):
         self.span = span
         self._tails: dict[str, _Tail] = {}
         """Per queued request."""
-        self._queued: dict[str, _Queued] = {}
+        self.queued: dict[str, Queued] = {}
         """Per queued request."""
+        self.decides_alone = True
+        """Whether this rank may choose by itself where a request resumes; if not, it notes `undecided`."""
+        self.undecided: set[str] = set()
+        """Queued requests of which pages were found or lost since they arrived."""
         self._saved: deque[_Saved] = deque()
         """Saves that have not been popped."""
         super().__init__(*args, **options)
@@ -211,7 +216,8 @@ class HybridStore(CachedAttentionStore):
         self._wait_for_tail(request, self._tail(chain, pages, 0), lost)
         if on_device < len(chain.keys):
             self.trailing.seek(request, chain.keys, self.span, self.layout.page_size)
-        self._queued[request] = _Queued(chain, on_device, pages)
+        self.queued[request] = Queued(chain, on_device, pages)
+        self.undecided.discard(request)
         return pages
 
     def _on_found(self) -> Callable[[str, Sequence[PageKey]], object]:
@@ -219,12 +225,18 @@ class HybridStore(CachedAttentionStore):
 
     def _find_again(self, request: str) -> None:
         """Pages of the queued `request` were found or lost, so that it may resume at another end."""
-        if (queued := self._queued.get(request)) is not None:
+        if (queued := self.queued.get(request)) is None:
+            return
+        if self.decides_alone:
             self.arrive(request, queued.chain, on_device=queued.on_device)
+        else:
+            self.undecided.add(request)
 
     def _has_lost(self, request: str) -> bool:
-        """Whether something was lost that `request` needs to resume where it was going to."""
-        queued = self._queued[request]
+        """Whether something was lost that `request` needs, beside what is on the device, to resume at its end."""
+        queued = self.queued[request]
+        if queued.end <= queued.on_device:
+            return False
         tail = self._tail(queued.chain, queued.end, queued.on_device)
         return self.restorable_pages(queued.chain) < queued.end or not all(map(self.trailing.can_restore, tail))
 
@@ -263,7 +275,7 @@ class HybridStore(CachedAttentionStore):
         if not super().is_ready(request, may_give_up):
             return False
         tail, migration = self._tails.get(request), self._migration
-        if tail is None or migration is None or migration.gave_up(request):
+        if tail is None or (migration is not None and migration.gave_up(request)):
             return True
         if not self.trailing.has_sought(request, may_give_up):
             return False
@@ -282,7 +294,8 @@ class HybridStore(CachedAttentionStore):
     def leave(self, request: str) -> None:
         super().leave(request)
         self._leave_tail(request)
-        self._queued.pop(request, None)
+        self.queued.pop(request, None)
+        self.undecided.discard(request)
         self.trailing.stop_seeking(request)
 
     def _leave_tail(self, request: str) -> None:
@@ -401,7 +414,8 @@ class HybridStore(CachedAttentionStore):
     def _start_empty(self, epoch: int) -> None:
         super()._start_empty(epoch)
         self._tails.clear()
-        self._queued.clear()
+        self.queued.clear()
+        self.undecided.clear()
         self._saved.clear()
 
     def close(self) -> None:

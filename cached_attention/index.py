@@ -63,6 +63,8 @@ class PageIndex:
         self.position = array("i")
         """Base position: position of the page's first token when its keys were rotated."""
         self.last_use = array("d")
+        self.walked = array("I")
+        """Whole seconds since the epoch at which a use of a successor was last noted here, see `Uses`."""
         self.checksum = array("Q")
         """Checksum of the record's bytes and key; valid once the page is ready in a tier, and not for aliases."""
         self.uses = array("I")
@@ -89,7 +91,7 @@ class PageIndex:
         self._columns: list[tuple[array[Any] | bytearray, int]] = [
             (self.parent, NOWHERE),
             (self.position, NOWHERE),
-            *((column, 0) for column in (self.last_use, self.checksum, self.uses, self.kind)),
+            *((column, 0) for column in (self.last_use, self.walked, self.checksum, self.uses, self.kind)),
             *((column, 0) for column in (self.pins, self._references)),
             *of_tiers,
         ]
@@ -149,7 +151,8 @@ class PageIndex:
     def _new_row(self, key: PageKey) -> int:
         if self._free:
             row = self._free.pop()
-            self.keys[row], self.last_use[row], self.uses[row], self.kind[row] = key, 0.0, 0, 0
+            self.keys[row], self.last_use[row], self.walked[row] = key, 0.0, 0
+            self.uses[row], self.kind[row] = 0, 0
         else:
             row = len(self.keys)
             self.keys.append(key)

@@ -16,7 +16,7 @@ from cached_attention.tiers.remote import RemoteTier
 @dataclass
 class _Lookup:
     keys: Sequence[PageKey]
-    """The whole chain."""
+    """The whole chain, or of scattered pages those that are looked up."""
     first: int
     """The first page that was looked up."""
     on_device: int

@@ -32,14 +32,13 @@ class Uses:
     def mark(self, row: int) -> None:
         """`row` is in use now, and so are the pages before it.
 
-        The walk ends at the first page with a recent last use, so a chain is walked once per `USE_NOTED`.
+        The walk ends at the first page that another one passed recently: a chain is walked once per `USE_NOTED`.
         """
-        last_use, parent = self._index.last_use, self._index.parent
+        last_use, parent, walked = self._index.last_use, self._index.parent, self._index.walked
         now = self._clock()
-        while row != NOWHERE:
-            used, last_use[row] = last_use[row], now
-            if used >= now - USE_NOTED:
-                break
+        last_use[row] = now
+        while row != NOWHERE and walked[row] <= now - USE_NOTED:
+            walked[row], last_use[row] = int(now), now
             self._touch(row, now)
             self._pages.mark_dirty(row)  # If the disk has evicted it: on disk its successors need it.
             row = parent[row]

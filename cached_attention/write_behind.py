@@ -110,7 +110,16 @@ class WriteBehind:
             if self._pages.index.uses[row] >= self._min_uses:
                 self._pages.pin(row)
                 rows.append(row)
+                self._want_before(row)
         return rows
+
+    def _want_before(self, row: int) -> None:
+        """Write the pages before `row` as well if a full disk has evicted them: without them it is of no use."""
+        pages = self._pages
+        while (row := pages.index.parent[row]) in pages.in_host:
+            if row in pages.on_disk or row in pages.dirty or pages.index.pins[row]:
+                return
+            pages.mark_dirty(row)
 
     def _make_room(self, row: int) -> bool:
         """Evict pages colder than `row` from a full disk; their slots become free once that is durable.
@@ -156,7 +165,7 @@ class WriteBehind:
         deadline = time.monotonic() + timeout
         report = time.monotonic() + FLUSH_REPORT
         self.poll()
-        while self._writes and time.monotonic() < deadline:
+        while (self._writes or (self._pages.dirty.pages and self._disk.removing)) and time.monotonic() < deadline:
             time.sleep(0.005)
             self.poll()
             if time.monotonic() > report:

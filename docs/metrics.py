@@ -50,7 +50,12 @@ Suggested alerts:
 - `checksum_failures_total` grows: the disk or its file system changes bytes; for `remote`, another server's
   memory or the network.
 - `declined_pages_total` keeps growing: host memory is full of pages in use.
-- The rate of `load_wait_seconds_sum` is not small compared with 1: loading is slower than computing.
+- On a CPU, the rate of `load_wait_seconds_sum` is not small compared with 1: loading is slower than computing.
+  On a GPU, its stream waits, which these metrics do not see.
+
+Of a [hybrid model](models.md), the metrics cover the KV. The counters of its states or windows, which have a disk
+directory and a connection to the remote store of their own, are in `/server_info`
+([counters](operations.md#counters)).
 """
 
 

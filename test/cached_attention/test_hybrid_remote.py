@@ -260,6 +260,26 @@ def test_a_request_goes_on_from_an_earlier_end_if_kv_is_gone(pair: Pair, kind: K
 
 
 @kinds
+def test_a_rank_among_several_leaves_the_decision_to_all(pair: Pair, kind: Kind) -> None:
+    a, b = pair(kind)
+    a.save("aaaa", trailing=kind.span)
+    b.store.decides_alone = False
+    chain = Chain(keys_of("aaaa"))
+    assert b.store.arrive("asks", chain) == 0
+    until(lambda: b.store.poll() or "asks" in b.store.undecided, "it does not say that it found pages")
+    until(
+        lambda: b.store.poll() or next(b.store.held_ends(chain, b.store.restorable_pages(chain)), 0) == 4, "lost"
+    )
+    assert b.store.queued["asks"].end == 0
+    assert b.store.arrive("asks", chain, end=4) == 4
+    assert not b.store.undecided
+    until(lambda: b.store.poll() or b.store.is_ready("asks"), "a fetch hangs")
+    assert next(b.store.ends(chain, b.store.loadable_pages(chain))) == 4
+    b.store.leave("asks")
+    b.store.decides_alone = True
+
+
+@kinds
 def test_random_histories_of_two_servers(pair: Pair, kind: Kind) -> None:
     run = count()
     steps = st.tuples(

@@ -418,3 +418,24 @@ class ExpiringHistories(Histories):
 
 TestExpiringHistories = ExpiringHistories.TestCase
 TestExpiringHistories.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+def test_a_chat_with_short_pauses_outlives_its_time_to_live_whole(tmp_path: Path) -> None:
+    talk = Conversations(tmp_path, ttl=600.0)
+    prompt = "a"
+    for _ in range(9):
+        talk.save(prompt)
+        for _ in range(7):
+            talk.now += 20
+            talk.store.arrive("turn", Chain(keys_of(prompt)))
+            talk.store.reserve("turn", Chain(keys_of(prompt)))
+            talk.store.end_pass()
+            talk.store.leave("turn")
+        prompt += "a"
+        prompt = prompt[: HOST_PAGES - 1]
+    index = talk.store._index
+    ages = [talk.now - index.last_use[index.find(key)] for key in keys_of(prompt)]
+    assert max(ages) <= 2 * USE_NOTED, "the head of a conversation in use ages"
+    talk.restart()
+    assert talk.load(prompt) == len(prompt)
+    talk.store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -30,11 +31,16 @@ class Disk(SimulatedDisk):
     removing = 0
     frees_at_once = True
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.removed: list[int] = []
+
     def remove(self, slots: Iterable[int]) -> None:
         if self.frees_at_once:
             super().remove(slots)
         else:
-            self.removing += len(list(slots))
+            self.removed += slots
+            self.removing = len(self.removed)
 
 
 class Writing:
@@ -49,10 +55,12 @@ class Writing:
         self.write_behind = WriteBehind(self.pages, self.disk, 1)
         self.save(dirty)
 
-    def save(self, pages: int) -> None:
+    def save(self, pages: int, after: bytes | None = None) -> None:
+        """`after`: the page that the first of them follows; without it they do not follow each other."""
         for _ in range(pages):
             self.saved += 1
-            row = self.pages.admit(f"page {self.saved}".encode(), None, 0)
+            row = self.pages.admit(key := f"page {self.saved}".encode(), after, 0)
+            after = after and key
             assert row is not None
             self.pages.index.uses[row] = 1
             self.pages.index.last_use[row] = self.saved
@@ -145,3 +153,42 @@ def test_no_more_is_evicted_while_slots_become_free() -> None:
         writing.run_pass(1.0)
     assert writing.disk.removing <= MOST
     assert writing.pages.on_disk.pages == LARGE // 2 - writing.disk.removing
+
+
+def test_what_is_written_after_pages_that_a_full_disk_has_evicted_brings_them_back() -> None:
+    writing = Writing(LARGE, 0, disk_slots=LARGE // 4, rate=FAST)
+    writing.save(1)
+    writing.save(9, after=b"page 1")
+    writing.save(LARGE // 2)
+    for _ in range(40):
+        writing.run_pass(1.0)
+    chain = [writing.pages.index.find(b"page %d" % number) for number in range(1, 11)]
+    assert not any(row in writing.pages.on_disk for row in chain)
+    assert all(row in writing.pages.in_host for row in chain)
+    for row in chain:
+        writing.pages.index.last_use[row] = writing.saved + 1
+    writing.save(2, after=b"page 10")
+    for _ in range(40):
+        writing.run_pass(1.0)
+    chain += [writing.pages.index.find(b"page %d" % number) for number in (writing.saved - 1, writing.saved)]
+    assert all(row in writing.pages.on_disk for row in chain), "what is on disk is no prefix"
+    writing.pages.check_invariants()
+
+
+def test_a_flush_waits_until_a_full_disk_has_made_room() -> None:
+    writing = Writing(LARGE, LARGE // 2, disk_slots=LARGE // 2, rate=FAST)
+    while writing.pages.dirty.pages:
+        writing.run_pass(1.0)
+    writing.disk.frees_at_once = False
+    writing.save(10)
+
+    def free_late() -> None:
+        writing.now += 1.0
+        writing.disk.advance()
+        if writing.disk.removing:
+            SimulatedDisk.remove(writing.disk, writing.disk.removed)
+            writing.disk.removing, writing.disk.removed = 0, []
+
+    settle = writing.write_behind.settle
+    writing.write_behind.settle = lambda: (free_late(), settle())[1]  # type: ignore[method-assign, func-returns-value]
+    assert writing.write_behind.flush(20.0) == 0

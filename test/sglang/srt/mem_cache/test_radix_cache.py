@@ -103,10 +103,30 @@ def test_slots_that_are_freed_otherwise_close_it(tree: Tree) -> None:
     assert tree.fence.is_closed
 
 
-@pytest.mark.parametrize("is_ready", [False, True])
-def test_nobody_is_preempted_for_a_request_that_waits_for_its_pages(tree: Tree, is_ready: bool) -> None:
-    tree.cache.linker.ranks = SimpleNamespace(is_ready=lambda rid: is_ready)
-    req: Any = SimpleNamespace(cache_request_handle=SimpleNamespace(rid="impatient"))
-    adder = SimpleNamespace(tree_cache=tree.cache)
-    assert plugin._preempt(lambda adder, req: True, adder, req) == is_ready
-    assert plugin._preempt(lambda adder, req: True, SimpleNamespace(tree_cache=None), req)
+def test_nobody_is_preempted_for_a_request_that_waits_for_its_pages(tree: Tree) -> None:
+    ready = {"late": False, "here": True}
+    tree.cache._keep_waiting = set()
+    tree.cache.linker.ranks = SimpleNamespace(is_ready=ready.__getitem__)
+    adder, preempted = SimpleNamespace(tree_cache=tree.cache), []
+
+    def preempt(_adder: Any, req: Any) -> bool:
+        preempted.append(req.cache_request_handle.rid)
+        return True
+
+    late, here = (SimpleNamespace(cache_request_handle=SimpleNamespace(rid=rid)) for rid in ready)
+    # SGLang ends the pass at the first request for which it gets False.
+    assert plugin._preempt(preempt, adder, late)  # type: ignore[arg-type]
+    assert plugin._preempt(preempt, adder, here)  # type: ignore[arg-type]
+    assert preempted == ["here"]
+    ready["late"] = True
+    assert not tree.cache.check_prefetch_progress(late.cache_request_handle), (
+        "there is no room for it in this pass"
+    )
+    tree.cache._keep_waiting.clear()
+    assert tree.cache.check_prefetch_progress(late.cache_request_handle)
+
+
+def test_other_trees_are_served_as_by_sglang() -> None:
+    other: Any = SimpleNamespace(tree_cache=None)
+    assert plugin._preempt(lambda adder, req: "answer", other, other) == "answer"  # type: ignore[arg-type, return-value, comparison-overlap]
+    assert plugin._announce(lambda scheduler, req, ticket: ticket, other, other, "ticket") == "ticket"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
@@ -32,7 +33,6 @@ from .rotary import UnsupportedRotationError
 from .tree_link import TreeLink
 
 if TYPE_CHECKING:
-    import torch
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
@@ -174,6 +174,11 @@ class HybridLinker(CachedAttentionLinker):
         if trailing.remote is not None and self._weights_are_here:
             trailing.remote.serve(self._trailing_identity.fingerprint())
 
+    @property
+    def _leaves_memory(self) -> bool:
+        trailing = self.store.trailing
+        return super()._leaves_memory or trailing.disk is not None or trailing.remote is not None
+
     def weights_updated(self) -> None:
         super().weights_updated()
         trailing = self.store.trailing
@@ -209,13 +214,24 @@ class HybridTreeLink(TreeLink):
         self._parting = 0
         return super().match(key, req, result)
 
-    def _arrive(self, req: Req, chain: Chain, on_device: int) -> None:
+    def _arrive(self, rid: str, chain: Chain, on_device: int) -> None:
         store, end = self.cache_linker.store, None
         if self.cache.tp_world_size > 1:
+            store.decides_alone = False
             pages = self.ranks.agree(store.restorable_pages(chain))
             end = self._common(store.held_ends(chain, pages, on_device), chain, on_device)
             end = end or self._common(store.held_ends(chain, pages), chain, 0)
-        store.arrive(req.rid, chain, on_device=on_device, end=end)
+        store.arrive(rid, chain, on_device=on_device, end=end)
+
+    def decide_again(self, rids: Sequence[str]) -> None:
+        store = self.cache_linker.store
+        if self.cache.tp_world_size == 1 or not rids:
+            return
+        decided = torch.tensor([rid not in store.undecided for rid in rids], dtype=torch.int)
+        self._take_least(decided)
+        for rid, is_decided in zip(rids, decided.tolist(), strict=True):
+            if not is_decided and (queued := store.queued.get(rid)) is not None:
+                self._arrive(rid, queued.chain, queued.on_device)
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
         store = self.cache_linker.store

@@ -345,9 +345,13 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     def check_weights(self) -> None:
         """An update has ended: as `weights_updated`, unless the weights are those for which pages are kept."""
-        uses_weights = self.store.disk is not None or self.store.remote is not None
-        if uses_weights and self._identity.has_changed():
+        if self._leaves_memory and self._identity.has_changed():
             self.weights_updated()
+
+    @property
+    def _leaves_memory(self) -> bool:
+        """Whether pages may outlive the weights they were computed with."""
+        return self.store.disk is not None or self.store.remote is not None
 
     def weights_left(self) -> None:
         """The weights are about to leave the device: until they are back, they cannot be read."""

@@ -235,18 +235,22 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         cache.reporting = Reporting(scheduler, cache.linker.cache_linker)
 
 
-def _announce(original: Callable[..., None], scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> None:
+def _announce(original: Callable[..., Any], scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
     """A streaming session keeps its KV on the device, outside of the tree, in which SGLang would look for it."""
     cache = _ours(scheduler)
-    if cache is None or not cache.session.will_lend_record(req):
-        original(scheduler, req, *args, **kwargs)
+    if cache is not None and cache.session.will_lend_record(req):
+        return None
+    return original(scheduler, req, *args, **kwargs)
 
 
 def _preempt(original: Callable[..., bool], adder: Any, req: Req, *args: Any, **kwargs: Any) -> bool:
-    """A request that still waits for its pages would not run in the room that others make for it."""
+    """Nobody makes room for a request that still waits for its pages.
+
+    True lets SGLang go on to find that out, and to look at the requests behind it.
+    """
     cache = _ours(adder)
-    if cache is not None and not cache.check_prefetch_progress(req.cache_request_handle):
-        return False
+    if cache is not None and cache.keeps_waiting(req.cache_request_handle):
+        return True
     return original(adder, req, *args, **kwargs)
 
 

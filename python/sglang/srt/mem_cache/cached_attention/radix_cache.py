@@ -45,6 +45,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: CachedAttentionLinker) -> None:
         self.linker = LINKS.get(type(cache_linker), TreeLink)(self, cache_linker)
         self._counted: WeakSet[Req] = WeakSet()
+        self._keep_waiting: set[str] = set()
         self._remote_pages: WeakKeyDictionary[CacheRequestHandle, Sequence[int]] = WeakKeyDictionary()
         """Per admitted request: places in its chain of the pages from the remote store."""
 
@@ -59,7 +60,13 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         self.linker.cache_linker.open(model, hf_config)
 
     def check_prefetch_progress(self, handle: CacheRequestHandle) -> bool:
-        return self.linker.ranks.is_ready(handle.rid)
+        return handle.rid not in self._keep_waiting and self.linker.ranks.is_ready(handle.rid)
+
+    def keeps_waiting(self, handle: CacheRequestHandle) -> bool:
+        """Whether a queued request waits for its pages until the end of this pass."""
+        if not self.check_prefetch_progress(handle):
+            self._keep_waiting.add(handle.rid)
+        return handle.rid in self._keep_waiting
 
     def pop_prefetch_loaded_span(self, handle: CacheRequestHandle) -> tuple[int, int | None]:
         first, pages, remote_pages = self.linker.cache_linker.store.fetched_span(handle.rid)
@@ -79,6 +86,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def check_hicache_events(self) -> None:
         # The first call of a scheduling pass: release what the last pass matched but did not admit.
         self.linker.cache_linker.store.end_pass()
+        self._keep_waiting.clear()
         self._queue_known()
         super().check_hicache_events()
         if self.reporting is not None:
@@ -148,7 +156,9 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def queue_ordered(self) -> None:
         """The scheduler has sorted its queue and will walk it now."""
-        self.linker.ranks.agree_on_ready(self._queue_known())
+        rids = self._queue_known()
+        self.linker.decide_again(rids)
+        self.linker.ranks.agree_on_ready(rids)
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         self.linker.cache_linker.store.prefill_took(tokens, seconds)

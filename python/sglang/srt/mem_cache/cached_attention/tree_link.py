@@ -118,7 +118,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         if (prompt := self._truncated.pop(req, None)) is not None:
             self.cache_linker.store.alias(chain, prompt.sources(len(chain.keys)))
             self.cache_linker.store.await_saves(req.rid, chain.keys[on_device:])
-        self._arrive(req, chain, on_device)
+        self._arrive(req.rid, chain, on_device)
         # Even if all of it is on the device: the conversation is in use, so its copy must not age.
         restorable = self.cache_linker.reserve(req.rid, chain)
         if on_device >= in_prompt:
@@ -132,8 +132,11 @@ class TreeLink(UnifiedCacheLinkerWrapper):
             last_host_node=result.best_match_node, host_hit_length=(pages - on_device) * page_size
         )
 
-    def _arrive(self, req: Req, chain: Chain, on_device: int) -> None:
-        self.cache_linker.store.arrive(req.rid, chain, on_device=on_device)
+    def _arrive(self, rid: str, chain: Chain, on_device: int) -> None:
+        self.cache_linker.store.arrive(rid, chain, on_device=on_device)
+
+    def decide_again(self, rids: Sequence[str]) -> None:
+        """Decide what the queued requests need of which pages were found or lost since they arrived."""
 
     def _agree(self, req: Req, chain: Chain, pages: int, on_device: int) -> int:
         """Pages that every rank can restore; this one has `pages`. Results up to `on_device` do not matter."""
