@@ -61,7 +61,6 @@ class WriteBehind:
         self._depth = BATCHES_IN_FLIGHT
         share = int(SHARE * pages.host.capacity) // BATCH_PAGES
         self._deepest = min(URGENT_BATCHES, max(BATCHES_IN_FLIGHT, share))
-        self._batches = BATCHES_IN_FLIGHT
 
     @property
     def rows_in_flight(self) -> int:
@@ -79,9 +78,9 @@ class WriteBehind:
         """
         self._adapt_depth()
         urgent = self.reserve_is_short(held)
-        self._batches = URGENT_BATCHES if urgent else 0 if reading else self._depth
-        while len(self._writes) < self._batches and self._disk.healthy:
-            if not (rows := self._choose()):
+        batches = URGENT_BATCHES if urgent else 0 if reading else self._depth
+        while len(self._writes) < batches and self._disk.healthy:
+            if not (rows := self._choose(batches)):
                 break
             rows.reverse()  # The head of a chain first: pages lie on disk in the order in which they are read.
             future = self._disk.write([page_write(self._pages, row) for row in rows])
@@ -97,11 +96,12 @@ class WriteBehind:
         elif was_writing:
             self._depth = min(2 * self._depth, self._deepest)
 
-    def _choose(self) -> list[int]:
+    def _choose(self, batches: int) -> list[int]:
+        """Rows of the next of `batches` writes."""
         rows: list[int] = []
         most = min(BATCH_PAGES, self._disk.write_room)
         while len(rows) < most and (row := self._pages.dirty_order.take()) is not None:
-            if self._disk.free_slots <= len(rows) and (rows or self._make_room(row)):
+            if self._disk.free_slots <= len(rows) and (rows or self._make_room(row, batches * BATCH_PAGES)):
                 self._pages.offer(row)
                 break
             self._pages.mark_clean(row)
@@ -121,13 +121,13 @@ class WriteBehind:
                 return
             pages.mark_dirty(row)
 
-    def _make_room(self, row: int) -> bool:
-        """Evict pages colder than `row` from a full disk; their slots become free once that is durable.
+    def _make_room(self, row: int, most: int) -> bool:
+        """Evict up to `most` pages colder than `row` from a full disk; slots become free once that is durable.
 
         False if nothing is colder.
         """
         removing = self._disk.removing
-        slots = self.evict(self._batches * BATCH_PAGES - removing, self._pages.index.last_use[row])
+        slots = self.evict(most - removing, self._pages.index.last_use[row])
         self._pages.stats.left("disk", Reason.ROOM, len(slots))
         if slots:
             self._disk.remove(slots)

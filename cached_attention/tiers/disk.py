@@ -146,7 +146,7 @@ class DiskTier:
         )
         self._sweeper: Sweeper | None = None
         if ttl is not None:
-            self._sweeper = Sweeper(directory, whole, fingerprint.name, ttl)
+            self._sweeper = Sweeper(self.path, whole, ttl)
 
     @property
     def healthy(self) -> bool:

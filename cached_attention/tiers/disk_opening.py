@@ -92,7 +92,7 @@ def open_store(
             locks.append(DirectoryLock(whole, shared=True))
         before = None if ttl is None else time.time() - ttl
         if before is not None:
-            remove_expired_stores(directory, whole, fingerprint.name, before)
+            remove_expired_stores(directory / fingerprint.name, whole, before)
         path = make_store(directory, fingerprint)
         if key is not None:
             _warn_of_plain_stores(directory)
@@ -193,18 +193,15 @@ def _warn_of_plain_stores(directory: Path) -> None:
         )
 
 
-def remove_expired_stores(directory: Path, whole: Path, own: str, before: float) -> None:
+def remove_expired_stores(own: Path, whole: Path, before: float) -> None:
     """Remove other fingerprints' stores whose pages were all last used before `before`.
 
     Also those in directories of ranks below `whole` that nobody owns: servers with another number of ranks left
-    them. The caller owns `directory`, which has its own store `own`.
+    them. The caller owns the directory of its store `own`.
     """
-    for store in stores(directory):
-        if store.name != own:
-            _remove_if_expired(store, before)
-    if whole != directory:
-        for store in stores(whole):
-            _remove_if_expired(store, before)
+    directory = own.parent
+    for store in sorted({*stores(directory), *stores(whole)} - {own}):
+        _remove_if_expired(store, before)
     for path in rank_directories(whole):
         if path != directory and path.is_dir() and not is_owned(path):
             with suppress(DirectoryInUseError, OSError):

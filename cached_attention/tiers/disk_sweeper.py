@@ -21,8 +21,8 @@ class Sweeper:
     After an upgrade, the stores of before take the space that the new store needs.
     """
 
-    def __init__(self, directory: Path, whole: Path, own: str, ttl: float) -> None:
-        self._where = directory, whole, own
+    def __init__(self, own: Path, whole: Path, ttl: float) -> None:
+        self._own, self._whole = own, whole
         self._ttl = ttl
         self._period = min(max(PERIODS[0], ttl / 4), PERIODS[1])
         self._closing = threading.Event()
@@ -38,6 +38,6 @@ class Sweeper:
     def _work(self) -> None:
         while not self._closing.wait(self._period):
             try:
-                remove_expired_stores(*self._where, time.time() - self._ttl)
+                remove_expired_stores(self._own, self._whole, time.time() - self._ttl)
             except OSError as error:
-                logger.warning("%s: expired stores could not be looked for: %s", self._where[0], error)
+                logger.warning("%s: expired stores could not be looked for: %s", self._whole, error)

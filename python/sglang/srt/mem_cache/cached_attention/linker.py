@@ -56,6 +56,10 @@ def page_keys(hashes: Sequence[str]) -> list[bytes]:
     return [bytes.fromhex(page_hash) for page_hash in hashes]
 
 
+def _do_without_disk(error: Exception) -> None:
+    logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
+
+
 class CachedAttentionLinker(UnifiedCacheLinker):
     """Owns this rank's store."""
 
@@ -179,7 +183,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         except OSError as error:
             if error.errno not in OUT_OF_SPACE:
                 raise
-            logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
+            _do_without_disk(error)
             return None
 
     def _read_key(self) -> EncryptionKey | None:
@@ -208,7 +212,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         try:
             return open_disk()
         except (DirectoryInUseError, OSError, ValueError, sqlite3.Error) as error:
-            logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
+            _do_without_disk(error)
             return None
 
     def _announce(self) -> None:
