@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def _bind_runtime() -> None:
-    """`cuda.bindings` contains a runtime of its own; its calls that make streams go to the simulated one."""
+    """`cuda.bindings` contains a runtime of its own; its calls about streams go to the simulated one."""
     from cuda.bindings import runtime
 
     simulated = ctypes.CDLL(None)
@@ -46,7 +46,14 @@ def _bind_runtime() -> None:
         simulated.simulated_gpu_mark_transfers(handle)
         return error, handle.value
 
+    def capture_info(stream: int) -> tuple[int, Any, int]:
+        status, number = ctypes.c_int(), ctypes.c_ulonglong()
+        asked = (ctypes.byref(status), ctypes.byref(number), None, None, None, None)
+        error = simulated.cudaStreamGetCaptureInfo(ctypes.c_void_p(stream), *asked)
+        return error, runtime.cudaStreamCaptureStatus(status.value), number.value
+
     runtime.cudaDeviceGetStreamPriorityRange = priorities
+    runtime.cudaStreamGetCaptureInfo = capture_info
     runtime.cudaStreamCreateWithPriority = create
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -18,13 +19,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RUNTIME = "libcuda_simulated.so"
 KERNELS = "kernels.so"
-SERVER_FLAGS = (
-    "--attention-backend=torch_native",
-    "--sampling-backend=pytorch",
-    "--disable-cuda-graph",
-    "--mem-fraction-static=0.5",
-)
+_FLAGS = ("--sampling-backend=pytorch", "--mem-fraction-static=0.5")
+SERVER_FLAGS = (*_FLAGS, "--attention-backend=torch_native", "--disable-cuda-graph")
 """With these SGLang uses nothing on the GPU that is not simulated."""
+_SIZES = {"decode": {"bs": [1, 2, 4]}, "prefill": {"bs": [64, 256, 512]}}
+GRAPH_FLAGS = (*_FLAGS, "--attention-backend=triton", f"--cuda-graph-config={json.dumps(_SIZES)}")
+"""With CUDA graphs of decode steps and prefills, as SGLang uses by default. For models that need no other pool."""
 LIBRARIES = "SIMULATED_GPU"
 """Environment variable: directory of both libraries; its presence means that the process has the GPU."""
 
@@ -50,6 +50,8 @@ def with_gpu(delay: int = 0) -> dict[str, str]:
         "TRITON_INTERPRET": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "SGLANG_FORCE_FUSED_OP_BACKEND": "torch",
+        # Compares graphs by a runtime of its own.
+        "SGLANG_ENABLE_CUDA_GRAPH_DEDUP": "0",
     }
 
 

@@ -36,6 +36,8 @@ WAITING = {"_local_scalar_dense", "_unique2", "equal", "is_nonzero", "masked_sel
 
 _runtime = ctypes.CDLL(None)
 _queued: dict[int, Callable[[], None]] = {}
+_recorded: dict[int, Callable[[], None]] = {}
+"""What CUDA graphs run, as often as they are launched. Kept until the process ends."""
 _numbers = itertools.count(1)
 _being_copied: list[tuple[torch.cuda.Event, torch.Tensor]] = []
 
@@ -62,6 +64,8 @@ def use_cpu_operators() -> torch.library.Library:
 
 def run_now(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Wait for the current stream, then run; what is new lies on the GPU."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{operator} waits for the GPU, and a graph is being captured")
     check_waiting()
     synchronize()
     call = Call("cpu", [])
@@ -192,6 +196,8 @@ def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
 
 def _keep(pinned: torch.Tensor) -> None:
     """Keep the memory until the copy has ended, as torch's allocator of pinned memory does."""
+    if torch.cuda.is_current_stream_capturing():
+        return
     _being_copied[:] = [(event, tensor) for event, tensor in _being_copied if not event.query()]
     _being_copied.append((torch.cuda.current_stream().record_event(), pinned))
 
@@ -236,7 +242,7 @@ def check_waiting() -> None:
 def enqueue(work: Callable[[], Any]) -> None:
     """Have the current stream run `work`."""
     number = next(_numbers)
-    _queued[number] = work
+    (_recorded if torch.cuda.is_current_stream_capturing() else _queued)[number] = work
     _runtime.cudaLaunchHostFunc(_stream(), _run_queued, ctypes.c_void_p(number))
 
 
@@ -244,7 +250,7 @@ def enqueue(work: Callable[[], Any]) -> None:
 def _run_queued(number: int) -> None:
     try:
         with torch.inference_mode():
-            _queued.pop(number)()
+            (_recorded.get(number) or _queued.pop(number))()
     except BaseException:  # noqa: BLE001  An error on a GPU ends its process, too.
         traceback.print_exc()
         os.abort()

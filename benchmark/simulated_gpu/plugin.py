@@ -12,6 +12,7 @@ import torch
 def activate() -> None:
     """Entry point; it is loaded in every process of SGLang."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache import memory_pool
     from sglang.srt.platforms.plain_cpu import linear_attention, registration
 
     gated_norm = linear_attention.gated_norm
@@ -21,14 +22,20 @@ def activate() -> None:
 
     linear_attention.gated_norm = gated_norm_of_rows
     registration.register_backend()
-    register_attention_backend("torch_native")(_create_backend)
+    # Otherwise it compiles a kernel, where there is a compiler.
+    memory_pool.can_use_store_cache = lambda *_: False
+    for name in ("torch_native", "triton"):  # Only with the second does SGLang use CUDA graphs.
+        register_attention_backend(name)(_create_backend)
 
 
 def _create_backend(model_runner: Any) -> Any:
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.platforms.plain_cpu import NAME, registration
 
-    backend = registration._create_backend(model_runner)
+    from benchmark.simulated_gpu.attention import RecordableAttnBackend
+
+    registration.use_latent_attention()
+    backend = RecordableAttnBackend(model_runner)
     if model_runner.use_mla_backend:
         AttentionBackendRegistry.register("torch_native", AttentionBackendRegistry.get_handler(NAME))
     if (model := sys.modules.get("sglang.srt.models.qwen3_5")) is not None:

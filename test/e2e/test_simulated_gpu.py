@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmark.simulated_gpu.environment import SERVER_FLAGS, with_gpu
+from benchmark.simulated_gpu.environment import GRAPH_FLAGS, SERVER_FLAGS, with_gpu
 
 LATE = 50_000
 """Microseconds at most."""
@@ -19,11 +19,12 @@ STATES = (*TIGHT, "--max-mamba-cache-size", "16", "--max-running-requests", "3")
 @pytest.mark.parametrize(
     ("model", "args", "answered", "known", "conversations", "host_size"),
     [
-        ({}, TIGHT, (), (30, 6), 4, "6MB"),
-        ({"architecture": "qwen3.5"}, STATES, ("--max-mamba-cache-size", "200"), (6, 3), 3, "3MB"),
-        ({"architecture": "mellum"}, (*TIGHT, "--swa-full-tokens-ratio", "0.5"), (), (6, 3), 4, "6MB"),
+        ({}, (*SERVER_FLAGS, *TIGHT), (), (30, 6), 4, "6MB"),
+        ({}, (*GRAPH_FLAGS, *TIGHT), (), (30, 6), 4, "6MB"),
+        ({"architecture": "qwen3.5"}, (*SERVER_FLAGS, *STATES), ("--max-mamba-cache-size", "200"), (6, 3), 3, "3MB"),
+        ({"architecture": "mellum"}, (*SERVER_FLAGS, *TIGHT, "--swa-full-tokens-ratio", "0.5"), (), (6, 3), 4, "6MB"),
     ],
-    ids=["kv", "states", "windows"],
+    ids=["kv", "graphs", "states", "windows"],
 )
 def test_a_gpu_answers_what_is_answered_without_a_cache(
     models: Any,
@@ -42,7 +43,7 @@ def test_a_gpu_answers_what_is_answered_without_a_cache(
 ) -> None:
     actual, tiers = town(conversations), (*args, *disk_tier(tmp_path, "200MB"))
     gpu = {"command": True, "env": {**with_gpu(LATE), CHECK_WAITS: "1"}}
-    with start(models(**model), *SERVER_FLAGS, *tiers, host_size=host_size, **gpu) as server:
+    with start(models(**model), *tiers, host_size=host_size, **gpu) as server:
         actual.hold(server, 1)
         # Another one takes the device.
         town(1, history=1_100, seed=1).hold(server, 1)

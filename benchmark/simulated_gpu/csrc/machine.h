@@ -77,13 +77,12 @@ struct Machine {
     if (!stream) streams.push_back(stream = new Stream);
     return *stream;
   }
+  std::vector<Stream*> all_streams() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return streams;
+  }
   void synchronize() {
-    std::vector<Stream*> all;
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      all = streams;
-    }
-    for (Stream* stream : all) stream->synchronize();
+    for (Stream* stream : all_streams()) stream->synchronize();
   }
 };
 

@@ -2,6 +2,7 @@
 // its functions come before those of libcudart, which answers the rest: that there is no device.
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -19,12 +20,20 @@ namespace {
 constexpr int kDevices = 1;
 
 Event& event_of(cudaEvent_t handle) { return *reinterpret_cast<Event*>(handle); }
+Graph& graph_of(void* handle) { return *static_cast<Graph*>(handle); }
+
+// The caller wants to wait for what is only recorded, and what is recorded cannot be changed any more.
+cudaError_t refused(Stream& stream) {
+  stream.recording->is_valid = false;
+  return failed(cudaErrorStreamCaptureUnsupported);
+}
 
 // As a GPU: what lies in memory that is not pinned is copied before the call returns.
 cudaError_t copy(void* target, void const* source, size_t size, cudaStream_t handle) {
   Stream& stream = machine().stream(handle);
   bool const waits =
       machine().find(target).place == Place::kPageable || machine().find(source).place == Place::kPageable;
+  if (waits && stream.recording) return refused(stream);
   stream.put([=] { std::memmove(target, source, size); }, stream.transfers);
   if (waits) stream.synchronize();
   return cudaSuccess;
@@ -288,17 +297,64 @@ cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   return machine().stream(stream).is_idle() ? cudaSuccess : failed(cudaErrorNotReady);
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  machine().stream(stream).synchronize();
+cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
+  Stream& stream = machine().stream(handle);
+  if (stream.recording) return refused(stream);
+  stream.synchronize();
   return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t* graph, cudaGraphNode_t const** nodes, cudaGraphEdgeData const** edges,
+                                     size_t* count) {
+  Graph* const recording = machine().stream(stream).recording;
+  *status = !recording             ? cudaStreamCaptureStatusNone
+            : recording->is_valid ? cudaStreamCaptureStatusActive
+                                  : cudaStreamCaptureStatusInvalidated;
+  if (id && recording) *id = recording->id;
+  if (graph) *graph = reinterpret_cast<cudaGraph_t>(recording);
+  if (nodes) *nodes = nullptr;
+  if (edges) *edges = nullptr;
+  if (count) *count = 0;
   return cudaSuccess;
 }
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*, cudaGraph_t*,
-                                     cudaGraphNode_t const**, cudaGraphEdgeData const**, size_t*) {
-  *status = cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  return cudaStreamGetCaptureInfo(stream, status, nullptr, nullptr, nullptr, nullptr, nullptr);
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
+  static std::atomic<unsigned long long> graphs{0};
+  Stream& stream = machine().stream(handle);
+  if (stream.recording) return failed(cudaErrorIllegalState);
+  stream.recording = new Graph{{}, ++graphs};
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+  Graph* const recorded = machine().stream(handle).recording;
+  if (!recorded) return failed(cudaErrorIllegalState);
+  for (Stream* stream : machine().all_streams()) {
+    if (stream->recording == recorded) stream->recording = nullptr;
+  }
+  *graph = recorded->is_valid ? reinterpret_cast<cudaGraph_t>(recorded) : nullptr;
+  return recorded->is_valid ? cudaSuccess : failed(cudaErrorStreamCaptureInvalidated);
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
+  if (nodes) return failed(cudaErrorNotSupported);
+  *count = graph_of(graph).nodes.size();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  *executable = reinterpret_cast<cudaGraphExec_t>(new Graph(graph_of(graph)));
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  machine().stream(stream).launch(graph_of(executable));
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete &graph_of(graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  delete &graph_of(executable);
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
@@ -315,17 +371,29 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete &event_of(event);
   return cudaSuccess;
 }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
-  event_of(event).mark = machine().stream(stream).mark();
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t on, unsigned flags) {
+  Event* const event = &event_of(handle);
+  Stream& stream = machine().stream(on);
+  if (stream.recording && flags & cudaEventRecordExternal) {
+    stream.recording->nodes.push_back([event] {
+      auto const mark = event->mark = std::make_shared<Mark>();
+      return [mark] { mark->happen(); };
+    });
+  } else {
+    event->mark = stream.mark();
+  }
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   auto const mark = event_of(event).mark;
+  if (mark && mark->graph) return failed(cudaErrorCapturedEvent);
   return !mark || mark->is_done() ? cudaSuccess : failed(cudaErrorNotReady);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  if (auto const mark = event_of(event).mark) mark->wait();
+  auto const mark = event_of(event).mark;
+  if (mark && mark->graph) return failed(cudaErrorCapturedEvent);
+  if (mark) mark->wait();
   return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
@@ -335,8 +403,20 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
   *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
   return cudaSuccess;
 }
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (auto const mark = event_of(event).mark) machine().stream(stream).put([mark] { mark->wait(); }, true);
+cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
+  Stream& stream = machine().stream(handle);
+  auto const mark = event_of(event).mark;
+  if (!mark) return cudaSuccess;
+  if (mark->graph) {
+    // The stream takes part in the recording; the order of the nodes says what comes before what.
+    if (stream.recording && stream.recording != mark->graph) return failed(cudaErrorStreamCaptureMerge);
+    stream.recording = mark->graph;
+  } else if (stream.recording) {
+    stream.recording->is_valid = false;
+    return failed(cudaErrorStreamCaptureIsolation);
+  } else {
+    stream.put([mark] { mark->wait(); }, true);
+  }
   return cudaSuccess;
 }
 

@@ -1,4 +1,4 @@
-// Streams of the simulated GPU, and what events know of them.
+// Streams of the simulated GPU, the graphs that they record, and what events know of them.
 #pragma once
 
 #include <chrono>
@@ -10,6 +10,7 @@
 #include <mutex>
 #include <random>
 #include <thread>
+#include <vector>
 
 namespace simulated {
 
@@ -23,8 +24,16 @@ inline int most_delay() {
 }
 constexpr unsigned kLate = 4;
 
+// Work that was recorded, in the order in which it was put on any of the streams. Each launch asks all nodes for their work.
+struct Graph {
+  std::vector<std::function<Work()>> nodes;
+  unsigned long long id;
+  bool is_valid = true;
+};
+
 // What an event knows of its last record.
 struct Mark {
+  Graph* graph = nullptr;  // Recorded into it: nothing outside of it may wait.
   std::mutex mutex;
   std::condition_variable happened;
   bool done = false;
@@ -49,11 +58,16 @@ struct Mark {
 // Runs work in order, on a thread of its own.
 class Stream {
  public:
-  bool transfers = false;  // Its copies and kernels may be late.
+  bool transfers = false;           // Its copies and kernels may be late.
+  Graph* recording = nullptr;  // Takes what is put here.
 
   Stream() : random_(std::random_device{}()) { std::thread([this] { serve(); }).detach(); }
 
   void put(Work work, bool may_be_late = false) {
+    if (recording) {
+      recording->nodes.push_back([work] { return work; });
+      return;
+    }
     std::lock_guard<std::mutex> lock(mutex_);
     if (most_delay() && may_be_late && random_() % kLate == 0) {
       std::chrono::microseconds const delay(random_() % most_delay());
@@ -64,8 +78,12 @@ class Stream {
   }
   std::shared_ptr<Mark> mark() {
     auto mark = std::make_shared<Mark>();
-    put([mark] { mark->happen(); });
+    mark->graph = recording;
+    if (!recording) put([mark] { mark->happen(); });
     return mark;
+  }
+  void launch(Graph const& graph) {
+    for (auto const& node : graph.nodes) put(node(), transfers);
   }
   void synchronize() { mark()->wait(); }
   bool is_idle() {
