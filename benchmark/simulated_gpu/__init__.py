@@ -9,6 +9,6 @@ bodies, and Triton's by its interpreter. All work is queued and runs after the c
 With a delay, some transfers and some waits between streams are late, at random, so that whatever waits for too
 little reads or writes wrong bytes.
 
-It shows that the code for GPUs runs and orders its work. It says nothing about speed. There are no CUDA graphs,
-no second GPU, and no kernels of other libraries.
+It shows that the code for GPUs runs and orders its work, also in CUDA graphs, which record work and run it again.
+It says nothing about speed. There is no second GPU, and there are no kernels of other libraries.
 """

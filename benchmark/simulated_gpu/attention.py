@@ -1,4 +1,4 @@
-"""Attention of the plain CPU as work for a stream of the simulated GPU, so that CUDA graphs can record decode steps."""
+"""Attention of the plain CPU as work for a stream of the simulated GPU, which CUDA graphs can record."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SERVER_FLAGS = (*_FLAGS, "--attention-backend=torch_native", "--disable-cuda-gra
 """With these SGLang uses nothing on the GPU that is not simulated."""
 _SIZES = {"decode": {"bs": [1, 2, 4]}, "prefill": {"bs": [64, 256, 512]}}
 GRAPH_FLAGS = (*_FLAGS, "--attention-backend=triton", f"--cuda-graph-config={json.dumps(_SIZES)}")
-"""With CUDA graphs of decode steps and prefills, as SGLang uses by default. For models that need no other pool."""
+"""With CUDA graphs of decode steps and prefills, as by default. For models whose layers share one pool."""
 LIBRARIES = "SIMULATED_GPU"
 """Environment variable: directory of both libraries; its presence means that the process has the GPU."""
 

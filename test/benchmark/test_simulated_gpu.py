@@ -66,3 +66,50 @@ print("missed", missed)
     done = run("-c", program)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 0
+
+
+def test_a_graph_runs_again_what_it_recorded_on_several_streams() -> None:
+    program = """
+import torch
+x, side, done = torch.zeros(4, device="cuda"), torch.cuda.Stream(), torch.cuda.Event(external=True)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = x * 2
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        z = y + 1
+    torch.cuda.current_stream().wait_stream(side)
+    done.record()
+    z += x
+for i in range(5):
+    x.fill_(i)
+    graph.replay()
+    done.synchronize()
+    print(*y.tolist(), *z.tolist())
+"""
+    done = run("-c", program)
+    assert done.returncode == 0, done.stderr
+    expected = [" ".join(4 * [f"{2.0 * i}"] + 4 * [f"{3.0 * i + 1}"]) for i in range(5)]
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    ["x.sum().item()", "x.cpu()", "torch.cuda.current_stream().wait_event(before)", "before.wait()"],
+)
+def test_a_graph_refuses_what_a_gpu_cannot_record(forbidden: str) -> None:
+    program = f"""
+import torch
+x = torch.zeros(4, device="cuda")
+before = torch.cuda.current_stream().record_event()
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        y = x + 1
+        {forbidden}
+except RuntimeError as error:
+    print("refused")
+print(*(x + 1).tolist())
+"""
+    done = run("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["refused", "1.0 1.0 1.0 1.0"]
