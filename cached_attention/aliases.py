@@ -35,8 +35,6 @@ class Aliases:
         """Rotated pages per running request; the engine's cache may not contain them yet."""
         self._loading: Counter[PageKey] = Counter()
         """Number of these requests per page."""
-        self.named = 0
-        """Number of aliases made."""
 
     def extend(self, keys: Sequence[PageKey], sources: Iterable[Source]) -> None:
         """Alias the pages of the chain `keys` that are in no tier, up to the first one without a source.
@@ -50,7 +48,7 @@ class Aliases:
             parent = keys[page - 1] if page else None
             if not any(self._name(keys[page], parent, source, page) for source in lazily):
                 return
-            self.named += 1
+            self._pages.stats.aliased += 1
 
     def _name(self, key: PageKey, parent: PageKey | None, source: Source, page: int) -> bool:
         original = source[page] if page < len(source) else None

@@ -302,6 +302,7 @@ class Hierarchy:
                 self.mark_clean(sharer)  # It was used again while it was being written.
                 self.index.place(sharer, self.on_disk, slot)
                 self.feed.entered(sharer, self.on_disk)
+                self.offer(sharer)
         return []
 
     def leave_disk(self, row: int) -> list[int]:
@@ -407,6 +408,9 @@ class Hierarchy:
         self.index.check_invariants()
         for order in (self.host_order, self.disk_order):
             order.demand.check_invariants()
+            for row in self.index.leaves(order.tier):
+                due = not self.index.pins[row] and not order.demand.is_wanted(row)
+                assert order.has_queued(row) or not due, "a page can be evicted, and never will be"
         rows = [row for row in self.index.rows() if row in self.in_host]
         self.host.check_invariants({self.in_host.slot[row] for row in rows})
         for row in self.index.rows():

@@ -71,12 +71,6 @@ class TrailingStore(CachedAttentionStore):
         if self._lookups is not None:
             self._lookups.seek(request, keys, useful, page_tokens)
 
-    def counters(self) -> dict[str, int]:
-        counts = super().counters()
-        if self._lookups is not None and "remote_lookups" in counts:
-            counts["remote_lookups"] += self._lookups.asked
-        return counts
-
     def has_sought(self, request: str, may_give_up: bool = True) -> bool:
         """Whether `seek` has an answer, or waiting for it is not expected to pay off."""
         return self._lookups is None or self._lookups.is_ready(request, may_give_up)

@@ -32,6 +32,12 @@ class InFlight:
     def answers(self) -> list[Future[list[int | None]]]:
         return [answer for _, answer in self._batches]
 
+    def abandon(self) -> None:
+        """No longer wait for the tier, which may still be reading the pages."""
+        while self._batches:
+            for row in self._batches.popleft()[0]:
+                self._pages.unpin(row)
+
     def settled(self) -> Iterator[tuple[int, int | None]]:
         """Rows of answered batches with their answers; each row is unpinned after being yielded."""
         while self._batches and self._batches[0][1].done():

@@ -162,6 +162,8 @@ class LookAhead:
         ask = self._asks[request]
         if ask.next == ask.first:  # Nothing is held yet: pages may have left host memory.
             ask.first = ask.next = self._pages.loadable(ask.keys, ask.first)
+            if ask.remote:  # Some may have come for another request.
+                ask.remote = sum(not self._pages.is_kept(key) for key in ask.keys[ask.first :])
         end = min(ask.next + min(BATCH, self._room(request, rank)), len(ask.keys))
         first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
         if ask.next < end and not self._pages.is_restorable(ask.keys[ask.next]):

@@ -55,7 +55,6 @@ class Lookups:
         self._open: dict[str, _Lookup] = {}
         self._asked: dict[str, tuple[int, bool]] = {}
         """Per queued request: length of its chain in pages, and whether some of it was not on the device."""
-        self.asked = 0
 
     def ask(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
         """Look up the pages of the chain `keys` after the first `restorable`, unless that was done before.
@@ -73,7 +72,7 @@ class Lookups:
     def _look_up(
         self, request: str, keys: Sequence[PageKey], first: int, on_device: int, useful: int, page_tokens: int
     ) -> None:
-        self.asked += 1
+        self._pages.stats.lookups += 1
         answer = self._remote.exist(keys[first:])
         self._open[request] = _Lookup(keys, first, on_device, useful, page_tokens, answer)
 

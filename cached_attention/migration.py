@@ -63,8 +63,7 @@ class Migration:
     @property
     def pins(self) -> int:
         """Number of pins held for requests, reads and writes."""
-        writers = (self.write_behind, self._put_behind)
-        return self.fetch.pins + sum(writer.rows_in_flight for writer in writers if writer is not None)
+        return self.fetch.pins + sum(writer.rows_in_flight for writer in self._writers)
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
@@ -84,7 +83,7 @@ class Migration:
         if self._remote is not None and self._lookups is not None:
             counts |= {f"remote_{name}": count for name, count in vars(self._remote.stats).items()}
             counts |= {
-                "remote_lookups": self._lookups.asked,
+                "remote_lookups": stats.lookups,
                 "remote_known": len(self._pages.remote),
                 "remote_unshared": self._pages.remote.unshared,
                 "remote_errors": self._remote.errors,
@@ -199,12 +198,22 @@ class Migration:
 
     @property
     def _parts(self) -> list[Fetch | WriteBehind | PutBehind]:
-        return [part for part in (self.fetch, self.write_behind, self._put_behind) if part is not None]
+        return [self.fetch, *self._writers]
+
+    @property
+    def _writers(self) -> list[WriteBehind | PutBehind]:
+        return [writer for writer in (self.write_behind, self._put_behind) if writer is not None]
 
     def settle(self) -> None:
         """Process all transfers that have ended; reads that have not will never be waited for."""
         for part in self._parts:
             part.settle()
+
+    def give_up(self) -> None:
+        """`settle`, and never wait for writes that have not ended either: the tiers are closed."""
+        self.settle()
+        for writer in self._writers:
+            writer.give_up()
 
     @property
     def slots_in_flight(self) -> list[int]:

@@ -69,6 +69,11 @@ class PutBehind:
         """Of all puts that have not been processed."""
         return self._puts.answers
 
+    def give_up(self) -> None:
+        """Process puts that have ended; the others will never be waited for."""
+        self.settle()
+        self._puts.abandon()
+
     def settle(self) -> None:
         """Process puts that have ended."""
         index = self._pages.index

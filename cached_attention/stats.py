@@ -74,6 +74,10 @@ class StoreStats:
     fetched: int = 0
     lost: int = 0
     """Pages that were damaged, foreign or unreadable when read back."""
+    aliased: int = 0
+    """Pages that took the bytes of another one, at another position."""
+    lookups: int = 0
+    """Prompts looked up in the remote store."""
     recomputed: int = 0
     """Pages recomputed because waiting for them would have taken longer."""
     given_up: int = 0

@@ -109,8 +109,7 @@ class CachedAttentionStore:
         self._can_rotate = rotations is not None
         self._device_pages = device.num_pages
         copier = page_copier(device, self.host, rotations)
-        page_size, leaves_memory = self.layout.page_size, disk is not None or remote is not None
-        self._transfers = Transfers(copier, self.host, device.device, page_size, checksums=leaves_memory)
+        self._transfers = Transfers(copier, self.host, device.device, self.layout.page_size)
         self.residency = ResidencyFeed()
         if remote is not None:
             remote.open(self.host)
@@ -122,6 +121,8 @@ class CachedAttentionStore:
         self._pages = Hierarchy(
             self.host, has_disk=has_disk, has_remote=has_remote, feed=self.residency, stats=self.stats
         )
+        # It changes only while host memory is empty: pages that were saved before would have none.
+        self._transfers.checksums = has_disk or has_remote
         self._pages.epoch = epoch
         self._pages.is_closed = self._chain_pages is None
         self._index, self._in_host = self._pages.index, self._pages.in_host
@@ -171,7 +172,7 @@ class CachedAttentionStore:
         counts = self.stats.counters() | {
             "host_pages": self.host.capacity,
             "host_pages_used": self._in_host.pages,
-            "aliases": self._aliases.named,
+            "aliases": self.stats.aliased,
             "waiting": len(self._pages.waiting),
         }
         if self._migration is not None:
@@ -563,8 +564,9 @@ class CachedAttentionStore:
             return
         slots = self._migration.slots_in_flight
         logger.error(
-            "CachedAttention: a tier has not answered for %.0f s. Until a restart, the server goes on without"
-            " disk and remote store, which keep their pages, and without %d pages of host memory.",
+            "CachedAttention: a tier has not answered for %.0f s. The server goes on without disk and remote"
+            " store, which keep their pages, and without %d pages of host memory. A flush of the cache tries the"
+            " disk again; the rest needs a restart.",
             PATIENCE,
             len(slots),
         )
@@ -572,7 +574,7 @@ class CachedAttentionStore:
         for tier in (self.disk, self.remote):
             if tier is not None:
                 tier.close(0.0)
-        self._migration.settle()
+        self._migration.give_up()
         self.disk = self.remote = self._migration = None
         self._pages.remote.clear()
 

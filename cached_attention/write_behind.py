@@ -149,6 +149,11 @@ class WriteBehind:
         """Of all writes that have not been processed."""
         return self._writes.answers
 
+    def give_up(self) -> None:
+        """Process writes that have ended; the others will never be waited for."""
+        self.settle()
+        self._writes.abandon()
+
     def settle(self) -> None:
         """Process writes that have ended."""
         unneeded: list[int] = []

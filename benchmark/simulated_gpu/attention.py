@@ -72,11 +72,14 @@ def _decode(
     req_to_token: torch.Tensor,
     rows: torch.Tensor,
     lengths: torch.Tensor,
-    *tensors: torch.Tensor,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
 ) -> None:
-    """Attention of one layer: one new token for each of `rows`. `tensors`: those of `attend`, in its order."""
+    """Attention of one layer for one new token of each of `rows`; see `attend`."""
     requests = [Request(row, 1, length) for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
-    attend(ForwardPlan(requests, req_to_token).work(kind, None), *tensors, scale)
+    attend(ForwardPlan(requests, req_to_token).work(kind, None), query, output, keys, values, scale)
 
 
 def create(model_runner: Any) -> RecordableAttnBackend:

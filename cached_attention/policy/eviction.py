@@ -57,9 +57,9 @@ class EvictionOrder:
         self._seen = (-1, 0.0)
         self.demand = Demand(WaitingOrder() if waiting is None else waiting, index, tier, freed=self.offer)
 
-    def __len__(self) -> int:
-        """Number of pages queued."""
-        return sum(map(len, self._queues))
+    def has_queued(self, row: int) -> bool:
+        """Whether the page will be considered for eviction; also true of some that cannot be evicted now."""
+        return any(self._queued[row : row + 1]) or row in self._set_aside
 
     def offer(self, row: int) -> None:
         """`row` may have become evictable: placed, unpinned, no longer wanted, or its successor has left."""

@@ -20,6 +20,9 @@ class SetAside:
         self._by_use: list[tuple[float, int]] = []
         """Heap of (last use, row), among stale entries."""
 
+    def __contains__(self, row: int) -> bool:
+        return row in self._rows
+
     def add(self, row: int) -> None:
         self._rows[row] = None
         heapq.heappush(self._by_use, (self._index.last_use[row], row))

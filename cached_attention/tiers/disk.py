@@ -300,8 +300,9 @@ class DiskTier:
             open_tickets = {ticket for ticket, _ in self._writes.values()} | self._reads
             self._writes.clear()
             self._reads.clear()
+            for ticket in open_tickets:
+                ticket.begin()
         for ticket in open_tickets:
-            ticket.begin()
             ticket.finish()
         if ended:
             self._store.close(self._slots.states.rfind(SAVED) + 1)

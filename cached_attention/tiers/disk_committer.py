@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cached_attention.tiers.disk_health import Health
 from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex
 from cached_attention.tiers.disk_rows import DiskRecord
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS
 
+logger = logging.getLogger(__name__)
+
 TOUCH_SECONDS = 5.0
 """How long updated use counts may wait to be committed with others."""
 RETRY_SECONDS = 0.1
 DISK_ERRORS = (OSError, *INDEX_ERRORS)
+UNEXPECTED = "CachedAttention: a change of the disk's index failed in an unexpected way."
+"""The thread goes on all the same: every write waits for it."""
+T = TypeVar("T")
 
 
 class Outcome(Protocol):
@@ -127,7 +133,7 @@ class Committer:
             self._probe_if_due()
             done = self._writes.healthy and self._commit(changes)
             if not done and changes.saved:
-                self._outcome.unsaved(changes.saved)
+                self._tell(self._outcome.unsaved, changes.saved)
             with self._changed:
                 self._committing = False
                 if not done:
@@ -180,10 +186,20 @@ class Committer:
         except DISK_ERRORS as error:
             self._writes.failed(error)
             return False
+        except Exception as error:
+            logger.exception(UNEXPECTED)
+            self._writes.failed(error)
+            return False
         self._writes.succeeded()
-        self._outcome.removed(changes.removed)
-        self._outcome.saved(changes.saved)
+        self._tell(self._outcome.removed, changes.removed)
+        self._tell(self._outcome.saved, changes.saved)
         return True
+
+    def _tell(self, tell: Callable[[list[T]], None], changes: list[T]) -> None:
+        try:
+            tell(changes)
+        except Exception:
+            logger.exception(UNEXPECTED)
 
     def _probe_if_due(self) -> None:
         waits = [(health, health.seconds_to_probe()) for health in (self._reads, self._writes)]
@@ -195,6 +211,9 @@ class Committer:
             self._index.set_meta("probed", str(time.time()))
             works = True
         except DISK_ERRORS:
+            works = False
+        except Exception:
+            logger.exception(UNEXPECTED)
             works = False
         for health in due:
             health.probed(works)

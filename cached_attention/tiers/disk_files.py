@@ -105,6 +105,8 @@ class SlotFiles:
         self._lock = threading.Lock()
         self._growth = threading.Lock()
         self._fds: dict[int, int] = {}
+        self._replaced: list[int] = []
+        """Descriptors of files that were removed under the running store."""
         self._allocated = {number: path.stat().st_size for number, path in self._paths()}
         self.direct = True
         self.direct = self._takes_direct_io()
@@ -143,7 +145,7 @@ class SlotFiles:
             fd = self._fd(number)
             if os.fstat(fd).st_nlink == 0:
                 if self.directory.exists():
-                    self._forget(number)  # What is written from now on goes to a new file.
+                    self._replace(number)
                 raise FileNotFoundError(errno.ENOENT, "removed under the running store", self._path(number))
             self._io.fdatasync(fd)
 
@@ -208,6 +210,8 @@ class SlotFiles:
     def close(self) -> None:
         for number in list(self._fds):
             self._forget(number)
+        while self._replaced:
+            self._io.close(self._replaced.pop())
 
     @property
     def _flags(self) -> int:
@@ -230,6 +234,12 @@ class SlotFiles:
             if fd is None:
                 fd = self._fds[number] = self._io.open(self._path(number), os.O_RDWR | self._flags)
             return fd
+
+    def _replace(self, number: int) -> None:
+        """What is written from now on goes to a new file; threads may still be using the old one."""
+        with self._lock:
+            self._allocated.pop(number, None)
+            self._replaced.append(self._fds.pop(number))
 
     def _forget(self, number: int) -> None:
         with self._lock:

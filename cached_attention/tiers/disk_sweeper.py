@@ -41,3 +41,5 @@ class Sweeper:
                 remove_expired_stores(self._own, self._whole, time.time() - self._ttl)
             except OSError as error:
                 logger.warning("%s: expired stores could not be looked for: %s", self._whole, error)
+            except Exception:
+                logger.exception("%s: expired stores could not be looked for.", self._whole)

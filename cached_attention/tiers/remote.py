@@ -152,6 +152,10 @@ class RemoteTier:
         self._closing = True
         self._changed.set()
         ended = self._queue.close(timeout)
+        if self._keeper.ident is not None:
+            # It may be connecting: a store that is joined after this would keep memory that is not ours any more.
+            self._keeper.join(max(0.0, deadline - time.monotonic()))
+            ended = ended and not self._keeper.is_alive()
         leave = threading.Thread(target=self._client.close, name="remote-close", daemon=True)
         if ended:
             leave.start()
@@ -180,6 +184,8 @@ class RemoteTier:
         except (*CALL_ERRORS, OSError) as error:
             self._health.warn(error)
             return False
+        if self._closing:
+            self._client.close()  # `close` may have given up waiting for this call.
         return True
 
     def _lost(self) -> None:

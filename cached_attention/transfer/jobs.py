@@ -49,16 +49,15 @@ class Transfers:
 
     Args:
         device: device of the engine's pool.
-        checksums: whether saves compute one per page, which only pages that leave memory need.
     """
 
-    def __init__(
-        self, copier: PageCopier, host: HostTier, device: torch.device, page_size: int, *, checksums: bool
-    ) -> None:
+    checksums = True
+    """Whether saves compute one per page, which only pages that leave memory need."""
+
+    def __init__(self, copier: PageCopier, host: HostTier, device: torch.device, page_size: int) -> None:
         self._copier = copier
         self._host = host
         self._page_size = page_size
-        self._checksums = checksums
         self._loads = make_stream(device, "load", Priority.HIGH)
         self._saves = make_stream(device, "save", Priority.LOW)
         self._numbers = make_stream(device, "numbers", Priority.HIGH) if copier.wants_numbers else None
@@ -130,7 +129,7 @@ class Transfers:
         return Step(work, ended)
 
     def _checksum(self, key: PageKey, slot: int) -> int:
-        return page_checksum(key, self._host.record(slot)) if self._checksums else NO_CHECKSUM
+        return page_checksum(key, self._host.record(slot)) if self.checksums else NO_CHECKSUM
 
     def _make_way(self) -> None:
         """Let a load pass: requests wait for loads, not saves. Ignores loads that still wait for a forward."""

@@ -222,6 +222,21 @@ def test_a_detached_disk_keeps_its_pages_and_gets_no_more(tmp_path: Path) -> Non
     talk.store.close()
 
 
+def test_a_disk_that_is_opened_later_gets_pages_that_can_be_read_back(tmp_path: Path) -> None:
+    """As after a start with a full file system."""
+    talk = Conversations(tmp_path)
+    talk.store.close()
+    talk.store = CachedAttentionStore(talk.pool, HOST_PAGES * talk.pool.layout.stride, clock=talk.tick)
+    talk.save("dd")
+    talk.store.replace_disk(talk.open_disk)
+    talk.save("aaaa")
+    talk.restart()
+    assert talk.load("aaaa") == 4
+    assert talk.store.counters()["disk_damaged"] == 0
+    assert talk.load("dd") == 0
+    talk.store.close()
+
+
 def test_a_conversation_lies_on_disk_as_it_is_read(tmp_path: Path) -> None:
     """So that few large reads bring it back, although its tail was due first."""
     talk = Conversations(tmp_path)

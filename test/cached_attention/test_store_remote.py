@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 
 from benchmark.mooncake import Master
+from cached_attention import store
 from cached_attention.chain import Chain, PageRun
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
@@ -152,6 +154,24 @@ def test_what_left_host_memory_comes_back(replicas: Callable[..., Replica]) -> N
     assert a.load("abc") == 3
     assert a.counters["remote_put"] == 9
     assert a.counters["remote_lookups"] == 0, "what was put is known"
+
+
+@pytest.mark.parametrize("call", ["reset", "detach_disk"])
+def test_a_put_that_never_ends_holds_nothing_up(
+    replicas: Callable[..., Replica], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    a, gate = replicas(tmp_path), Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "PATIENCE", 0.2)
+        patched.setattr(a.store.remote._client, "put", lambda extents: [gate.wait(PATIENCE)] * len(extents))
+        a.store.save(PageRun(None, 0, keys_of("ab"), torch.arange(2 * PAGE)))
+        until(lambda: a.store.poll() and a.store.pop_save(), "nothing is saved")
+        until(lambda: a.store.poll() or a.store._migration._put_behind.rows_in_flight == 2, "nothing is put")
+        getattr(a.store, call)()
+        assert a.store.remote is None
+        a.store.check_invariants()
+        assert a.save("uvwxyz"), "all of host memory can be used"
+        gate.set()
 
 
 def test_pages_from_the_remote_store_go_to_disk(replicas: Callable[..., Replica], tmp_path: Path) -> None:

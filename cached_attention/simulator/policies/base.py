@@ -60,6 +60,9 @@ class LeafOrder(EvictionOrder):
         for row in rows:
             self.offer(row)
 
+    def has_queued(self, row: int) -> bool:
+        return row in self.leaves_of(row)
+
     def take(self, used_before: float = math.inf, for_rank: int = NOT_WAITING) -> int | None:
         leaves = self.next_leaves()
         row = leaves.front()

@@ -23,6 +23,9 @@ class Leaves:
         self._lowest: dict[int, Any] = {}
         """Value of each row's valid entry."""
 
+    def __contains__(self, row: int) -> bool:
+        return row in self._lowest
+
     def offer(self, row: int) -> None:
         value = self._value(row)
         if row not in self._lowest or value < self._lowest[row]:

@@ -48,7 +48,7 @@ def hits(trace: Trace, capacity: int, estimate: NextUse | None) -> int:
         for row in reversed(rows):
             index.unpin(row)
             order.offer(row)
-        assert len(order) <= tier.pages <= capacity
+        assert sum(map(order.has_queued, index.rows())) <= tier.pages <= capacity
     return found
 
 

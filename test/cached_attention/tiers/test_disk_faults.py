@@ -131,6 +131,30 @@ def test_out_of_service_after_repeated_errors_and_back(store, faulty_io, step, c
     tier.close()
 
 
+@pytest.mark.parametrize("step", ["fdatasync", "commit", "saved"])
+def test_an_unexpected_error_does_not_end_the_thread_that_commits(store, faulty_io, monkeypatch, step, caplog):
+    tier = store.open(io=faulty_io)
+    slots = store.write(tier, [0])
+
+    def fail(now):
+        if now == step:
+            raise MemoryError
+
+    faulty_io.before = fail
+    outcome = tier._committer._outcome
+    if step == "saved":
+        monkeypatch.setattr(outcome, "saved", lambda records: fail("saved"))
+        tier.write([store.pages.to_write(1)])
+        wait_for(lambda: "unexpected" in caplog.text)
+    else:
+        assert not store.write(tier, [1])
+    assert "in an unexpected way" in caplog.text
+    monkeypatch.undo()
+    faulty_io.before = lambda now: None
+    store.check_serves(tier, slots | store.write(tier, [2, 3]))
+    tier.close()
+
+
 def test_removals_wait_for_the_index_to_work_again(store, faulty_io):
     tier = store.open(io=faulty_io)
     slots = store.write(tier, list(range(4)))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Barrier
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
 from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote import RemoteStats, RemoteTier
 from cached_attention.tiers.remote_address import parse_remote
-from cached_attention.tiers.remote_client import Extent, RemoteError
+from cached_attention.tiers.remote_client import Extent, RemoteClient, RemoteError
 from cached_attention.tiers.remote_records import STAGING_BYTES, SealedObjects, Staging
 
 LAYOUT = PageLayout(64, ((5000, 5000),))
@@ -387,3 +387,23 @@ def test_an_unexpected_error_of_the_client_is_an_outage(
     assert not a.tier.healthy
     monkeypatch.setattr(client, "ping", ping)
     until(lambda: a.tier.healthy, "it never comes back")
+
+
+def test_a_tier_that_is_closed_while_it_connects_does_not_join(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connecting, closed = Event(), Event()
+    connect = RemoteClient.connect
+
+    def late(client: RemoteClient, memory: Sequence[tuple[int, int]]) -> None:
+        connecting.set()
+        assert closed.wait(PATIENCE)
+        connect(client, memory)
+
+    monkeypatch.setattr(RemoteClient, "connect", late)
+    member = Member(master)
+    assert connecting.wait(PATIENCE)
+    assert not member.tier.close(0.1), "it still connects"
+    closed.set()
+    member.tier._keeper.join(PATIENCE)
+    assert not member.tier._client.connected
