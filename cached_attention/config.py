@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power}
+    _UNITS |= {f"{_letter}I": 1024**_power, f"{_letter}IB": 1024**_power}
 LEAST_BYTES = 1 << 16
 """Smallest size that may be given without a unit."""
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Z]*)", re.IGNORECASE)
@@ -29,30 +31,38 @@ class ConfigError(ValueError):
     """A setting is wrong; the message says what was given, what is allowed and what to do."""
 
 
-def parse_size(flag: str, text: str | int | float, available: int) -> int:
+def parse_size(flag: str, text: str | int | float, available: int, most: int | None = None) -> int:
     """Size in bytes given by `text`: `"8GB"`, `"512MiB"`, a number of bytes, or a share such as `"0.5"`.
 
     A number from 0 to 1 is a share of `available` (bytes free on this machine now). Numbers without a unit from 1
     to `LEAST_BYTES` are refused: they are likely meant to be gigabytes.
 
+    Args:
+        most: most bytes that may be given; `available` by default.
+
     Raises:
-        ConfigError: not a size, not above zero, or more than `available`.
+        ConfigError: not a size, not above zero, or more than `most`.
     """
     match = _SIZE.fullmatch(str(text).strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{flag} is {text!r}: give a size such as 8GB, or a share of what is free such as 0.5.")
+        raise ConfigError(
+            f"{flag} is {text!r}: give a size such as 8GB (units: B, KB to TB, KiB to TiB), or a share of "
+            "what is free such as 0.5."
+        )
     number, unit = float(match[1]), match[2].upper()
     if not unit and 1 <= number < LEAST_BYTES:
         raise ConfigError(f"{flag} is {text!r}: give a unit, such as {text}GB, or a share below 1 such as 0.5.")
-    size = int(number * available) if not unit and number < 1 else int(number * _UNITS[unit])
-    if size <= 0:
-        raise ConfigError(f"{flag} is {text!r}: it must be above zero; leave the flag out for its default.")
-    if size > available:
+    most = available if most is None else most
+    size = number * available if not unit and number < 1 else number * _UNITS[unit]
+    if size < 1:
+        full = " of what is free, and nothing is" if number and not unit else ""
+        raise ConfigError(f"{flag} is {text!r}{full}: it must be above zero.")
+    if size > most:
         raise ConfigError(
-            f"{flag} is {text!r}, but only {format_size(available)} are free: "
+            f"{flag} is {text!r}, but only {format_size(most)} are free: "
             f"give at most that, or a share such as 0.5."
         )
-    return size
+    return int(size)
 
 
 _DURATIONS = {"": 1, "S": 1, "M": 60, "H": 3600, "D": 86400}

@@ -129,6 +129,5 @@ def _require_cryptography() -> None:
         found = hasattr(AESGCM, "decrypt_into")
     if not found:
         raise ConfigError(
-            "encryption needs the package cryptography, 47 or newer: "
-            "`pip install 'sglang-cached-attention[encryption]'`."
+            "encryption needs the package cryptography, 47 or newer: `pip install 'cryptography>=47'`."
         )

@@ -30,6 +30,12 @@ _OWN_NAMES |= {FINGERPRINT_NAME, FINGERPRINT_NAME + ".new"}
 class DirectoryInUseError(RuntimeError):
     """Another process owns the directory."""
 
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"{directory} is in use by {owner(directory) or 'another process'}: a directory has one owner at a "
+            "time. Stop that process, or give this one another directory."
+        )
+
 
 class DirectoryLock:
     """Ownership of a directory, until `release` or the end of the process.
@@ -53,10 +59,7 @@ class DirectoryLock:
         close_to_others(self._fd)
         if not self._acquire():
             os.close(self._fd)
-            raise DirectoryInUseError(
-                f"{directory} is in use by {owner(directory) or 'another process'}: a directory has one "
-                f"owner at a time. Stop that process, or give this one another directory."
-            )
+            raise DirectoryInUseError(directory)
         with suppress(OSError):
             self._sign()
 

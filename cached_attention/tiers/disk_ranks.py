@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from cached_attention.tiers.disk_directory import FINGERPRINT_NAME, LOCK_NAME, STORE_NAME, stores
+from cached_attention.tiers.disk_directory import (
+    FINGERPRINT_NAME,
+    LOCK_NAME,
+    STORE_NAME,
+    DirectoryInUseError,
+    is_owned,
+    stores,
+)
 from cached_attention.tiers.disk_space import disk_usage
 
 Beside = Literal["states", "windows"]
@@ -25,6 +33,24 @@ def rank_name(replica: int, pp_rank: int, tp_rank: int) -> str:
 def beside(rank: str, what: Beside) -> str:
     """Name of the directory of what `rank` keeps in addition to KV; each has its own limit."""
     return f"{rank}-{what}"
+
+
+def was_used(directory: Path) -> bool:
+    """Whether a server has had its disk tier here."""
+    return (directory / LOCK_NAME).exists()
+
+
+def wait_for_owners(directory: Path, timeout: float) -> None:
+    """Wait until no server owns the directory or one of its ranks' directories.
+
+    Raises:
+        DirectoryInUseError: one still does after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while directory.exists() and (owned := [*filter(is_owned, [directory, *rank_directories(directory)])]):
+        if time.monotonic() > deadline:
+            raise DirectoryInUseError(owned[0])
+        time.sleep(0.2)
 
 
 class NoStoresError(FileNotFoundError):

@@ -45,7 +45,8 @@ def check_installed(flag: str) -> None:
     """
     if find_spec("mooncake") is None:
         raise ConfigError(
-            f"{flag} needs a package that is not installed: pip install 'sglang-cached-attention[remote]'"
+            f"{flag} needs a package that is not installed: "
+            "pip install 'mooncake-transfer-engine-non-cuda>=0.3.13'"
         )
 
 

@@ -28,6 +28,8 @@ FREE = 10**12
         (123456, 123456),
         ("123456", 123456),
         ("0.5GB", 5 * 10**8),
+        ("2G", 2 * 10**9),
+        ("2Gi", 2 * 2**30),
     ],
 )
 def test_sizes(text: str, size: int) -> None:
@@ -36,7 +38,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "8XB", "-1", "-8GB", "eight", "1e9", "0x10", "8GB!", "nan", None])
 def test_what_is_not_a_size(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--size is .*: give a size such as 8GB, or a share"):
+    with pytest.raises(ConfigError, match=r"--size is .*: give a size such as 8GB \(units: .*\), or a share"):
         parse_size("--size", text, FREE)
 
 
@@ -52,7 +54,20 @@ def test_zero(text: str) -> None:
         parse_size("--size", text, FREE)
 
 
+def test_a_share_of_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"'0\.5' of what is free, and nothing is: it must be above zero\.$"):
+        parse_size("--size", "0.5", 0)
+
+
+def test_more_than_is_free_where_more_may_be_given() -> None:
+    assert parse_size("--size", "1.5TB", FREE, most=2 * FREE) == 15 * FREE // 10
+    with pytest.raises(ConfigError, match="'3TB', but only 2 TB are free"):
+        parse_size("--size", "3TB", FREE, most=2 * FREE)
+
+
 def test_more_than_there_is() -> None:
+    with pytest.raises(ConfigError, match="are free"):
+        parse_size("--size", 400 * "9", FREE)
     with pytest.raises(ConfigError, match="'2TB', but only 1 TB are free"):
         parse_size("--size", "2TB", FREE)
 

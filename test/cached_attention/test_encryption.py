@@ -96,5 +96,5 @@ def test_keys_and_purposes_differ_and_nothing_shows_the_secret():
 
 def test_an_old_cryptography_is_named(monkeypatch):
     monkeypatch.setattr("cryptography.hazmat.primitives.ciphers.aead.AESGCM", object)
-    with pytest.raises(ConfigError, match=r"47 or newer: `pip install 'sglang-cached-attention\[encryption\]'`"):
+    with pytest.raises(ConfigError, match="47 or newer: `pip install 'cryptography>=47'`"):
         EncryptionKey(SECRET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import runpy
 import shlex
@@ -69,6 +70,7 @@ def test_servers_take_their_arguments(command: str, monkeypatch: pytest.MonkeyPa
     usage = psutil.disk_usage("/")._replace(free=10**14)
     monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.flags.free_memory", lambda: 10**13)
     monkeypatch.setattr(psutil, "disk_usage", lambda _path: usage)
+    monkeypatch.setattr(os, "access", lambda *_, **__: True)
     args = prepare_server_args(shlex.split(command)[3:])
     assert args.enable_unified_cache_external_linker
 

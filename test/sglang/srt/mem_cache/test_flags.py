@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
+import psutil
 import pytest
 from sglang.srt.mem_cache.cached_attention import flags, plugin
 from sglang.srt.plugins import load_plugins
@@ -16,6 +18,7 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from cached_attention.config import ConfigError
 from cached_attention.tiers import remote_client
+from cached_attention.tiers.disk_directory import DirectoryLock
 from cached_attention.tiers.remote_address import parse_remote
 
 MODEL = ["--model-path", "some/model"]
@@ -61,7 +64,7 @@ def test_the_remote_tier() -> None:
 def test_a_remote_tier_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_client, "find_spec", lambda _: None)
     given = {"enable_cached_attention": True, "cached_attention_remote": "mooncake://m:50051?segment=0"}
-    with pytest.raises(ConfigError, match=r"pip install 'sglang-cached-attention\[remote\]'"):
+    with pytest.raises(ConfigError, match="pip install 'mooncake-transfer-engine-non-cuda>="):
         flags.fold(given)
 
 
@@ -166,6 +169,7 @@ def test_engine_arguments() -> None:
         (["--cached-attention-disk-path", "/tmp/kv"], "belong together: give both or none"),
         (["--cached-attention-disk-size", "1GB"], "belong together: give both or none"),
         ([*DISK, "900TB"], "--cached-attention-disk-size is '900TB', but only .* are free"),
+        ([*DISK[:1], "", *DISK[2:], "1GB"], "--cached-attention-disk-path is empty: give a directory"),
         ([*DISK, "0"], "--cached-attention-disk-size is '0': it must be above zero"),
         ([*DISK, "1GB", "--cached-attention-disk-min-uses", "0"], "give a whole number from 1"),
         ([*DISK, "1GB", "--cached-attention-ttl", "soon"], "give a duration such as 1h"),
@@ -208,6 +212,70 @@ def test_contradictions_stop_the_server(extra: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
         prepare_server_args([*ON, *extra])
     assert "\n" not in str(stop.value.code)
+
+
+def test_a_directory_that_this_user_cannot_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, *_, **__: path != tmp_path)
+    message = f"disk-path: {tmp_path} cannot be written by this user: give another path"
+    for path in (tmp_path, tmp_path / "new" / "kv"):
+        with pytest.raises(SystemExit, match=message):
+            prepare_server_args([*ON, DISK[0], str(path), DISK[2], "1GB"])
+
+
+def test_a_directory_that_cannot_be_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", fail)
+    with pytest.raises(ConfigError, match=r"^--cached-attention-disk-path: .*Permission denied: '/secret/kv'$"):
+        flags._disk_path("/secret/kv")
+
+
+def test_the_directory_of_another_server_is_refused_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flags, "REPLACED", 0.5)
+    given = [*ON, DISK[0], str(tmp_path), DISK[2], "1GB"]
+    for directory in (tmp_path, tmp_path / "dp0-pp0-tp1"):
+        lock = DirectoryLock(directory)
+        with pytest.raises(SystemExit, match=f"disk-path: {directory} is in use by process"):
+            prepare_server_args(given)
+        timer = Timer(0.2, lock.release)
+        timer.start()
+        prepare_server_args(given)
+        timer.join()
+    DirectoryLock(tmp_path).release()
+
+
+def test_nodes_of_one_server_may_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "REPLACED", 0.0)
+    lock = DirectoryLock(tmp_path / "dp0-pp0-tp0")
+    values = {"enable_cached_attention": True, "nnodes": 2}
+    flags.fold(values | {flags.DISK_PATH.name: str(tmp_path), flags.DISK_SIZE.name: "1GB"})
+    lock.release()
+
+
+def test_a_directory_in_use_may_be_larger_than_what_others_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = psutil.disk_usage("/")._replace(free=10**9, total=10**13)
+    monkeypatch.setattr(psutil, "disk_usage", lambda _path: usage)
+    given = [*ON, DISK[0], str(tmp_path), DISK[2]]
+    with pytest.raises(SystemExit, match="but only 1 GB are free"):
+        prepare_server_args([*given, "1TB"])
+    DirectoryLock(tmp_path).release()
+    args = prepare_server_args([*given, "1TB"])
+    assert args.unified_cache_external_linker_config["linker_extra_config"]["disk_size"] == 10**12
+    with pytest.raises(SystemExit, match="but only 10 TB are free"):
+        prepare_server_args([*given, "20TB"])
+
+
+def test_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = prepare_server_args([*ON, DISK[0], "~/kv", DISK[2], "1MB"])
+    assert args.unified_cache_external_linker_config["linker_extra_config"]["disk_path"] == str(tmp_path / "kv")
 
 
 def test_a_setting_without_the_flag_stops_the_server() -> None:

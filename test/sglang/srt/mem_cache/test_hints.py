@@ -76,3 +76,27 @@ def test_sglang_marks_its_own_endpoint_in_the_same_way() -> None:
 
     levels = {getattr(route, "path", ""): getattr(route, "endpoint", None) for route in http_server.app.routes}
     assert levels["/flush_cache"]._auth_level is AuthLevel.ADMIN_OPTIONAL  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
+        ("[]", "Input should be an object"),
+        ('{"keep": true}', "give one of 'prompt', 'messages' and 'conversation'"),
+        ('{"conversation": "x", "expect_in_s": "soon"}', "expect_in_s: Input should be a valid number"),
+        ('{"prompt": [-1], "keep": true}', "prompt.0: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_body_gets_one_sentence_without_names_of_files(
+    monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    server = ModuleType("sglang.srt.entrypoints.http_server")
+    server.app = app = FastAPI()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, server.__name__, server)
+    hints.serve_hints(Manager())  # type: ignore[arg-type]
+    answer = TestClient(app).post(hints.PATH, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+    assert "\n" not in answer.text
+    assert "hints.py" not in answer.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from cached_attention.config import (
 from cached_attention.encryption import FORMS, KEY_VARIABLE, key_place, read_key
 from cached_attention.free_memory import free_memory
 from cached_attention.permissions import check_private
+from cached_attention.tiers.disk_directory import DirectoryInUseError
+from cached_attention.tiers.disk_ranks import wait_for_owners, was_used
 from cached_attention.tiers.disk_space import disk_usage
 from cached_attention.tiers.remote_address import parse_remote
 from cached_attention.tiers.remote_client import check_installed
@@ -152,6 +155,9 @@ FLAGS = (
     TRUNCATION_RATIO,
     SINK_PAGES,
 )
+NODES = "nnodes"
+REPLACED = 20.0
+"""Seconds that a server waits for the end of the one before it, which takes up to 15."""
 AUTO_TRUNCATE = "allow_auto_truncate"
 """SGLang's own argument, which both truncation flags require."""
 
@@ -221,6 +227,8 @@ def fold(values: MutableMapping[str, Any]) -> None:
         about_truncation = {flag: given[flag] for flag in (TRUNCATION_RATIO, SINK_PAGES)}
         _refuse_lonely(about_truncation, option_of(AUTO_TRUNCATE))
     config = _config({flag: flag.default if value is None else value for flag, value in given.items()})
+    if config.disk_path is not None and int(values.get(NODES) or 1) == 1:  # Nodes may be one machine.
+        _wait_for_owners(Path(config.disk_path))
     values["enable_unified_cache_external_linker"] = True
     values["unified_cache_external_linker_backend"] = "dynamic"
     module, linker = DEDUP_LINKER if given[MLA_DEDUP] else LINKER
@@ -254,10 +262,11 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
     path, size = settings[DISK_PATH], settings[DISK_SIZE]
     if (path is None) != (size is None):
         raise ConfigError(f"{DISK_PATH.option} and {DISK_SIZE.option} belong together: give both or none.")
+    directory = None if path is None else _disk_path(path)
     return CachedAttentionConfig(
         host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], available),
-        disk_path=None if path is None else str(Path(path).absolute()),
-        disk_size=0 if path is None else _disk_size(Path(path).absolute(), size),
+        disk_path=None if directory is None else str(directory),
+        disk_size=0 if directory is None else _disk_size(directory, size),
         encryption_key=_encryption_key(path or settings[REMOTE], settings[ENCRYPTION_KEY_FILE]),
         remote=_remote(settings[REMOTE], available),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
@@ -285,19 +294,50 @@ def _encryption_key(encrypted: str | None, key_file: str | None) -> str | None:
     return place
 
 
-def _disk_size(path: Path, size: str) -> int:
-    """Size limit in bytes. Files already in the directory count as free space: normally they are the store's."""
-    place = next(place for place in (path, *path.parents) if place.exists())
+def _disk_path(text: str) -> Path:
+    """The directory, after checking that this process may use it."""
+    if not text:
+        raise ConfigError(f"{DISK_PATH.option} is empty: give a directory, or leave it out.")
+    path = Path(text).expanduser().absolute()
+    try:
+        _check_directory(path)
+    except OSError as error:
+        raise ConfigError(f"{DISK_PATH.option}: {error}") from error
+    return path
+
+
+def _check_directory(path: Path) -> None:
+    place = _existing(path)
     if not place.is_dir():
-        raise ConfigError(
-            f"{DISK_PATH.option} is {str(path)!r}, but {place} is not a directory: give another path."
-        )
+        raise NotADirectoryError(f"{path} cannot be made, because {place} is not a directory: give another path.")
     if path.exists():
-        try:
-            check_private(path)
-        except PermissionError as error:
-            raise ConfigError(f"{DISK_PATH.option}: {error}") from error
-    return parse_size(DISK_SIZE.option, size, psutil.disk_usage(str(place)).free + disk_usage(path))
+        check_private(path)
+    # A file system that is read-only because it has failed must not keep the server from starting.
+    is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+    if not (is_read_only or os.access(place, os.W_OK | os.X_OK, effective_ids=True)):
+        raise PermissionError(f"{place} cannot be written by this user: give another path, or change its owner.")
+
+
+def _wait_for_owners(path: Path) -> None:
+    """A server that is being replaced may still be writing its last pages."""
+    try:
+        wait_for_owners(path, REPLACED)
+    except (OSError, DirectoryInUseError) as error:
+        raise ConfigError(f"{DISK_PATH.option}: {error}") from error
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _disk_size(path: Path, size: str) -> int:
+    """Size limit in bytes. Files already in the directory count as free space: normally they are the store's.
+
+    A directory that was used before may be given more than is free: the store makes do with what others leave.
+    """
+    file_system = psutil.disk_usage(str(_existing(path)))
+    free = file_system.free + disk_usage(path)
+    return parse_size(DISK_SIZE.option, size, free, file_system.total if was_used(path) else free)
 
 
 def _remote(url: str | None, free_memory: int) -> str | None:

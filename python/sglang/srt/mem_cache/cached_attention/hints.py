@@ -10,7 +10,7 @@ from array import array
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from sglang.srt.managers.io_struct import BaseReq, GenerateReqInput, hook_custom_types
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.utils import TypeBasedDispatcher
@@ -91,19 +91,33 @@ def serve_hints(manager: TokenizerManager) -> None:
     from fastapi.responses import JSONResponse
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def hint(body: HintBody, request: Request) -> JSONResponse:
+    async def hint(request: Request) -> JSONResponse:
         try:
+            # FastAPI's own answer to a wrong body would name files of the server.
+            body = HintBody.model_validate_json(await request.body())
             message = await _message(manager, body, request)
         except ValueError as error:
-            return JSONResponse({"error": {"message": str(error)}}, status_code=400)
+            return JSONResponse({"error": {"message": _sentence(error)}}, status_code=400)
         manager.auto_create_handle_loop()
         manager._dispatch_to_scheduler(message)
         tokens = None if message.input_ids is None else len(message.input_ids)
         return JSONResponse({"outlook": message.outlook, "tokens": tokens}, status_code=202)
 
     # Annotations are strings here, and FastAPI would look up `Request` in this module's namespace.
-    hint.__annotations__ = {"body": HintBody, "request": Request}
-    server.app.add_api_route(PATH, hint, methods=["POST"])
+    hint.__annotations__ = {"request": Request}
+    schema = {"content": {"application/json": {"schema": HintBody.model_json_schema()}}}
+    server.app.add_api_route(PATH, hint, methods=["POST"], openapi_extra={"requestBody": schema})
+
+
+def _sentence(error: ValueError) -> str:
+    """What is wrong with a request, for its client."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    # Where a field has several types, the error that lies deepest is that of the type that was meant.
+    worst = max(error.errors(include_url=False, include_input=False), key=lambda found: len(found["loc"]))
+    place = ".".join(str(part) for part in worst["loc"] if isinstance(part, int) or part.isidentifier())
+    message = worst["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 async def _message(manager: TokenizerManager, body: HintBody, request: Any) -> HintReqInput:

@@ -24,7 +24,6 @@ from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DirectoryInUseError, DiskTier
-from cached_attention.tiers.disk_files import OUT_OF_SPACE
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
 from cached_attention.transfer.load_fence import LoadFence
@@ -42,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10.0
 """SGLang kills a scheduler that takes longer than 15 s to shut down."""
+NOT_USABLE = (PermissionError, NotADirectoryError, FileExistsError)
+"""Errors of a directory that was badly chosen, rather than of its disk."""
 
 
 @dataclass
@@ -167,7 +168,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         )
 
     def _open_directory(self, name: str, identity: ModelIdentity, size: int) -> DiskTier | None:
-        """The tier of up to `size` bytes in the directory `name`; None while its file system is full."""
+        """The tier of up to `size` bytes in the directory `name`; None while its file system fails or is full."""
         if self._config.disk_path is None:
             return None
         whole = Path(self._config.disk_path)
@@ -180,9 +181,10 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                 encryption=self._read_key(),
                 whole=whole,
             )
-        except OSError as error:
-            if error.errno not in OUT_OF_SPACE:
-                raise
+        except NOT_USABLE:
+            raise
+        except (OSError, sqlite3.Error) as error:
+            # A disk that fails must not keep a server from being started again.
             _do_without_disk(error)
             return None
 
