@@ -64,7 +64,7 @@ def render() -> str:
 def _section(flag: Flag) -> str:
     default = {None: "none", False: "off"}.get(flag.default, flag.default)
     lines = [
-        f"## {flag.option}\n",
+        f"## {_title(flag)}\n",
         re.sub(r" \(default: [^)]*\)", "", _code(flag.help)) + "\n",
         f"- Default: {default}",
         f"- In Python: `{flag.name}`",
@@ -73,6 +73,11 @@ def _section(flag: Flag) -> str:
         occasion = "A wrong value" if "'?'" in refusal else "On its own"
         lines.append(f"- {occasion}: {_code(refusal)}")
     return "\n".join(lines) + "\n"
+
+
+def _title(flag: Flag) -> str:
+    """Without dashes: sites differ in the anchors that they make of them."""
+    return flag.option.lstrip("-")
 
 
 def _code(text: str) -> str:
@@ -86,7 +91,7 @@ def _refusal(flag: Flag) -> str | None:
         return None
     values: dict[str, Any] = {ENABLE.name: True, AUTO_TRUNCATE: True, flag.name: "?"}
     if flag is DISK_SIZE:
-        values[DISK_PATH.name] = "/kv"
+        values[DISK_PATH.name] = "."
     try:
         fold(values)
     except ConfigError as error:
@@ -103,7 +108,7 @@ def _contradictions() -> str:
     rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it is not supported |")
     rows.append(f"| {speculation} with a draft model, and `{MLA_DEDUP.option}` | its KV is not broadcast |")
     table = "\n".join(["| not together with | because |", "|---|---|", *rows])
-    return f"## What {ENABLE.option} excludes\n\n{table}\n"
+    return f"## What {_title(ENABLE)} excludes\n\n{table}\n"
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def _open(
     before: float | None,
     may_grow: Callable[[int], bool],
 ) -> OpenStore:
-    space, room = _plan(directory, path, index, capacity, records.stride)
+    space, room = _plan(directory, path, index, capacity, records.stride, expires=before is not None)
     index.set_meta("slots_per_file", str(space.slots_per_file))
     index.limit(space)
     files = SlotFiles(path, space.stride, space.slots, space.slots_per_file, io, may_grow)
@@ -134,7 +134,9 @@ def _open(
     return OpenStore(path, locks, index, files, records, space, room, states, dropped)
 
 
-def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: int) -> tuple[Space, int]:
+def _plan(
+    directory: Path, path: Path, index: DiskIndex, capacity: int, stride: int, *, expires: bool
+) -> tuple[Space, int]:
     """What the store may grow to, and the number of slots that there is room for beside everything else."""
     others = disk_usage(directory) - disk_usage(path)
     text = index.meta("slots_per_file") or ""
@@ -152,14 +154,16 @@ def _plan(directory: Path, path: Path, index: DiskIndex, capacity: int, stride: 
     siblings = [store for store in stores(directory) if store != path]
     if siblings:
         logger.warning(
-            "%s: %d stores of other models or settings take %d of its %d bytes, which leaves %d pages for this "
-            "one until they expire. `cached-attention inspect` says what they are, `cached-attention prune` "
+            "%s: %d other store%s, of another model or other settings, take %d of its %d bytes, which leaves %d "
+            "pages for this one%s. `cached-attention inspect` says what they are, `cached-attention prune` "
             "removes what is old.",
             directory,
             len(siblings),
+            "s" if len(siblings) > 1 else "",
             sum(map(disk_usage, siblings)),
             capacity,
             room,
+            " until they expire" if expires else "",
         )
     return space, room
 
@@ -214,12 +218,19 @@ def remove_expired_stores(own: Path, whole: Path, before: float) -> None:
 
 
 def _remove_if_expired(store: Path, before: float) -> None:
-    if read_fingerprint(store) is None:
-        return
-    try:
-        with closing(open_read_only(store / INDEX_NAME)) as connection:
-            (newest,) = connection.execute("SELECT max(last_use) FROM pages").fetchone()
+    with suppress(OSError):
+        newest = _newest_use(store)
         if newest is None or newest < before:
             logger.warning("%s: removed, every page in it had expired (%d bytes).", store, remove_store(store))
-    except (OSError, *INDEX_ERRORS):
-        return
+
+
+def _newest_use(store: Path) -> float | None:
+    """When a page in the store was last used; None if it has none.
+
+    For a store that cannot be read, as it is damaged or of another version, when it was last written.
+    """
+    if read_fingerprint(store) is not None:
+        with suppress(*INDEX_ERRORS), closing(open_read_only(store / INDEX_NAME)) as connection:
+            (newest,) = connection.execute("SELECT max(last_use) FROM pages").fetchone()
+            return newest
+    return max((path.lstat().st_mtime for path in store.iterdir()), default=None)

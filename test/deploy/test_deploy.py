@@ -33,6 +33,7 @@ SETTINGS = {
     "HOST": "127.0.0.1",
     "PORT": "30000",
     "ARGS": "--tensor-parallel-size 2",
+    "API_KEY": "key",
     "ADMIN_API_KEY": "secret",
     "KV_DIRECTORY": "/nvme/kv",
 }
@@ -207,7 +208,12 @@ def test_kubernetes_pod(parse: Any) -> None:
     resources = kubernetes()
     pod = resources["StatefulSet"]["spec"]["template"]["spec"]
     (server,) = pod["containers"]
-    args = parse([*entry(), *(one.replace("$(ADMIN_API_KEY)", "secret") for one in server["args"])])
+    args = parse(
+        [
+            *entry(),
+            *(one.replace("$(ADMIN_API_KEY)", "secret").replace("$(API_KEY)", "key") for one in server["args"]),
+        ]
+    )
     settings = args.unified_cache_external_linker_config["linker_extra_config"]
     assert pod["securityContext"]["runAsUser"] == USER
     limit = int(server["resources"]["limits"]["memory"].removesuffix("Gi")) << 30

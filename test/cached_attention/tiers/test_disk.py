@@ -1,4 +1,5 @@
 import logging
+import os
 import stat
 import threading
 import time
@@ -166,6 +167,22 @@ def test_a_store_with_only_expired_pages_is_removed_when_another_opens(store):
     assert (old / "index.sqlite3").exists()
     store.open("w1", ttl=50).close()
     assert [path.name for path in old.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("damaged", ["fingerprint.json", "index.sqlite3"])
+def test_a_store_that_cannot_be_read_expires_when_nothing_was_written_to_it_for_long(store, damaged):
+    """As one that a later version made."""
+    tier = store.open("w0")
+    store.write(tier, [1])
+    old = tier.path
+    tier.close()
+    (old / damaged).write_bytes(b"of another version")
+    store.open("w1", ttl=1000).close()
+    assert (old / "index.sqlite3").exists()
+    for path in old.iterdir():
+        os.utime(path, (time.time() - 2000,) * 2)
+    store.open("w1", ttl=1000).close()
+    assert not old.exists()
 
 
 def test_a_directory_has_one_owner(store):
