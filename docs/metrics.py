@@ -47,13 +47,14 @@ test](benchmarks.md#does-it-stay-right-under-load) in which disk and remote stor
 `docs/grafana/alerts.yml` has rules for Prometheus (`rule_files`):
 
 - a tier, disk or remote store, is out of service, and the server runs without it;
-- pages were damaged: the disk or its file system changes bytes; for `remote`, another server's memory or the network;
+- pages were damaged: the disk or its file system changes bytes; for `remote`, another server's memory or the
+  network;
 - host memory has been full of pages in use for half an hour, so that others are not kept;
 - saves failed;
 - half of host memory has waited to be written to disk for half an hour.
 
-On a CPU, also watch the rate of `load_wait_seconds_sum`: if it is not small compared with 1, loading is slower than
-computing. On a GPU, its stream waits, which these metrics do not see.
+On a CPU, also watch the rate of `load_wait_seconds_sum`: if it is not small compared with 1, loading is slower
+than computing. On a GPU, its stream waits, which these metrics do not see.
 
 Of a [hybrid model](models.md), the metrics cover the KV. The counters of its states or windows, which have a disk
 directory and a connection to the remote store of their own, are in `/server_info`
