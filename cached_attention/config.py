@@ -65,12 +65,12 @@ def parse_size(flag: str, text: str | int | float, available: int, most: int | N
     return int(size)
 
 
-_DURATIONS = {"": 1, "S": 1, "M": 60, "H": 3600, "D": 86400}
+_DURATIONS = {"": 1, "S": 1, "M": 60, "H": 3600, "D": 86400, "W": 604800}
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Z]?)", re.IGNORECASE)
 
 
 def parse_duration(flag: str, text: str | int | float) -> float:
-    """Duration in seconds given by `text`: `"1h"`, `"90s"`, `"30m"`, `"2d"` or a number of seconds.
+    """Duration in seconds given by `text`: `"1h"`, `"90s"`, `"30m"`, `"2d"`, `"2w"` or a number of seconds.
 
     Raises:
         ConfigError: not a duration.

@@ -53,17 +53,21 @@ class DevicePool:
         layers: per layer the component tensors, each `[slots, ...]`, contiguous, slots of a page
             adjacent and aligned. No copy is made: the tensors are the engine's own.
         page_size: tokens per page.
+        slots: slots that can be used, where an engine has reserved addresses for more; by default all.
 
     Raises:
         ValueError: a tensor is not contiguous.
     """
 
-    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int) -> None:
+    def __init__(
+        self, layers: Sequence[Sequence[torch.Tensor]], page_size: int, slots: int | None = None
+    ) -> None:
         self.buffers = [list(layer) for layer in layers]
         """The tensors as given."""
         self.layers = [[_pages_of(buffer, page_size) for buffer in layer] for layer in layers]
         self.device = self.layers[0][0].device
-        self.num_pages = min(buffer.shape[0] for layer in self.layers for buffer in layer)
+        pages = [buffer.shape[0] for layer in self.layers for buffer in layer]
+        self.num_pages = min(pages if slots is None else [*pages, slots // page_size])
         self.layout = PageLayout(
             page_size, tuple(tuple(buffer.shape[1] for buffer in layer) for layer in self.layers)
         )

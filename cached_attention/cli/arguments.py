@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from cached_attention.config import LEAST_BYTES, ConfigError, parse_size
+from cached_attention.config import LEAST_BYTES, ConfigError, parse_duration, parse_size
 from cached_attention.encryption import KEY_VARIABLE, EncryptionKey, key_place, read_key
 from cached_attention.tiers.disk_ranks import FoundStores, NoStoresError, find_stores
 
@@ -17,8 +23,7 @@ StoreDirectory = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
-        exists=True,
-        file_okay=False,
+        readable=False,  # Typer would say of what may not be read that it does not exist.
         help="What the server was given as --cached-attention-disk-path: all stores of all its ranks. Or the "
         "directory of one rank, or one store.",
     ),
@@ -33,16 +38,49 @@ KeyFile = Annotated[
     ),
 ]
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"([0-9]*\.?[0-9]+)([smhdw])")
+_GIVE = "give what the server was given as --cached-attention-disk-path"
+_NOTHING = re.compile(r"(0+\.?0*|\.0+)\s*([kmgt]i?)?b?", re.IGNORECASE)
 
 
-def stores_below(directory: Path) -> FoundStores:
-    """Stores that a `StoreDirectory` argument refers to."""
+@contextmanager
+def stores_below(directory: Path) -> Iterator[FoundStores]:
+    """Stores that a `StoreDirectory` argument refers to, for as long as they are read.
+
+    Raises:
+        typer.BadParameter: a server has no stores there, or this user may not read them.
+    """
+    try:
+        yield _find(directory)
+    except PermissionError as error:
+        raise typer.BadParameter(denied(directory, "read"), param_hint="DIR") from error
+
+
+def _find(directory: Path) -> FoundStores:
     try:
         return find_stores(directory)
-    except NoStoresError as error:
-        raise typer.BadParameter(str(error)) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error, NoStoresError):
+            problem = str(error)
+        else:
+            what = "does not exist" if isinstance(error, FileNotFoundError) else "is not a directory"
+            problem = f"{directory} {what}: {_GIVE}."
+        raise typer.BadParameter(problem, param_hint="DIR") from error
+
+
+def denied(directory: Path, what: str) -> str:
+    """Sentence for a PermissionError; `what` was tried, such as "read"."""
+    user = os.geteuid()
+    try:
+        name = pwd.getpwuid(user).pw_name
+    except KeyError:
+        name = str(user)
+    return f"{directory} may not be {what} by user {name}: run this command as the server's user or as root."
+
+
+def fail(message: str, cause: Exception) -> NoReturn:
+    """End the command with exit status 1 and `message` on stderr."""
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+    raise typer.Exit(1) from cause
 
 
 def encryption_key(file: Path | None) -> EncryptionKey | None:
@@ -54,26 +92,50 @@ def encryption_key(file: Path | None) -> EncryptionKey | None:
         raise typer.BadParameter(str(error)) from error
 
 
-def duration(text: str) -> float:
-    """Parse a duration such as '90s', '30m', '1.5h', '7d' or '2w' into seconds."""
-    match = _DURATION.fullmatch(text.strip().lower())
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not a duration: give a number and s, m, h, d or w, such as 12h.")
-    return float(match[1]) * _SECONDS[match[2]]
+def duration(option: str, text: str) -> float:
+    """Seconds given by `text`: what a server takes, such as '90s', '1.5h', '7d' or '3600'.
+
+    Raises:
+        typer.BadParameter: not a duration.
+    """
+    try:
+        return parse_duration(option, text)
+    except ConfigError as error:
+        # The server's sentence offers 0 for none, which would make `prune` drop everything.
+        raise typer.BadParameter(
+            f"{option} is {text!r}: give a duration such as 90s, 30m, 12h, 7d or 2w, or a number of seconds."
+        ) from error
 
 
-def size(text: str) -> int:
-    """Parse a size such as '64GB', '1.5TB' or '512MiB' into bytes."""
+def size(option: str, text: str) -> int:
+    """Bytes given by `text`, such as '64GB', '1.5TB' or '512MiB'. Unlike a server's, it is never a share.
+
+    Raises:
+        typer.BadParameter: not a size, not above zero, or a small number without a unit.
+    """
     try:
         bare = float(text)
     except ValueError:
         bare = LEAST_BYTES
-    if bare < LEAST_BYTES:
-        raise typer.BadParameter(f"{text!r} has no unit: give a size such as 64GB.")
     try:
-        return parse_size("size", text, available=sys.maxsize)
+        if bare < LEAST_BYTES:
+            raise ConfigError("no unit")
+        return parse_size(option, text, available=sys.maxsize)
     except ConfigError as error:
-        raise typer.BadParameter(f"{text!r} is not a size: give one such as 64GB.") from error
+        raise typer.BadParameter(
+            f"{option} is {text!r}: give a size above zero with its unit, such as 64GB or 512MiB; "
+            "a share of what is free is for servers only."
+        ) from error
+
+
+def size_or_none(option: str, text: str) -> int:
+    """Like `size`, and 0 if `text` is zero."""
+    return 0 if _NOTHING.fullmatch(text.strip()) else size(option, text)
+
+
+def counted(count: int, what: str) -> str:
+    """2, 'store' -> '2 stores'."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def words(seconds: float) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}
-DEFAULT_DTYPE = "bfloat16"
+_DTYPES = {"half": "float16", "float": "float32"} | {name: name for name in ("bfloat16", "float16", "float32")}
+"""Names in configs, as SGLang reads them."""
 OTHER_STATES = (
     "mamba_num_heads",
     "mamba_n_heads",
@@ -29,15 +30,33 @@ DISK_GB_PRICE = 0.000082
 """US dollars per hour for one GPU, one GB of host memory, one GB of disk (ibid.)."""
 
 
-def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = DEFAULT_DTYPE) -> int:
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """Dtype of the checkpoint, from a Hugging Face `config.json`; None if it names none that SGLang knows."""
+    for part in (config.get("text_config", config), config):
+        if named := part.get("dtype") or part.get("torch_dtype"):
+            return _DTYPES.get(str(named))
+    return None
+
+
+def served_dtype(config: Mapping[str, Any]) -> str:
+    """Dtype of model and KV under SGLang's `--dtype auto --kv-cache-dtype auto`: never float32."""
+    stored = stored_dtype(config)
+    if stored not in (None, "float32"):
+        return str(stored)
+    kind = config.get("text_config", config).get("model_type") or config.get("model_type") or ""
+    return "bfloat16" if kind.startswith("gemma") else "float16"
+
+
+def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = "bfloat16") -> int:
     """KV bytes of one token over all layers and ranks, from a Hugging Face `config.json`.
 
+    Args:
+        dtype: of `BYTES_PER_ELEMENT`.
+
     Raises:
-        ValueError: the config lacks a value or has layers that the planner does not know, or `dtype` is unknown.
+        ValueError: the config lacks a value or has layers that the planner does not know.
     """
     config = config.get("text_config", config)
-    if dtype not in BYTES_PER_ELEMENT:
-        raise ValueError(f"KV dtype {dtype!r}: give one of {', '.join(BYTES_PER_ELEMENT)}.")
     try:
         layers = config["num_hidden_layers"] - _delta_nets(config)
         if config.get("kv_lora_rank"):
@@ -99,6 +118,7 @@ class Deployment:
     sessions_per_hour: float
     """Distinct conversations."""
     ttl: float
+    """Infinite if nothing expires."""
     gpus: int
     gpu_kv_size: int
     """GPU memory for KV, over all GPUs."""
@@ -121,7 +141,9 @@ class Deployment:
 
     @property
     def required(self) -> float:
-        """CCpUT with the TTL as unit time: bytes for all distinct sessions within it, each at maximum length."""
+        """CCpUT with the TTL as unit time: bytes for all distinct sessions within it, each at maximum length;
+        infinite if nothing expires.
+        """
         return self.sessions_per_hour * self.ttl / 3600 * self._bytes(self.longest_tokens)
 
     @property

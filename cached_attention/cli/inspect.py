@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cached_attention.cli.arguments import StoreDirectory, stores_below, words
+from cached_attention.cli.arguments import StoreDirectory, counted, stores_below, words
 from cached_attention.config import format_size
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_directory import is_owned, owner
@@ -31,24 +31,20 @@ class _Contents(NamedTuple):
 def inspect(directory: StoreDirectory) -> None:
     """Show pages, bytes, tokens, age, uses and model of every store below DIR. Works beside a running server."""
     console = Console()
-    found = stores_below(directory)
     pages = size = unreadable = 0
-    for store in found.stores:
-        contents = _read(store)
-        unreadable += not contents.is_readable
-        pages += contents.pages
-        size += contents.pages * contents.page_bytes
-        console.print(_table(found.name(store), store, contents))
-    console.print(
-        f"{_counted(len(found.stores), 'store')}, {_counted(pages, 'page')} of {format_size(size)} in all, "
-        f"{format_size(found.usage)} on disk, {_owners(found)}."
-    )
+    with stores_below(directory) as found:
+        for store in found.stores:
+            contents = _read(store)
+            unreadable += not contents.is_readable
+            pages += contents.pages
+            size += contents.pages * contents.page_bytes
+            console.print(_table(found.name(store), store, contents))
+        console.print(
+            f"{counted(len(found.stores), 'store')}, {counted(pages, 'page')} of {format_size(size)} in all, "
+            f"{format_size(found.usage)} on disk, {_owners(found)}."
+        )
     if unreadable:
         raise typer.Exit(1)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _owners(found: FoundStores) -> str:

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cached_attention.cli.arguments import words
+from cached_attention.cli.arguments import fail, words
 from cached_attention.cli.scrape import Scrape, ScrapeError, Server
 from cached_attention.config import format_size
 
@@ -50,8 +50,7 @@ def top(
         else:
             _watch(server, first, interval, console)
     except ScrapeError as error:
-        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        raise typer.Exit(1) from error
+        fail(str(error), error)
 
 
 def _watch(server: Server, first: Scrape, interval: float, console: Console) -> None:
@@ -136,16 +135,22 @@ def _tiers(now: Scrape) -> Table:
     table.add_column("fill")
     for column in ("", "pages", "errors", "damaged", "health"):
         table.add_column(column, justify="right", no_wrap=True)
-    for tier in now.values("resident_bytes", "tier"):
-        used, capacity = (now.total(f"{what}_bytes", tier=tier) for what in ("resident", "capacity"))
-        pages = f"{now.total('resident_pages', tier=tier):,.0f}"
-        bar = ProgressBar(total=capacity or 1, completed=used, width=BAR)
-        size = f"{format_size(used)} of {format_size(capacity)}"
+    own = now.values("resident_bytes", "tier")
+    for tier in dict.fromkeys([*own, *now.values("tier_healthy", "tier")]):
         errors = [
             f"{now.total(name, tier=tier):,.0f}" for name in ("tier_errors_total", "checksum_failures_total")
         ]
-        table.add_row(tier, bar, size, pages, *errors, _health(now, tier))
+        # How full a remote store is, which others fill as well, a server does not know.
+        fill = _fill(now, tier) if tier in own else ("-", "-", "-")
+        table.add_row(tier, *fill, *errors, _health(now, tier))
     return table
+
+
+def _fill(now: Scrape, tier: str) -> tuple[RenderableType, str, str]:
+    used, capacity = (now.total(f"{what}_bytes", tier=tier) for what in ("resident", "capacity"))
+    bar = ProgressBar(total=capacity or 1, completed=used, width=BAR)
+    size = f"{format_size(used)} of {format_size(capacity)}"
+    return bar, size, f"{now.total('resident_pages', tier=tier):,.0f}"
 
 
 def _health(now: Scrape, tier: str) -> Text:

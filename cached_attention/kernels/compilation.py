@@ -7,11 +7,13 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from cached_attention.kernels.compiler import cuda_runtime
 from cached_attention.permissions import make_private
 
 logger = logging.getLogger(__name__)
@@ -34,12 +36,14 @@ class CompilationError(RuntimeError):
 def library_name(target: str) -> str:
     """File name of the library for `target`: `CPU`, or CUDA architectures joined by underscores.
 
-    Contains a digest of the sources, so that a stale library is never loaded, and the host's architecture.
+    Contains a digest of the sources, so that a stale library is never loaded, the host's architecture, and the
+    version of torch's CUDA runtime, because a library for another one cannot be loaded.
     """
     digest = sha256()
     for path in [*sorted(SOURCES.iterdir()), Path(__file__).with_name("compiler.py")]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"kernels_{target}_{platform.machine()}_{digest.hexdigest()[:12]}.so"
+    runtime = "" if target == CPU else f"_cu{cuda_runtime() or 0}"
+    return f"kernels_{target}{runtime}_{platform.machine()}_{digest.hexdigest()[:12]}.so"
 
 
 def cuda_target(capability: tuple[int, int]) -> str:
@@ -59,7 +63,12 @@ def load_library(target: str) -> Any | None:
     try:
         import tvm_ffi
 
-        return tvm_ffi.load_module(str(_library_for(target)))
+        path = _library_for(target)
+        try:
+            return tvm_ffi.load_module(str(path))
+        except (RuntimeError, OSError) as error:
+            logger.warning("%s cannot be loaded, and is compiled anew: %s", path, error)
+            return tvm_ffi.load_module(str(_compile_anew(target)))
     except (ImportError, RuntimeError, OSError) as error:
         logger.warning("Pages are moved with torch, which is slower: the kernels were not compiled: %s", error)
     return None
@@ -84,20 +93,37 @@ def find_or_compile(target: str) -> Path:
         PermissionError: others can write to the cache directory.
         OSError: the cache directory cannot be written.
     """
-    from filelock import FileLock
-
     shipped = SHIPPED / library_name(target)
     if shipped.exists():
         return shipped
+    kept = _kept(target)
+    if not kept.exists():
+        with _compiling(kept):
+            if not kept.exists():
+                compile_library(target, kept)
+    return kept
+
+
+def _compile_anew(target: str) -> Path:
+    """In the place of a library that was kept and does not load."""
+    kept = _kept(target)
+    with _compiling(kept):
+        compile_library(target, kept)
+    return kept
+
+
+def _kept(target: str) -> Path:
     kept = cache_directory() / library_name(target)
     for directory in (kept.parent.parent, kept.parent):
         make_private(directory)  # Anything others put there would run in this process.
-    if kept.exists():
-        return kept
-    with FileLock(kept.with_suffix(".lock")):
-        if not kept.exists():
-            compile_library(target, kept)
     return kept
+
+
+def _compiling(kept: Path) -> AbstractContextManager[object]:
+    """Context in which no other process compiles the same library."""
+    from filelock import FileLock
+
+    return FileLock(kept.with_suffix(".lock"))
 
 
 def cache_directory() -> Path:

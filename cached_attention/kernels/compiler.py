@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,16 +63,47 @@ def compile_for_cuda(architectures: list[str], scratch: Path, source: Path = SOU
 
 
 def toolkit() -> Path:
-    """`CUDA_HOME`, else the toolkit that pip installed with SGLang, else that of the nvcc on PATH."""
+    """The CUDA toolkit to compile with, of the version that torch was built for.
+
+    `CUDA_HOME`, else the toolkit that pip installed with SGLang, else that of the nvcc on PATH.
+    """
+    wanted, found = cuda_runtime(), {home: _version(home) for home in _toolkits()}
+    for home, version in found.items():
+        if version is not None and wanted in (version, None):
+            return home
+    others = "".join(f" {home} has {version or 'no headers'}." for home, version in found.items())
+    sys.exit(
+        f"There is no CUDA compiler of version {wanted}, for which torch was built: install one with "
+        f"`pip install nvidia-cuda-nvcc`, or set CUDA_HOME.{others}"
+    )
+
+
+def cuda_runtime() -> str | None:
+    """Major version of the CUDA runtime that torch loads, such as `13`; None if it loads none."""
+    import torch
+
+    return torch.version.cuda and torch.version.cuda.partition(".")[0]
+
+
+def _toolkits() -> Iterator[Path]:
     if home := os.environ.get("CUDA_HOME"):
-        return Path(home)
+        yield Path(home)
     packages = find_spec("nvidia")
     for root in (packages.submodule_search_locations or []) if packages else []:
         for nvcc in sorted(Path(root).glob("cu*/bin/nvcc"), reverse=True):
-            return nvcc.parent.parent
+            yield nvcc.parent.parent
     if nvcc_on_path := shutil.which("nvcc"):
-        return Path(nvcc_on_path).resolve().parent.parent
-    sys.exit("There is no CUDA compiler: install one with `pip install nvidia-cuda-nvcc`, or set CUDA_HOME.")
+        yield Path(nvcc_on_path).resolve().parent.parent
+
+
+def _version(home: Path) -> str | None:
+    """Major version of a toolkit; None if it has no headers."""
+    try:
+        header = (home / "include" / "cuda_runtime_api.h").read_text()
+    except OSError:
+        return None
+    match = re.search(r"#define CUDART_VERSION +(\d+)", header)
+    return match and str(int(match[1]) // 1000)
 
 
 def link_stubs(home: Path, scratch: Path) -> Path:

@@ -54,8 +54,7 @@ class DirectoryLock:
     def __init__(self, directory: Path, *, shared: bool = False) -> None:
         make_private(directory)
         self._how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        path = directory / LOCK_NAME
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._fd = _open_lock(directory)
         close_to_others(self._fd)
         if not self._acquire():
             os.close(self._fd)
@@ -81,6 +80,18 @@ class DirectoryLock:
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, text.encode(), 0)
+
+
+def _open_lock(directory: Path) -> int:
+    path, how = directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with suppress(FileExistsError):
+        # As it is new, it cannot be a link to a file that the directory's owner must not get.
+        fd = os.open(path, how | os.O_EXCL, 0o600)
+        if os.geteuid() == 0:  # An operator's command; the server's user must be able to open it later.
+            status = directory.stat()
+            os.fchown(fd, status.st_uid, status.st_gid)
+        return fd
+    return os.open(path, how, 0o600)
 
 
 def owner(directory: Path) -> str | None:
@@ -142,6 +153,15 @@ def stores(directory: Path) -> list[Path]:
     """Sub-directories that are stores, of any format, sorted by name."""
     found = (path for path in directory.iterdir() if STORE_NAME.fullmatch(path.name))
     return sorted(path for path in found if not path.is_symlink() and (path / FINGERPRINT_NAME).is_file())
+
+
+def last_change(store: Path) -> float:
+    """When the store was last written to, in seconds since the epoch; 0 if it has no files.
+
+    Readers may leave an empty log and SQLite's shared memory, which do not count.
+    """
+    files = [path for path in store.iterdir() if path.is_file() and not path.name.endswith("-shm")]
+    return max((status.st_mtime for status in map(Path.lstat, files) if status.st_size), default=0.0)
 
 
 def remove_store(store: Path) -> int:

@@ -18,6 +18,7 @@ from cached_attention.tiers.disk_directory import (
     DirectoryInUseError,
     DirectoryLock,
     is_owned,
+    last_change,
     make_store,
     read_fingerprint,
     remove_store,
@@ -233,4 +234,4 @@ def _newest_use(store: Path) -> float | None:
         with suppress(*INDEX_ERRORS), closing(open_read_only(store / INDEX_NAME)) as connection:
             (newest,) = connection.execute("SELECT max(last_use) FROM pages").fetchone()
             return newest
-    return max((path.lstat().st_mtime for path in store.iterdir()), default=None)
+    return last_change(store)

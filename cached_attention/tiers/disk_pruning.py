@@ -14,6 +14,7 @@ from cached_attention.tiers.disk_directory import (
     FINGERPRINT_NAME,
     INDEX_NAME,
     DirectoryLock,
+    last_change,
     read_fingerprint,
     remove_store,
 )
@@ -44,8 +45,9 @@ def prune(directory: Path, before: float | None = None, size: int | None = None)
     that `find_stores` finds takes at most `size` bytes, and free their space. Prunes one store per iteration.
 
     All stores share one cutoff time: ranks of one server, which use a page at about the same time, keep about the
-    same pages. A store whose index is damaged is removed; one of another version of this program, or with a
-    damaged fingerprint, is left unchanged.
+    same pages. A store whose index is damaged has no pages that could be used: it is removed, with `before` alone
+    only if it was last written to before that. One of another version of this program, or with a damaged
+    fingerprint, is left unchanged.
 
     Raises:
         NoStoresError: the directory holds no stores.
@@ -60,7 +62,7 @@ def prune(directory: Path, before: float | None = None, size: int | None = None)
         if size is not None:
             cutoff = max(cutoff, _cutoff(found, size))
         for store in found.stores:
-            yield _prune_store(store, cutoff)
+            yield _prune_store(store, cutoff, keep_fresh=size is None)
 
 
 def _cutoff(found: FoundStores, size: int) -> float:
@@ -85,8 +87,8 @@ def _cutoff(found: FoundStores, size: int) -> float:
     return float(np.nextafter(every[order[int(fits.argmin())]], np.inf))
 
 
-def _prune_store(store: Path, cutoff: float) -> Pruned:
-    before = disk_usage(store)
+def _prune_store(store: Path, cutoff: float, keep_fresh: bool) -> Pruned:
+    before, changed = disk_usage(store), last_change(store)
     fingerprint = read_fingerprint(store)
     if fingerprint is None:
         return Pruned(store, 0, 0, 0, f"left alone: {FINGERPRINT_NAME} is of another version, or damaged")
@@ -96,6 +98,8 @@ def _prune_store(store: Path, cutoff: float) -> Pruned:
     except INDEX_ERRORS as error:
         if not is_damage(error):
             raise
+        if keep_fresh and changed >= cutoff:
+            return Pruned(store, 0, 0, 0, "left alone: its index is damaged, and its files are not that old")
         return Pruned(store, 0, 0, remove_store(store), "removed: its index is damaged")
     index = DiskIndex(store / INDEX_NAME, {"fingerprint": fingerprint.digest()}, FileIO(), rows)
     try:

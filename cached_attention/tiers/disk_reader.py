@@ -52,11 +52,11 @@ class StoreReader:
         self.damaged_rows: list[int] = []
         self._index: sqlite3.Connection = open_read_only(path / INDEX_NAME)
         self._files: dict[int, int] = {}
-        try:
-            (per_file,) = self._index.execute("SELECT value FROM meta WHERE name = 'slots_per_file'").fetchone()
-            self.slots_per_file = max(1, int(per_file))
-        except (TypeError, ValueError):
-            self.slots_per_file = 1
+        meta = dict(self._index.execute("SELECT name, value FROM meta"))
+        if meta.get("fingerprint") != fingerprint.digest():
+            raise sqlite3.DatabaseError("not this store's index: fingerprint")
+        per_file = str(meta.get("slots_per_file"))
+        self.slots_per_file = max(1, int(per_file)) if per_file.isdecimal() else 1
 
     def summary(self) -> StoreSummary:
         """Summarise the index in one pass."""

@@ -73,12 +73,18 @@ class HostMemory:
     def _pin(self, record: int, device: torch.device) -> None:
         if (node := node_of(_pci_address(device))) is not None:
             prefer_node(self.bytes, node)
-        started = time.monotonic()
+        started, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
         populate(self.bytes)
         with torch.cuda.device(device):
-            self._chunks = pin(self.bytes, record, _register)
-        took = time.monotonic() - started
-        logger.info("CachedAttention: pinned %.1f GB of host memory in %.1f s.", self.bytes.numel() / 1e9, took)
+            self._chunks = pin(self.bytes, record, _register, free)
+        logger.info(
+            "CachedAttention: pinned %.1f GB of host memory in %.1f s; that takes %d MB of GPU memory, which "
+            "leaves %d MB.",
+            self.bytes.numel() / 1e9,
+            time.monotonic() - started,
+            (free - (left := torch.cuda.mem_get_info(device)[0])) / 1e6,
+            left / 1e6,
+        )
 
     def close(self) -> None:
         """Unpin; no transfer may be running. Left to the end of the process, it would take the kernel longer."""
@@ -107,8 +113,11 @@ def populate(memory: torch.Tensor, threads: int = POPULATING) -> bool:
         return all(list(pool.map(take, memory.split(step))))
 
 
-def pin(memory: torch.Tensor, record: int, register: Register, chunk: int = CHUNK) -> list[int]:
+def pin(memory: torch.Tensor, record: int, register: Register, free: int = 0, chunk: int = CHUNK) -> list[int]:
     """Pin all of `memory` in chunks of whole records, about `chunk` bytes each; returns their addresses.
+
+    Args:
+        free: bytes of GPU memory that were free before; the driver may need some of them.
 
     Raises:
         HostMemoryError: see there.
@@ -121,7 +130,8 @@ def pin(memory: torch.Tensor, record: int, register: Register, chunk: int = CHUN
             raise HostMemoryError(
                 f"{start - memory.data_ptr():,} of {memory.numel():,} bytes of host memory were pinned, then the "
                 f"CUDA driver said {wrong!r}. Give a smaller --cached-attention-host-size, or the process more "
-                "memory and, where it is limited, more locked memory (`ulimit -l`, a container's memory limit)."
+                "memory and, where it is limited, more locked memory (`ulimit -l`, a container's memory limit). "
+                f"If little GPU memory was free ({free / 1e6:,.0f} MB), give a smaller --mem-fraction-static."
             )
     return list(starts)
 

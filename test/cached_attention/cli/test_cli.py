@@ -1,20 +1,29 @@
 import json
 import mmap
+import os
+import pwd
 import random
 import re
+import shutil
 import sqlite3
+import tempfile
 import time
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from cached_attention.checksum import page_checksum
 from cached_attention.cli import app
 from cached_attention.cli.arguments import duration, words
-from cached_attention.cli.capacity import Deployment, kv_bytes_per_token, state_bytes
+from cached_attention.cli.capacity import Deployment, kv_bytes_per_token, served_dtype, state_bytes
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.disk_directory import LOCK_NAME
 from cached_attention.tiers.disk_index import DiskIndex
 from cached_attention.tiers.disk_reader import StoreReader
 from cached_attention.tiers.disk_space import disk_usage
@@ -53,9 +62,14 @@ def serve(tier):
     return {record.base_position for record in records}
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+def invoke(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def run(*arguments):
+    result = invoke(*arguments)
     return result.exit_code, result.output
 
 
@@ -157,17 +171,11 @@ def test_an_unreadable_store_is_an_exit_code(directory):
     assert (code, "unreadable" in output) == (1, True)
 
 
-@pytest.mark.parametrize("size", ["100", "0.5", "1"])
+@pytest.mark.parametrize("size", ["100", "0.5", "1", "0GB"])
 def test_sizes_need_a_unit(directory, size):
     code, output = run("prune", directory, "--to-size", size)
-    assert (code, "has no unit" in output) == (2, True)
+    assert (code, f"--to-size is '{size}': give a size above zero with its unit" in output) == (2, True)
     assert "50 pages" in run("inspect", directory)[1]
-
-
-def test_a_plan_needs_some_time():
-    code, output = run("plan", "--bytes-per-token", "1000", "--ttl", "0s")
-    assert (code, "is no plan" in output) == (2, True)
-    assert run("plan", "--bytes-per-token", "-5")[0] == 2
 
 
 def test_an_encrypted_store(directory):
@@ -180,9 +188,17 @@ def test_an_encrypted_store(directory):
     tier.close()
     assert f"AES-256-GCM, key {EncryptionKey(bytes(range(32))).id}" in run("inspect", directory)[1]
     code, output = run("verify", directory)
-    assert (code, "give their key with --encryption-key-file" in output) == (2, True)
+    assert (code, "no key was given" in output, "another key" in output) == (2, True, False)
+    assert "no damage in 1 store\n1 store was not verified: give its key with --encryption-key-file." in output
+    code, output = run("verify", tier.path)
+    assert (code, "no damage" in output) == (2, False)
     code, output = run("verify", directory, "--encryption-key-file", secret)
-    assert (code, "no damage" in output) == (0, True)
+    assert (code, "\nno damage\n" in output) == (0, True)
+    other = directory / "other key"
+    other.write_bytes(bytes(range(1, 33)))
+    other.chmod(0o600)
+    code, output = run("verify", directory, "--encryption-key-file", other)
+    assert (code, "another key than given" in output) == (2, True)
     assert run("prune", directory, "--older-than", "1h")[0] == 0
     assert run("verify", directory, "--encryption-key-file", secret)[0] == 0
     with open(tier.path / "pages-000000.bin", "r+b") as file:
@@ -201,9 +217,11 @@ def test_prune_leaves_other_files_and_later_versions_alone(directory):
     (future / "pages-000000.bin").write_bytes(b"theirs")
     (store / "notes.txt").write_text("mine")
     (directory / "photo.jpg").write_bytes(b"mine too")
-    code, output = run("prune", directory, "--older-than", "0s")
-    assert code == 1, "the store is in use"
-    assert "in use by process" in output
+    result = invoke("prune", directory, "--older-than", "0s")
+    assert result.exit_code == 1, "the store is in use"
+    assert f"{directory} is in use by process" in result.stderr
+    assert "stop that process first" in result.stderr
+    assert "another directory" not in result.output
 
 
 def test_prune_removes_only_what_is_ours(directory):
@@ -307,7 +325,7 @@ def test_prune_to_a_size_is_over_all_ranks_in_one_order(ranks, at_root):
 def test_prune_drops_nothing_while_one_rank_is_in_use(ranks):
     tier = open_tier(ranks / RANKS[2])
     code, output = run("prune", ranks, "--older-than", "0s")
-    assert (code, "in use by process" in output) == (1, True)
+    assert (code, f"{ranks / RANKS[2]} is in use by process" in output) == (1, True)
     tier.close()
     assert [len(kept(ranks / rank)) for rank in RANKS] == [30, 30, 30]
     assert run("prune", ranks, "--older-than", "0s")[0] == 0
@@ -409,16 +427,265 @@ def test_plan(tmp_path):
     assert code == 0
     for text in ("327,680 bytes", "655 MB", "4.832 TB", "98%", "$20.00", "$1.95", "saving"):
         assert text in output, text
-    assert run("plan", tmp_path, "--disk-size", "much")[0] == 2
-    assert run("plan")[0] == 2
     (tmp_path / "config.json").write_text("[]")
-    assert run("plan", tmp_path)[0] == 2
+    assert "give a model's config.json" in run("plan", tmp_path)[1]
+    assert "No such file or directory" in run("plan", tmp_path / "nowhere")[1]
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5h", 5400), ("7d", 604800), (" 2W ", 1209600)])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "say what KV takes: give the model's config.json"),
+        (("--bytes-per-token", "-5"), "--bytes-per-token"),
+        (("--bytes-per-token", "9", "--host-size", "50"), "--host-size is '50'"),
+        (("--bytes-per-token", "9", "--host-size", "0.5"), "a share of what is free is for servers only"),
+        (("--bytes-per-token", "9", "--host-size", "0"), "--host-size is '0': give a size above zero"),
+        (("--bytes-per-token", "9", "--gpu-kv-size", "50"), "--gpu-kv-size is '50'"),
+        (("--bytes-per-token", "9", "--disk-size", "much"), "--disk-size is 'much'"),
+        (("--bytes-per-token", "9", "--ttl", "soon"), "--ttl is 'soon': give a duration"),
+        (("--bytes-per-token", "9", "--gpu-price", "-5"), "--gpu-price"),
+        (("--bytes-per-token", "9", "--gpu-price", "0", "--speedup", "2"), "leave one of them out"),
+        (("--bytes-per-token", "9", "--longest-tokens", "1000"), "--longest-tokens is 1000, less than the mean"),
+        (("--bytes-per-token", "9", "--kv-dtype", "fp8"), "--bytes-per-token and --kv-dtype are both given"),
+        (("--bytes-per-token", "9", "--kv-dtype", "int3"), "--kv-dtype is 'int3': give one of bfloat16"),
+        (("CONFIG", "--bytes-per-token", "9"), "--bytes-per-token and a config are both given"),
+    ],
+)
+def test_a_plan_says_which_option_is_wrong(tmp_path, arguments, said):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    code, output = run("plan", *(tmp_path if text == "CONFIG" else text for text in arguments))
+    assert (code, said in output) == (2, True), output
+
+
+@pytest.mark.parametrize("ttl", ["3600", "1h", "60 m"])
+def test_a_plan_takes_the_durations_of_a_server(ttl):
+    code, output = run("plan", "--bytes-per-token", "1000", "--longest-tokens", "4096", "--ttl", ttl)
+    assert (code, "14.7 GB" in output) == (0, True)
+
+
+def test_a_plan_in_which_nothing_expires():
+    code, output = run("plan", "--bytes-per-token", "1000", "--ttl", "0")
+    assert (code, "without limit" in output, "hit rate" in output) == (0, True, False)
+
+
+@pytest.mark.parametrize("nothing", ["0", "0GB"])
+def test_a_plan_without_a_disk(nothing):
+    code, output = run("plan", "--bytes-per-token", "100000", "--disk-size", nothing)
+    assert (code, re.search(r"^\W*disk\b", output, re.MULTILINE)) == (0, None)
+    assert re.search(r"of that\W+0\.087", output)
+
+
+@pytest.mark.parametrize(
+    ("config", "served"),
+    [
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float32"}, "float16"),
+        ({}, "float16"),
+        ({"dtype": "half", "torch_dtype": "float32"}, "float16"),
+        ({"dtype": "float32", "model_type": "gemma3_text"}, "bfloat16"),
+        ({"dtype": "float", "text_config": {"model_type": "gemma2"}}, "bfloat16"),
+        ({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+    ],
+)
+def test_the_kv_dtype_is_what_sglang_serves(config, served):
+    from sglang.srt.configs.model_config import _get_and_verify_dtype
+
+    text = {"dtype": config.get("dtype")} | config.get("text_config", config)
+    assert f"torch.{served}" == str(_get_and_verify_dtype(text, "auto"))
+    assert served_dtype(config) == served
+
+
+def test_a_plan_says_which_kv_dtype_it_assumes(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA_70B | {"torch_dtype": "float32"}))
+    output = run("plan", config)[1]
+    assert "float16, as SGLang by default; the config has float32" in output
+    assert "327,680 bytes" in output
+    output = run("plan", config, "--kv-dtype", "float32")[1]
+    assert re.search(r"KV dtype\W+float32\b", output)
+    assert "655,360 bytes" in output
+    config.write_text(json.dumps(LLAMA_70B | {"dtype": "bfloat16"}))
+    assert "bfloat16, as the config" in run("plan", config)[1]
+    config.write_text(json.dumps(LLAMA_70B))
+    assert "the config has none" in run("plan", config)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("1.5h", 5400), ("7d", 604800), (" 2W ", 1209600), ("3600", 3600), ("0", 0)],
+)
 def test_durations(text, seconds):
-    assert duration(text) == seconds
+    assert duration("--ttl", text) == seconds
+
+
+def test_a_wrong_duration_does_not_suggest_zero():
+    """With `prune` it would drop everything."""
+    with pytest.raises(typer.BadParameter, match="--older-than is '5 weeks': give a duration") as error:
+        duration("--older-than", "5 weeks")
+    assert " 0 " not in str(error.value)
 
 
 def test_durations_in_words():
     assert [words(value) for value in (5, 150, 7300, 200_000)] == ["5 s", "2.5 min", "2.0 h", "2.3 d"]
+
+
+COMMANDS = [("inspect",), ("verify",), ("prune", "--older-than", "1h")]
+
+
+@contextmanager
+def as_another_user():
+    """Root, who may do everything, becomes nobody; others stay, and are locked out by modes alone."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for arguments in (("nowhere",), ()):
+        run("inspect", *arguments)  # Imports what errors need: Python may be where nobody cannot read.
+    os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def shared():
+    """A directory with stores that another user can read; unlike `tmp_path`, so are those above it."""
+    path = Path(tempfile.mkdtemp())
+    tier = open_tier(path / "kv")
+    fill(tier, range(20), age=7200)
+    tier.close()
+    path.chmod(0o755)
+    yield path / "kv"
+    for inner in (path, path / "kv"):
+        inner.chmod(0o700)
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize("closed", [".", "..", "store"])
+def test_what_may_not_be_read_is_said_in_a_sentence(shared, command, closed):
+    shared.chmod(0o755)
+    (store,) = shared.glob("*/")
+    place = store if closed == "store" else shared / closed
+    place.chmod(0)
+    try:
+        with as_another_user():
+            code, output = run(command[0], shared, *command[1:])
+    finally:
+        place.chmod(0o700)
+    assert code == 2
+    assert f"{shared} may not be read by user " in output
+    assert "as the server's user or as root" in output
+    assert "does not exist" not in output
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_what_is_not_there_is_said_in_a_sentence(tmp_path, command):
+    (tmp_path / "file").touch()
+    for name, said in (("nowhere", "does not exist: give what"), ("file", "is not a directory: give what")):
+        code, output = run(command[0], tmp_path / name, *command[1:])
+        assert (code, f"{tmp_path / name} {said}" in output) == (2, True), output
+
+
+def test_prune_of_what_may_not_be_written_is_a_sentence_on_stderr(shared):
+    for path in (shared, *shared.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    with as_another_user():
+        result = invoke("prune", shared, "--older-than", "1h")
+    assert result.exit_code == 1
+    assert f"{shared} may not be changed by user " in result.stderr
+    assert "as the server's user or as root" in result.stderr
+    assert "Errno" not in result.output
+    assert "Permission" not in result.stdout
+
+
+def test_prune_says_how_to_mend_the_mode_of_a_directory(directory):
+    directory.chmod(0o777)
+    result = invoke("prune", directory, "--older-than", "1h")
+    assert (result.exit_code, f"chmod go-w {directory}" in result.stderr) == (1, True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can create files that the owner cannot open")
+def test_a_lock_that_root_creates_is_the_servers(directory):
+    user = pwd.getpwnam("nobody").pw_uid
+    for path in (directory, *directory.rglob("*")):
+        os.chown(path, user, user)
+    (directory / LOCK_NAME).unlink()
+    assert run("prune", directory, "--older-than", "1h")[0] == 0
+    for path in (directory, *directory.rglob("*")):
+        assert path.stat().st_uid == user, path
+    assert (directory / LOCK_NAME).stat().st_mode & 0o777 == 0o600
+
+
+def _no_index(index):
+    index.write_bytes(b"no index at all")
+
+
+def _empty_file(index):
+    index.write_bytes(b"")
+
+
+def _of_another_store(index):
+    with closing(sqlite3.connect(index)) as connection, connection:
+        connection.execute("UPDATE meta SET value = 'other' WHERE name = 'fingerprint'")
+
+
+@pytest.mark.parametrize("damage", [_no_index, _empty_file, _of_another_store])
+def test_prune_keeps_a_damaged_store_that_is_not_old(directory, damage):
+    other = open_tier(directory, "w1")
+    fill(other, range(1000, 1010), age=7200)
+    fill(other, range(1010, 1015))
+    other.close()
+    (index,) = (path for path in directory.rglob("index.sqlite3") if path.parent != other.path)
+    damage(index)
+    code, output = run("prune", directory, "--older-than", "1h")
+    assert code == 0
+    assert "left alone: its index is damaged" in output
+    assert re.search(r"all\W+10\W+5\b", output)
+    assert (index.parent / "pages-000000.bin").exists()
+    for path in index.parent.iterdir():
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert (
+        "removed: its index is damaged" in run("prune", directory, "--older-than", "1h")[1] or not index.exists()
+    )
+    assert not index.parent.exists()
+
+
+def test_a_damaged_store_makes_room_first(directory):
+    (index,) = directory.rglob("index.sqlite3")
+    _no_index(index)
+    code, _ = run("prune", directory, "--older-than", "1h", "--to-size", "1GB")
+    assert (code, index.parent.exists()) == (0, False)
+
+
+def test_nothing_is_dropped_beside_a_damaged_store_while_a_rank_is_in_use(ranks):
+    (index,) = (ranks / RANKS[0]).rglob("index.sqlite3")
+    _no_index(index)
+    tier = open_tier(ranks / RANKS[2])
+    code, output = run("prune", ranks, "--older-than", "0s")
+    assert (code, "in use by process" in output) == (1, True)
+    tier.close()
+    assert len(kept(ranks / RANKS[1])) == 30
+
+
+def test_a_store_of_another_version_is_not_damage(directory):
+    """One that has other fields, and one that has the same."""
+    (store,) = (path.parent for path in directory.rglob("fingerprint.json"))
+    for name, text in (
+        ("0123456789abcdef", '{"format_version": 99}'),
+        ("f" * 16, replace(StoreReader(store).fingerprint, format_version=2).to_json()),
+    ):
+        (directory / name).mkdir()
+        (directory / name / "fingerprint.json").write_text(text)
+    code, output = run("verify", directory)
+    assert code == 0
+    assert "not verified: format version 99, and 1 is known here" in output
+    assert "no damage in 1 store\n2 stores were not verified: the format is that of another version" in output
+    code, output = run("verify", directory / "0123456789abcdef")
+    assert (code, "no damage" in output) == (0, False)
+    with open(store / "pages-000000.bin", "r+b") as file:
+        file.write(b"x")
+    code, output = run("verify", directory)
+    assert (code, "damage found" in output) == (1, True)
+    (store / "fingerprint.json").write_text("{")
+    assert run("verify", directory)[0] == 1

@@ -41,6 +41,9 @@ sglang:num_queue_reqs{{model_name="m"}} 3.0
 {PREFIX}capacity_bytes{{model_name="m",tier="disk"}} 0.0
 # TYPE {PREFIX}tier_healthy gauge
 {PREFIX}tier_healthy{{model_name="m",tier="disk"}} 0.0
+{PREFIX}tier_healthy{{model_name="m",tier="remote"}} 1.0
+# TYPE {PREFIX}tier_errors counter
+{PREFIX}tier_errors_total{{model_name="m",tier="remote"}} 3.0
 """
 INFO = """{"internal_states": [{"cached_attention": {"hottest": [
 {"conversation": "00ff00ff00ff00ff", "turns": 7, "tokens": 640, "reused_tokens": 3200, "idle_s": 4.0,
@@ -82,6 +85,7 @@ def test_a_frame_shows_tiers_hits_queue_and_conversations() -> None:
     assert ["computed", "-", "30.0%", "300"] in rows
     assert "2 MB of 4 MB" in shown
     assert "out of service" in shown
+    assert ["remote", "-", "-", "-", "3", "0", "good"] in rows
     assert "00ff00ff00ff00ff" in shown
 
 

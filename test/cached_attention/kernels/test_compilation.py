@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from cached_attention.kernels import compilation
+from cached_attention.kernels import compilation, compiler
 from cached_attention.kernels.compilation import CPU, find_or_compile, library_name, load_library
 from cached_attention.kernels.rope_on_load import PagedComponent, RopeOnLoad
 
@@ -164,3 +164,43 @@ def test_a_gpu_of_before_compiles_for_itself(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(compilation, "SHIPPED", tmp_path)
     (tmp_path / library_name(compilation.ALL_GPUS)).touch()
     assert compilation.cuda_target((7, 5)) == "75"
+
+
+def test_a_library_that_does_not_load_is_compiled_anew(
+    nothing_compiled: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = compilation._kept(CPU)
+    kept.write_bytes(b"of another machine")
+    with caplog.at_level(logging.WARNING):
+        assert loader().is_compiled
+    assert f"{kept} cannot be loaded, and is compiled anew" in caplog.text
+
+
+def make_toolkit(home: Path, version: int) -> Path:
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").touch(mode=0o755)
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n")
+    return home
+
+
+def test_the_toolkit_is_that_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = make_toolkit(tmp_path / "cuda-12.9", 12090), make_toolkit(tmp_path / "cuda-13.0", 13000)
+    monkeypatch.setenv("CUDA_HOME", str(old))
+    monkeypatch.setenv("PATH", str(new / "bin"))
+    monkeypatch.setattr(compiler, "find_spec", lambda _: None)
+    for version, home in (("12.8", old), ("13.0", new), (None, old)):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert compiler.toolkit() == home
+    monkeypatch.setattr(torch.version, "cuda", "14.0")
+    with pytest.raises(SystemExit, match=rf"no CUDA compiler of version 14.*{old} has 12\. {new} has 13\."):
+        compiler.toolkit()
+
+
+def test_libraries_for_different_runtimes_have_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for version in ("12.8", "13.0", "13.1"):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        names.add((library_name("90a"), library_name(CPU)))
+    assert len(names) == 2
+    assert len({name for _, name in names}) == 1

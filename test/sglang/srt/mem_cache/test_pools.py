@@ -60,6 +60,15 @@ def test_grouped_query_attention_has_keys_and_values() -> None:
     assert not device.layers[1][0][5].view(torch.bfloat16).eq(7).any()
 
 
+def test_slots_for_which_there_are_only_addresses_do_not_count() -> None:
+    """SGLang reserves them before it captures CUDA graphs, and knows how many it can use only afterwards."""
+    pool = mha()
+    pool.size = 5 * PAGE
+    device = device_pool(params(pool), FULL)
+    assert device.num_pages == 6
+    assert len(device.layers[0][0]) == 9
+
+
 def mla(layers: int = 2) -> MLATokenToKVPool:
     return MLATokenToKVPool(
         size=8 * PAGE,

@@ -98,7 +98,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self._params = params
         self._kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
         self._identity = ModelIdentity(server_args, params, self._pool)
-        self.forward_stream = forward_stream
+        # Without overlap SGLang runs forwards on the stream of its scheduler, which is the current one.
+        self.forward_stream = None if server_args.disable_overlap_schedule else forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
         self.fence = LoadFence(free_slots(params.token_to_kv_pool_allocator))
         self.pools = {PoolName.KV: self._pool}
@@ -291,13 +292,17 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     def forward_launched(self) -> None:
         """All forwards launched so far are done when everything on their stream is."""
-        stream = None if self.on_cpu else self.forward_stream
+        stream = self._stream_of_forwards()
         self.fence.launched([] if stream is None else [stream.record_event()])
+
+    def _stream_of_forwards(self) -> torch.cuda.Stream | None:
+        """None on a CPU."""
+        return None if self.on_cpu else self.forward_stream or torch.cuda.current_stream()
 
     @never_waits
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         self.layer_done_counter.discard(counter_index)
-        return self.store.finish_load(counter_index, None if self.on_cpu else self.forward_stream)
+        return self.store.finish_load(counter_index, self._stream_of_forwards())
 
     @never_waits
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:

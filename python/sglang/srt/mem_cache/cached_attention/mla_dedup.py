@@ -149,7 +149,7 @@ class MlaDedupLinker(CachedAttentionLinker):
         if self._broadcaster is None:
             super()._hand_out(batch, layers)
             return
-        prepared = self._broadcaster.prepare_broadcast(self._slots, self._stream())
+        prepared = self._broadcaster.prepare_broadcast(self._slots, self._stream_of_forwards())
         send = self._broadcaster.broadcast_loaded_layer
         relay = Relay(self.layer_done_counter.num_layers, layers, lambda layer: send(layer, prepared))
         self._relays[batch] = relay
@@ -157,15 +157,12 @@ class MlaDedupLinker(CachedAttentionLinker):
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         if (relay := self._relays.pop(counter_index, None)) is not None:
-            with torch.cuda.stream(self._stream()):
+            with torch.cuda.stream(self._stream_of_forwards()):
                 relay.send_all()
         if self._keeps:
             return super().finish_layer_wise_loading(counter_index)
         self.layer_done_counter.discard(counter_index)
         return True
-
-    def _stream(self) -> torch.cuda.Stream | None:
-        return None if self.on_cpu else self.forward_stream or torch.cuda.current_stream()
 
     # Saves
 

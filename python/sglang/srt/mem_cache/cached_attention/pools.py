@@ -49,10 +49,11 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
         refuse("it has sliding windows and states", KEEP_WINDOWS)
     if params.mtp_draft_mamba_pools:
         refuse("its draft model has states as well", "Leave --speculative-algorithm out")
-    layers = _layers(_of_full_attention(params.token_to_kv_pool_allocator.get_kvcache()))
+    pool = _of_full_attention(params.token_to_kv_pool_allocator.get_kvcache())
+    layers = _layers(pool)
     drafts = [layer for pool in draft_pools(params) for layer in _layers(pool)]
     _let_ride(layers, drafts)
-    return _pool(layers, params.page_size)
+    return _pool(layers, params.page_size, pool.size)
 
 
 def state_pool(params: CacheInitParams) -> DevicePool:
@@ -88,7 +89,7 @@ def window_pool(params: CacheInitParams) -> DevicePool:
     pool = params.token_to_kv_pool_allocator.get_kvcache()
     if type(pool) is not SWAKVPool or not params.swa_gates_prefix_match:
         refuse(f"its sliding windows lie in a {type(pool).__name__} of each request", KEEP_WINDOWS)
-    return _pool(_layers(pool.swa_kv_pool), params.page_size)
+    return _pool(_layers(pool.swa_kv_pool), params.page_size, pool.swa_kv_pool.size)
 
 
 def _of_full_attention(pool: Any) -> Any:
@@ -100,9 +101,10 @@ def _of_full_attention(pool: Any) -> Any:
     return pool.full_kv_pool
 
 
-def _pool(layers: Layers, page_size: int) -> DevicePool:
+def _pool(layers: Layers, page_size: int, size: int | None = None) -> DevicePool:
+    """`size`: tokens that SGLang allocates, besides the page that it never does; it may have reserved more."""
     try:
-        return DevicePool(layers, page_size)
+        return DevicePool(layers, page_size, None if size is None else size + page_size)
     except ValueError as error:
         refuse(str(error))
 
