@@ -44,7 +44,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmark.report import machine
-from cached_attention.config import format_size
 from cached_attention.index import PageKey
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.engine import Machine, Simulation
@@ -53,6 +52,7 @@ from cached_attention.simulator.replay import Replay
 from cached_attention.simulator.request import Outcome, Request
 from cached_attention.simulator.trace import BLOCK, TraceError, read_trace
 from cached_attention.simulator.workload import OnTime, Saturated
+from cached_attention.units import format_size
 
 SHOWN = ("ours", "ours-lru", "lru", "sglang", "fifo", "lfu", "slru", "s3-fifo", "t-lru", "optimum")
 ON_ARRIVAL, ON_TIME = "on arrival", "on time"

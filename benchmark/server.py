@@ -181,9 +181,20 @@ class Server:
 
     def post(self, path: str, body: Any, timeout_s: float = 600.0) -> str:
         """Body of the answer to a POST of `body` as JSON (None: empty); `path` starts with a slash."""
+        return self.request("POST", path, body, timeout_s)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        timeout_s: float = 600.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> str:
+        """Like `post`, with another method or more headers."""
         data = b"" if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data=data, headers=headers, method="POST")
+        every = {"Content-Type": "application/json", **(headers or {})}
+        request = urllib.request.Request(self.url + path, data=data, headers=every, method=method)
         return self._exchange(request, timeout_s)
 
     def log_tail(self, size: int = TAIL_BYTES) -> str:

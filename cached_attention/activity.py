@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from cached_attention.config import format_size
 from cached_attention.stats import Direction, StoreStats
+from cached_attention.units import format_size
 
 PERIOD = 60.0
 """Seconds between two lines."""

@@ -12,18 +12,26 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(slots=True)
+class Reached:
+    """What `Reach` remembers of a chain since the last lookups."""
+
+    restorable: int = 0
+    """Leading pages in some tier."""
+    loadable: int = 0
+    """Leading pages in host memory."""
+    epoch: int = -1
+    disorder: int = -1
+    """`epoch` and `disorder` of the hierarchy."""
+
+
 @dataclass
 class Chain:
     """Page keys in order. A request keeps its chain, so that a key is computed and looked up once."""
 
     keys: list[PageKey] = field(default_factory=list)
-    restorable: int = 0
-    """Leading pages in some tier at the last lookup; the store's memo, see `restorable_pages`."""
-    loadable: int = 0
-    """Leading pages in host memory at the last lookup; the store's memo, see `loadable_pages`."""
-    epoch: int = -1
-    disorder: int = -1
-    """`epoch` and `disorder` of the hierarchy at the last lookups."""
+    reached: Reached = field(default_factory=Reached, init=False, repr=False, compare=False)
+    """Kept by `Reach`."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,15 @@ class Hierarchy:
         self.feed.follow(self)
         self.stats = stats or StoreStats()
 
+    def counters(self) -> dict[str, int]:
+        """Counts and fill levels, in pages; `waiting` in requests."""
+        return {
+            "host_pages": self.host.capacity,
+            "host_pages_used": self.in_host.pages,
+            "aliases": self.stats.aliased,
+            "waiting": len(self.waiting),
+        }
+
     def is_kept(self, key: PageKey) -> bool:
         """Whether the page is in any tier of this server, or on its way there."""
         return self.index.is_resident(key)
@@ -72,6 +81,16 @@ class Hierarchy:
         row = self.index.find(key)
         here = [tier.name for tier in (self.in_host, self.on_disk) if row != NOWHERE and row in tier]
         return [*here, "remote"] if key in self.remote else here
+
+    def is_usable(self, key: PageKey) -> bool:
+        """Whether the page is in a tier of this server."""
+        row = self.index.find(key)
+        return row != NOWHERE and (bool(self.in_host.ready[row]) or row in self.on_disk)
+
+    def is_followed(self, key: PageKey) -> bool:
+        """Whether a successor of the page is in a tier of this server, or on its way there."""
+        row = self.index.find(key)
+        return row != NOWHERE and any(tier.children[row] for tier in (self.in_host, self.on_disk))
 
     def is_restorable(self, key: PageKey) -> bool:
         """Whether the page is in any tier, or on its way there."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 
 from cached_attention.chain import Chain, PageRun
-from cached_attention.drops import Drop
-from cached_attention.index import NOWHERE, PageKey
-from cached_attention.lookups import ScatteredLookups
+from cached_attention.index import PageKey
 from cached_attention.store import CachedAttentionStore
+from cached_attention.trailing_store import TrailingStore
 from cached_attention.transfer.streams import Event
 
 
@@ -25,103 +25,20 @@ class _Saved(NamedTuple):
     trailing: bool
 
 
-class _Tail(NamedTuple):
-    """What a queued request needs from the trailing store."""
-
-    keys: Sequence[PageKey]
-    chains: dict[str, Chain]
-    """By the name under which each is queued there: a chain is kept through its last page."""
-
-
-class Queued(NamedTuple):
-    """A request in the queue, and how much of its chain is brought up for it."""
+@dataclass
+class Queued:
+    """A request in the queue, and what is brought up for it."""
 
     chain: Chain
     on_device: int
     end: int
-
-
-class TrailingStore(CachedAttentionStore):
-    """Pages of which only the last ones of a prefix are needed: states, or sliding windows.
-
-    They are kept in chains of up to `chain_pages`, so that the end of a conversation can be kept without its
-    beginning.
-    """
-
-    _lookups: ScatteredLookups | None
-
-    def _migrate(self) -> None:
-        super()._migrate()
-        self._lookups = None
-        if self.remote is not None:
-            self._lookups = ScatteredLookups(self._pages, self.remote, self._decision, self.layout.page_size)
-
-    @property
-    def known_pages(self) -> Container[PageKey]:
-        """Pages that may be in a tier of this server; no others are."""
-        return self._index.known
-
-    @property
-    def remote_pages(self) -> Container[PageKey]:
-        """Pages in the remote store, as far as is known."""
-        return self._pages.remote.known
-
-    def seek(self, request: str, keys: Sequence[PageKey], useful: int, page_tokens: int) -> None:
-        """Look up which pages of the prompt `keys` the remote store has, see `ScatteredLookups`, and `found`."""
-        if self._lookups is not None:
-            self._lookups.seek(request, keys, useful, page_tokens)
-
-    def has_sought(self, request: str, may_give_up: bool = True) -> bool:
-        """Whether `seek` has an answer, or waiting for it is not expected to pay off."""
-        return self._lookups is None or self._lookups.is_ready(request, may_give_up)
-
-    def found(self) -> list[str]:
-        """Requests for which `seek` has found pages since the last call."""
-        return [] if self._lookups is None else [request for request, _ in self._lookups.poll()]
-
-    def stop_seeking(self, request: str) -> None:
-        if self._lookups is not None:
-            self._lookups.leave(request)
-
-    def forget(self, keys: Sequence[PageKey]) -> None:
-        """Drop the pages `keys` from every tier; those that a queued request needs stay on this server."""
-        known = self._index.known
-        for part in self.chains([key for key in keys if key in known]):
-            self.drop(part)
-        if self._migration is not None:
-            self._migration.forget([key for key in keys if not self._pages.is_kept(key)])
-
-    def mark_used(self, key: PageKey) -> None:
-        """The page, if it is in a tier, is in use: refresh its last use."""
-        if (row := self._index.find(key)) != NOWHERE:
-            self._uses.mark(row)
-
-    def can_restore(self, key: PageKey) -> bool:
-        """Whether the page is in some tier."""
-        return self.holds(key) or key in self._pages.remote
-
-    def is_loadable(self, key: PageKey) -> bool:
-        """Whether the page is in host memory."""
-        row = self._index.find(key)
-        return row != NOWHERE and bool(self._in_host.ready[row])
-
-    def chains(self, keys: Sequence[PageKey]) -> list[Chain]:
-        """Split consecutive pages of a prompt into chains, each of which is kept through its last page."""
-        chains: list[Chain] = []
-        before, was_remote = NOWHERE, False
-        for key in keys:
-            row, is_kept = self._index.find(key), self._pages.is_kept(key)
-            # Pages from the remote store are in no chain here yet: those in a row become one.
-            is_remote = not is_kept and key in self._pages.remote
-            follows = was_remote if is_remote else before != NOWHERE and self._is_after(row, before)
-            if not follows or (is_remote and len(chains[-1].keys) == self._chain_pages):
-                chains.append(Chain())
-            chains[-1].keys.append(key)
-            before, was_remote = row if is_kept else NOWHERE, is_remote
-        return chains
-
-    def _is_after(self, row: int, before: int) -> bool:
-        return row != NOWHERE and self._index.parent[row] == before
+    """Number of pages of the chain after which it is to resume."""
+    tail: Sequence[PageKey]
+    """What it needs from the trailing store."""
+    parts: dict[str, Chain]
+    """Of `tail`, by the name under which each is queued there: a chain is kept through its last page."""
+    is_undecided: bool = False
+    """Whether pages were found or lost since it arrived."""
 
 
 class HybridStore(CachedAttentionStore):
@@ -145,14 +62,10 @@ class HybridStore(CachedAttentionStore):
     def __init__(self, *args: Any, trailing: TrailingStore, span: int = 1, **options: Any) -> None:
         self.trailing = trailing
         self.span = span
-        self._tails: dict[str, _Tail] = {}
-        """Per queued request."""
         self.queued: dict[str, Queued] = {}
         """Per queued request."""
         self.decides_alone = True
-        """Whether this rank may choose by itself where a request resumes; if not, it notes `undecided`."""
-        self.undecided: set[str] = set()
-        """Queued requests of which pages were found or lost since they arrived."""
+        """Whether this rank may choose by itself where a request resumes; if not, see `is_undecided`."""
         self._saved: deque[_Saved] = deque()
         """Saves that have not been popped."""
         super().__init__(*args, **options)
@@ -207,15 +120,19 @@ class HybridStore(CachedAttentionStore):
         lost = self._lost_tokens(chain, loadable, pages, on_device)
         self._wait_for(request, chain, pages, page_tokens or self._per_page(lost, pages - loadable), on_device)
         # All of it, even if some is on the device: that may be evicted before the request runs.
-        self._wait_for_tail(request, self._tail(chain, pages, 0), lost)
+        tail = self._tail(chain, pages, 0)
+        parts = self._wait_for_tail(request, tail, lost)
         if on_device < len(chain.keys):
             self.trailing.seek(request, chain.keys, self.span, self.layout.page_size)
-        self.queued[request] = Queued(chain, on_device, pages)
-        self.undecided.discard(request)
+        self.queued[request] = Queued(chain, on_device, pages, tail, parts)
         return pages
 
-    def _on_found(self) -> Callable[[str, Sequence[PageKey]], object]:
-        return lambda request, _: self._find_again(request)
+    def is_undecided(self, request: str) -> bool:
+        """Whether pages of the queued `request` were found or lost since all ranks chose where it resumes."""
+        return (queued := self.queued.get(request)) is not None and queued.is_undecided
+
+    def _found(self, request: str, keys: Sequence[PageKey]) -> None:
+        self._find_again(request)
 
     def _find_again(self, request: str) -> None:
         """Pages of the queued `request` were found or lost, so that it may resume at another end."""
@@ -224,11 +141,10 @@ class HybridStore(CachedAttentionStore):
         if self.decides_alone:
             self.arrive(request, queued.chain, on_device=queued.on_device)
         else:
-            self.undecided.add(request)
+            queued.is_undecided = True
 
-    def _has_lost(self, request: str) -> bool:
-        """Whether something was lost that `request` needs, beside what is on the device, to resume at its end."""
-        queued = self.queued[request]
+    def _has_lost(self, queued: Queued) -> bool:
+        """Whether something was lost that it needs, beside what is on the device, to resume at its end."""
         if queued.end <= queued.on_device:
             return False
         tail = self._tail(queued.chain, queued.end, queued.on_device)
@@ -248,15 +164,19 @@ class HybridStore(CachedAttentionStore):
     def _per_page(self, tokens: int, pages: int) -> int:
         return max(self.layout.page_size, tokens // max(1, pages))
 
-    def _wait_for_tail(self, request: str, keys: Sequence[PageKey], lost: int) -> None:
-        tail = self._tails.get(request)
-        if tail is None or tail.keys != keys:
-            self._leave_tail(request)
-            tail = self._tails[request] = _Tail(keys, dict(self._named(request, keys)))
-        for name, chain in tail.chains.items():
+    def _wait_for_tail(self, request: str, tail: Sequence[PageKey], lost: int) -> dict[str, Chain]:
+        """`request` needs `tail` from the trailing store; returns its parts, see `Queued`."""
+        queued = self.queued.get(request)
+        if queued is not None and queued.tail == tail:
+            parts = queued.parts
+        else:
+            self._leave_tail(queued)
+            parts = dict(self._named(request, tail))
+        for name, chain in parts.items():
             self.trailing.mark_used(chain.keys[-1])
             missing = len(chain.keys) - self.trailing.loadable_pages(chain)
             self.trailing.arrive(name, chain, self._per_page(lost, missing), 0 if lost else len(chain.keys))
+        return parts
 
     def _named(self, request: str, keys: Sequence[PageKey]) -> Iterator[tuple[str, Chain]]:
         return zip(self._names(request), self.trailing.chains(keys), strict=False)
@@ -268,39 +188,36 @@ class HybridStore(CachedAttentionStore):
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         if not super().is_ready(request, may_give_up):
             return False
-        tail, migration = self._tails.get(request), self._migration
-        if tail is None or (migration is not None and migration.gave_up(request)):
+        queued, migration = self.queued.get(request), self._migration
+        if queued is None or (migration is not None and migration.gave_up(request)):
             return True
         if not self.trailing.has_sought(request, may_give_up):
             return False
-        if not all(self.trailing.is_ready(name, may_give_up) for name in tail.chains):
+        if not all(self.trailing.is_ready(name, may_give_up) for name in queued.parts):
             return False
-        if self._has_lost(request):
+        if self._has_lost(queued):
             self._find_again(request)
             return False
         return True
 
     def reorder(self, requests: Sequence[str]) -> None:
         super().reorder(requests)
-        tails = map(self._tails.get, self._pages.waiting.requests)
-        self.trailing.reorder([name for tail in tails if tail is not None for name in tail.chains])
+        waiting = map(self.queued.get, self._pages.waiting.requests)
+        self.trailing.reorder([name for queued in waiting if queued is not None for name in queued.parts])
 
     def leave(self, request: str) -> None:
         super().leave(request)
-        self._leave_tail(request)
-        self.queued.pop(request, None)
-        self.undecided.discard(request)
+        self._leave_tail(self.queued.pop(request, None))
         self.trailing.stop_seeking(request)
 
-    def _leave_tail(self, request: str) -> None:
-        if (tail := self._tails.pop(request, None)) is not None:
-            for name in tail.chains:
-                self.trailing.leave(name)
+    def _leave_tail(self, queued: Queued | None) -> None:
+        for name in queued.parts if queued is not None else ():
+            self.trailing.leave(name)
 
-    def _drop(self, drop: Drop) -> int:
-        dropped = super()._drop(drop)
-        self.trailing.forget([key for key in drop.keys if not self.holds(key)])
-        return dropped
+    def _remove(self, keys: Sequence[PageKey]) -> int:
+        removed = super()._remove(keys)
+        self.trailing.forget([key for key in keys if not self.holds(key)])
+        return removed
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
         super().prefill_took(tokens, seconds)
@@ -407,9 +324,7 @@ class HybridStore(CachedAttentionStore):
 
     def _start_empty(self, epoch: int) -> None:
         super()._start_empty(epoch)
-        self._tails.clear()
         self.queued.clear()
-        self.undecided.clear()
         self._saved.clear()
 
     def close(self) -> None:

@@ -61,13 +61,18 @@ class Lookups:
 
         Skipped if the whole chain is on the device, which has its first `on_device` pages.
         """
-        state = len(keys), on_device < len(keys)
-        if self._asked.get(request) == state or not self._remote.healthy:
+        if not self._is_new(request, (len(keys), on_device < len(keys))):
             return
-        self._asked[request] = state
         self._offer(keys[:restorable])
         if max(restorable, on_device) < len(keys):
             self._look_up(request, keys, restorable, on_device, len(keys) - restorable, self._page_tokens)
+
+    def _is_new(self, request: str, state: tuple[int, bool]) -> bool:
+        """Whether the store may be asked, and `request` has not asked in this `state` before."""
+        if self._asked.get(request) == state or not self._remote.healthy:
+            return False
+        self._asked[request] = state
+        return True
 
     def _look_up(
         self, request: str, keys: Sequence[PageKey], first: int, on_device: int, useful: int, page_tokens: int
@@ -123,7 +128,15 @@ class Lookups:
 
 
 class ScatteredLookups(Lookups):
-    """Looks up pages that are useful without the pages before them, see `TrailingStore`."""
+    """Looks up pages that are useful without the pages before them, see `TrailingStore`.
+
+    `seek` looks up the whole prompt of a request, so `ask`, for chains of it, needs no lookup.
+    """
+
+    def ask(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
+        """Offer the first `restorable` of the pages `keys` for sharing, unless that was done before."""
+        if self._is_new(request, (len(keys), on_device < len(keys))):
+            self._offer(keys[:restorable])
 
     def seek(self, request: str, keys: Sequence[PageKey], useful: int, page_tokens: int) -> None:
         """Look up those of the pages `keys` that are not in a tier, unless that was done before.
@@ -132,10 +145,8 @@ class ScatteredLookups(Lookups):
             useful: maximum number of pages that will be fetched.
             page_tokens: tokens to recompute per page that is not there.
         """
-        state = len(keys), True
-        if self._asked.get(request) == state or not self._remote.healthy:
+        if not self._is_new(request, (len(keys), True)):
             return
-        self._asked[request] = state
         if missing := [key for key in keys if not self._pages.is_restorable(key)]:
             self._look_up(request, missing, 0, 0, min(useful, len(missing)), page_tokens)
 

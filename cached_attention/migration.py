@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -17,8 +18,11 @@ from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.put_behind import PutBehind
 from cached_attention.stats import Reason
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.write_behind import WriteBehind
+
+logger = logging.getLogger(__name__)
 
 TOLD_AT_ONCE = 256
 """Pages per poll that are reported to have left the remote tier after an outage."""
@@ -32,8 +36,8 @@ class Migration:
         look_ahead: number of queued requests whose pages are fetched before they run.
         min_uses: write a page to disk after this many uses.
         page_tokens: tokens per page.
-        on_found: called with a queued request and its chain when pages of it were found in the remote store;
-            see `ask`, which is the default.
+        lookups: for `remote`.
+        on_found: called with a queued request and its chain when `lookups` found pages of it.
     """
 
     def __init__(
@@ -46,7 +50,8 @@ class Migration:
         look_ahead: int,
         min_uses: int,
         page_tokens: int,
-        on_found: Callable[[str, Sequence[PageKey]], object] | None = None,
+        lookups: Lookups | None,
+        on_found: Callable[[str, Sequence[PageKey]], object],
     ) -> None:
         self._pages = pages
         self._disk = disk
@@ -56,8 +61,8 @@ class Migration:
         self.ahead = LookAhead(pages, self.fetch, decision, look_ahead, page_tokens)
         self.write_behind = None if disk is None else WriteBehind(pages, disk, min_uses)
         self._put_behind = None if remote is None else PutBehind(pages, remote)
-        self._lookups = None if remote is None else Lookups(pages, remote, decision, page_tokens)
-        self._on_found = on_found or self.ask
+        self._lookups = lookups
+        self._on_found = on_found
         self._outages = -1
 
     @property
@@ -153,6 +158,15 @@ class Migration:
         loadable, restorable = self._pages.loadable(keys, 0), self._pages.restorable(keys, 0)
         self.ahead.ask(request, keys[:restorable], loadable)
 
+    def drop(self, keys: Sequence[PageKey]) -> int:
+        """Remove a chain from every tier, except for pages in use; returns the pages removed from this server."""
+        self.fetch.poll()  # What was on its way for a hint is not needed any more.
+        dropped, slots = self._pages.drop(keys)
+        if self._disk is not None:
+            self._disk.remove(slots)
+        self.forget(keys)
+        return dropped
+
     def forget(self, keys: Sequence[PageKey]) -> None:
         """Remove a chain from the remote store, except for the leading pages that this server still keeps."""
         if self._remote is not None:
@@ -209,13 +223,24 @@ class Migration:
         for part in self._parts:
             part.settle()
 
-    def give_up(self) -> None:
-        """`settle`, and never wait for writes that have not ended either: the tiers are closed."""
+    def abandon(self, host: HostTier, waited: float) -> None:
+        """Go on without the tiers, which have not answered for `waited` seconds: they are closed.
+
+        `host` loses the slots that a tier may still write to.
+        """
+        slots = self.fetch.slots_in_flight
+        logger.error(
+            "CachedAttention: a tier has not answered for %.0f s. The server goes on without disk and remote"
+            " store, which keep their pages, and without %d pages of host memory. A flush of the cache tries the"
+            " disk again; the rest needs a restart.",
+            waited,
+            len(slots),
+        )
+        host.retire(slots)
+        for tier in (self._disk, self._remote):
+            if tier is not None:
+                tier.close(0.0)
         self.settle()
         for writer in self._writers:
             writer.give_up()
-
-    @property
-    def slots_in_flight(self) -> list[int]:
-        """Host slots that a tier may be writing to."""
-        return self.fetch.slots_in_flight
+        self._pages.remote.clear()

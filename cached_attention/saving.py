@@ -7,8 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
-from itertools import takewhile
-from typing import NamedTuple
 
 from cached_attention.aliases import Aliases
 from cached_attention.chain import PageRun
@@ -24,13 +22,6 @@ COMPLAINT_SECONDS = 60.0
 """Seconds between two log lines about failed saves."""
 CHAIN_SOONER = 1e-6
 """Seconds per page by which earlier pages of a save count as older, so that its first chain is evicted first."""
-
-
-class _Await(NamedTuple):
-    last: PageKey
-    """The page that lands last, since saves end in order."""
-    until: float
-    """Time by which recomputing the pages would have been as fast."""
 
 
 class Saves:
@@ -63,7 +54,6 @@ class Saves:
         self._sooner = 0.0 if chain_pages is None else CHAIN_SOONER
         self._running: deque[PageSave] = deque()
         self._finished: deque[bool] = deque()
-        self._awaits: dict[str, _Await] = {}
         self._complain_at = 0.0
 
     @property
@@ -124,29 +114,6 @@ class Saves:
             self._pages.index.last_use[row] = now - self._sooner * (len(run.keys) - page)
             parent = key
         return admitted, True
-
-    def await_landing(self, request: str, keys: Sequence[PageKey], recompute: Callable[[int], float]) -> None:
-        """See `CachedAttentionStore.await_saves`; `recompute`: seconds to recompute a number of pages."""
-        here = list(takewhile(lambda row: row in self._pages.in_host, map(self._pages.index.find, keys)))
-        coming = [place for place, row in enumerate(here) if not self._pages.in_host.ready[row]]
-        if coming:
-            until = self._clock() + recompute(coming[-1] + 1 - coming[0])
-            self._awaits[request] = _Await(keys[coming[-1]], until)
-
-    def has_landed(self, request: str) -> bool:
-        """Whether `request` awaits no save, or has waited long enough."""
-        if (awaited := self._awaits.get(request)) is None:
-            return True
-        row = self._pages.index.find(awaited.last)
-        is_coming = row in self._pages.in_host and not self._pages.in_host.ready[row]
-        if is_coming and self._clock() < awaited.until:
-            return False
-        self.leave(request)
-        return True
-
-    def leave(self, request: str) -> None:
-        """`request` no longer awaits saves."""
-        self._awaits.pop(request, None)
 
     def poll(self) -> int:
         """Process the saves that have ended; returns the number that wait for `pop`."""

@@ -7,7 +7,6 @@ Transfers run on streams of their own; `poll` takes note of those that have ende
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,16 +16,19 @@ from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
 from cached_attention.clock import EpochClock
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
-from cached_attention.drops import DROPPING, Drop, Drops
 from cached_attention.fetch import Arrived
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.hints import GRACE, Hint, Hints
+from cached_attention.hints import Hints
 from cached_attention.index import NOWHERE, PageKey
+from cached_attention.landing import Landings
 from cached_attention.layout import DevicePool
 from cached_attention.loading import Loads
+from cached_attention.lookups import Lookups
 from cached_attention.migration import Migration
+from cached_attention.outlooks import Outlooks
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.position.rotation import Rotation
+from cached_attention.reach import Reach
 from cached_attention.residency import ResidencyFeed
 from cached_attention.saving import Saves
 from cached_attention.stats import Reason, StoreStats
@@ -35,20 +37,14 @@ from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.transfer.copier import page_copier
 from cached_attention.transfer.jobs import Transfers
-from cached_attention.transfer.layer_wise_load import LayerWiseLoad, PageLoad
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad
 from cached_attention.transfer.streams import Event
 from cached_attention.uses import Uses
 
-logger = logging.getLogger(__name__)
-
 EXPIRED_AT_ONCE = 64
-"""Pages per tier and poll."""
-HINTED_AT_ONCE = 8
-"""Hints per poll that are looked up again."""
+"""Pages per tier and poll that are dropped because they were not used for too long."""
 PATIENCE = 10.0
 """Seconds that the store waits for a tier before it goes on without it."""
-KEPT = 3600.0
-"""Seconds that the hint `keep` lasts if there is no time to live."""
 
 
 class CachedAttentionStore:
@@ -117,7 +113,7 @@ class CachedAttentionStore:
         self._adopt()
 
     def _start_empty(self, epoch: int) -> None:
-        has_disk, has_remote = self.disk is not None, self.remote is not None
+        page_size, has_disk, has_remote = self.layout.page_size, self.disk is not None, self.remote is not None
         self._pages = Hierarchy(
             self.host, has_disk=has_disk, has_remote=has_remote, feed=self.residency, stats=self.stats
         )
@@ -126,25 +122,20 @@ class CachedAttentionStore:
         self._pages.epoch = epoch
         self._pages.is_closed = self._chain_pages is None
         self._index, self._in_host = self._pages.index, self._pages.in_host
+        self._reach = Reach(self._pages)
         self._migrate()
-        self._aliases = Aliases(self._pages, self.layout.page_size, self._device_pages)
-        self._hints = Hints()
-        self._drops = Drops()
+        self._aliases = Aliases(self._pages, page_size, self._device_pages)
+        self._outlooks = Outlooks(self._pages, self.arrive, self.leave, self._remove, self._clock, self._ttl)
         self._saves = Saves(
-            self._pages,
-            self._transfers,
-            self._aliases,
-            self.stats,
-            self.layout.page_size,
-            self._clock,
-            self._chain_pages,
+            self._pages, self._transfers, self._aliases, self.stats, page_size, self._clock, self._chain_pages
         )
-        self._reserved: dict[str, int] = {}
-        self._loads = Loads(self._pages, self._transfers, self.stats)
+        self._landings = Landings(self._pages, self._clock)
+        self._loads = Loads(self._pages, self._transfers, self._aliases, self.stats)
 
     def _migrate(self) -> None:
         self._uses = Uses(self._pages, self.disk, self._min_uses, self._clock)
         self._migration: Migration | None = None
+        lookups = self._make_lookups()
         if self.disk is None and self.remote is None:
             return
         self._migration = Migration(
@@ -155,12 +146,19 @@ class CachedAttentionStore:
             look_ahead=self._look_ahead,
             min_uses=self._min_uses,
             page_tokens=self.layout.page_size,
-            on_found=self._on_found(),
+            lookups=lookups,
+            on_found=self._found,
         )
 
-    def _on_found(self) -> Callable[[str, Sequence[PageKey]], object] | None:
-        """See `Migration`."""
-        return None
+    def _make_lookups(self) -> Lookups | None:
+        if self.remote is None:
+            return None
+        return Lookups(self._pages, self.remote, self._decision, self.layout.page_size)
+
+    def _found(self, request: str, keys: Sequence[PageKey]) -> None:
+        """Pages of the chain `keys` of the queued `request` were found in the remote store."""
+        if self._migration is not None:
+            self._migration.ask(request, keys)
 
     @property
     def resident_pages(self) -> int:
@@ -169,12 +167,7 @@ class CachedAttentionStore:
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
-        counts = self.stats.counters() | {
-            "host_pages": self.host.capacity,
-            "host_pages_used": self._in_host.pages,
-            "aliases": self.stats.aliased,
-            "waiting": len(self._pages.waiting),
-        }
+        counts = self.stats.counters() | self._pages.counters()
         if self._migration is not None:
             counts |= self._migration.counters()
         return counts
@@ -193,20 +186,11 @@ class CachedAttentionStore:
 
     def restorable_pages(self, chain: Chain) -> int:
         """Number of leading pages of `chain` that are in some tier. Constant time if nothing changed."""
-        self._refresh(chain)
-        chain.restorable = self._pages.restorable(chain.keys, max(chain.restorable, chain.loadable))
-        return chain.restorable
+        return self._reach.restorable(chain)
 
     def loadable_pages(self, chain: Chain) -> int:
         """Number of leading pages of `chain` that are in host memory. Constant time if nothing changed."""
-        self._refresh(chain)
-        chain.loadable = self._pages.loadable(chain.keys, chain.loadable)
-        return chain.loadable
-
-    def _refresh(self, chain: Chain) -> None:
-        if chain.epoch != self._pages.epoch:
-            chain.epoch, chain.disorder = self._pages.epoch, self._pages.disorder
-            chain.restorable = chain.loadable = 0
+        return self._reach.loadable(chain)
 
     def alias(self, chain: Chain, sources: Iterable[Source]) -> None:
         """Alias pages of `chain` that the store lacks to pages of the same tokens at other positions.
@@ -227,13 +211,11 @@ class CachedAttentionStore:
 
     def holds(self, key: PageKey) -> bool:
         """Whether the page is in some tier of this server."""
-        row = self._index.find(key)
-        return row != NOWHERE and (bool(self._in_host.ready[row]) or row in self._pages.on_disk)
+        return self._pages.is_usable(key)
 
     def is_followed(self, key: PageKey) -> bool:
         """Whether a successor of the page is in some tier of this server."""
-        row = self._index.find(key)
-        return row != NOWHERE and any(tier.children[row] for tier in (self._in_host, self._pages.on_disk))
+        return self._pages.is_followed(key)
 
     # The waiting queue
 
@@ -269,7 +251,7 @@ class CachedAttentionStore:
         ends when recomputing them would have taken as long.
         """
         page_tokens, seconds = self.layout.page_size, self._decision.computing.seconds
-        self._saves.await_landing(request, keys, lambda pages: seconds(pages * page_tokens))
+        self._landings.hold(request, keys, lambda pages: seconds(pages * page_tokens))
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         """Whether `request` may run: nothing is being fetched for it, or recomputing is expected to be faster.
@@ -278,71 +260,44 @@ class CachedAttentionStore:
             may_give_up: False if the scheduler has not reached `request` yet. Then it is too early to give up its
                 pages: they may arrive while other requests run.
         """
-        return self._saves.has_landed(request) and (
+        return self._landings.has_landed(request) and (
             self._migration is None or self._migration.is_ready(request, may_give_up)
         )
 
     def reorder(self, requests: Sequence[str]) -> None:
         """The queued requests in the order in which they will run; all others have left the queue."""
-        for request in self._pages.waiting.replace([*requests, *self._hints.order()]):
+        for request in self._pages.waiting.replace([*requests, *self._outlooks.queued]):
             self.leave(request)
 
     def leave(self, request: str) -> None:
         """`request` runs or was aborted: release what is held for it."""
         self._pages.unwant(request, self._clock())
-        self._saves.leave(request)
+        self._landings.leave(request)
         if self._migration is not None:
             self._migration.leave(request)
 
     def expect(self, chain: Chain, seconds: float) -> int:
         """The next turn of the conversation `chain` is expected in `seconds`; returns its restorable pages.
 
-        It is queued behind all requests until it is loaded, or until `GRACE` seconds after that time.
+        It is queued behind all requests until it is loaded, or until `hints.GRACE` seconds after that time.
         """
-        due = self._clock() + seconds
-        return self._hint(chain, Hint(due, due + GRACE))
+        return self._outlooks.expect(chain, seconds)
 
     def keep(self, chain: Chain) -> int:
         """Evict the conversation `chain` last, for the time to live, or for an hour if there is none."""
-        until = self._clock() + (self._ttl or KEPT)
-        return self._hint(chain, Hint(until, until))
-
-    def _hint(self, chain: Chain, hint: Hint) -> int:
-        if not chain.keys:
-            return 0
-        name = Hints.name(chain.keys[-1])
-        for given_up in self._hints.add(name, hint):
-            self.leave(given_up)
-        return self._arrive_hinted(name, chain) if name in self._hints else 0
-
-    def _arrive_hinted(self, name: str, chain: Chain) -> int:
-        pages = self.arrive(name, chain)
-        if pages < len(chain.keys):
-            self._hints.lack(name, chain)
-        return pages
+        return self._outlooks.keep(chain)
 
     def drop(self, chain: Chain) -> int:
         """Remove the conversation `chain` from every tier; returns the number of pages removed.
 
         Pages that other conversations continue, or that a queued request needs, stay. Pages that are on their way
-        between tiers are removed by later calls of `poll`, if they get there within `DROPPING` seconds.
+        between tiers are removed by later calls of `poll`, if they get there within `drops.DROPPING` seconds.
         """
-        if not chain.keys:
-            return 0
-        self.leave(self._hints.discard(Hints.name(chain.keys[-1])))
-        if self._migration is not None:
-            self._migration.fetch.poll()  # What was on its way for the hint is not needed any more.
-        return self._drop(Drop(chain.keys, self._clock() + DROPPING))
+        return self._outlooks.drop(chain)
 
-    def _drop(self, drop: Drop) -> int:
-        dropped, slots = self._pages.drop(drop.keys)
-        if self.disk is not None:
-            self.disk.remove(slots)
-        if self._migration is not None:
-            self._migration.forget(drop.keys)
-        if any(row != NOWHERE and self._index.pins[row] for row in map(self._index.find, drop.keys)):
-            self._drops.add(drop, self._clock())
-        return dropped
+    def _remove(self, keys: Sequence[PageKey]) -> int:
+        """Remove the chain `keys` from every tier, except for pages in use; returns how many were removed."""
+        return self._pages.drop(keys)[0] if self._migration is None else self._migration.drop(keys)
 
     def chain_to(self, *ends: PageKey) -> Chain:
         """The chain that ends with the first of the pages `ends` that is known; empty if none is."""
@@ -363,25 +318,17 @@ class CachedAttentionStore:
 
     def reserve(self, request: str, chain: Chain) -> int:
         """Pin the loadable pages of `chain` until `end_pass`, so that a load cannot fail; returns how many."""
-        self._release(request)
-        if chain.disorder != self._pages.disorder:
-            chain.disorder, chain.loadable = self._pages.disorder, 0
-        pages = self.loadable_pages(chain)
+        self._loads.release(request)
+        pages = self._reach.surely_loadable(chain)
         if pages:
             row = self._index.find(chain.keys[pages - 1])
             self._uses.mark(row)
-            self._pages.pin(row)
-            self._reserved[request] = row
+            self._loads.reserve(request, row)
         return pages
 
     def end_pass(self) -> None:
         """End of a scheduling pass: unpin what was reserved and not loaded."""
-        for request in list(self._reserved):
-            self._release(request)
-
-    def _release(self, request: str) -> None:
-        if (row := self._reserved.pop(request, NOWHERE)) != NOWHERE:
-            self._pages.unpin(row)
+        self._loads.end_pass()
 
     # Loading
 
@@ -406,27 +353,19 @@ class CachedAttentionStore:
         Raises:
             ValueError: the request has a load queued already.
         """
-        rows = [self._index.find(key) for key in keys]
-        if not rows or any(row == NOWHERE or not self._in_host.ready[row] for row in rows):
+        rows = self._loads.queue(request, keys, device_slots, indices_ready)
+        if not rows:
             return False
-        slots = [self._in_host.slot[row] for row in rows]
-        deltas = list(map(self._index.delta, rows))
-        self._loads.queue(request, PageLoad(device_slots, slots, deltas), rows[-1], indices_ready)
-        self._aliases.loaded_rotated(request, [key for key, delta in zip(keys, deltas, strict=True) if delta])
         self._uses.count(rows)
         self.leave(request)
-        for name in filter(self._hints.is_expected, map(Hints.name, keys)) if self._hints else ():
-            self.leave(self._hints.discard(name))
+        self._outlooks.loaded(keys)
         return True
 
     def cancel_load(self, request: str) -> bool:
         """Release what is held for `request`, except a running load; False if no load was queued."""
-        self._release(request)
+        was_queued = self._loads.cancel(request)
         self.leave(request)
-        if not self._loads.cancel(request):
-            return False
-        self._aliases.ended(request)
-        return True
+        return was_queued
 
     def ended(self, request: str) -> None:
         """`request` has ended: only the engine's own cache knows now which of its pages are on the device."""
@@ -435,7 +374,7 @@ class CachedAttentionStore:
 
     @property
     def has_queued_loads(self) -> bool:
-        return bool(self._loads.queued)
+        return self._loads.has_queued
 
     def start_load(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
         """Start all queued loads as `batch`; the forward may read layer l after `layers[l]` of the result.
@@ -475,24 +414,14 @@ class CachedAttentionStore:
         finished = self._saves.poll()
         self._loads.poll()
         if self._ttl is not None:
-            self._expire(self._clock() - self._ttl)
-        if self._hints:
-            for name in self._hints.expire(self._clock()):
-                self.leave(name)
-            # A hint often comes right after an answer, whose pages are still being saved.
-            for name, chain in self._hints.take_lacking(HINTED_AT_ONCE) if finished else ():
-                self._arrive_hinted(name, chain)
-        for drop in self._drops.take_due(self._clock()):
-            self._drop(drop)
+            limit = self._clock() - self._ttl
+            self._pages.expire(EXPIRED_AT_ONCE, limit)
+            if self._migration is not None:
+                self._migration.expire(EXPIRED_AT_ONCE, limit)
+        self._outlooks.poll(has_saved=finished > 0)
         if self._migration is not None:
             self._migration.poll()
         return finished
-
-    def _expire(self, limit: float) -> None:
-        """Drop pages that were last used before `limit`, a few at a time."""
-        self._pages.expire(EXPIRED_AT_ONCE, limit)
-        if self._migration is not None:
-            self._migration.expire(EXPIRED_AT_ONCE, limit)
 
     # Life and death
 
@@ -562,21 +491,8 @@ class CachedAttentionStore:
         """Wait until no tier touches host memory; go on without the tiers if that takes too long."""
         if self._migration is None or self._migration.wait(PATIENCE):
             return
-        slots = self._migration.slots_in_flight
-        logger.error(
-            "CachedAttention: a tier has not answered for %.0f s. The server goes on without disk and remote"
-            " store, which keep their pages, and without %d pages of host memory. A flush of the cache tries the"
-            " disk again; the rest needs a restart.",
-            PATIENCE,
-            len(slots),
-        )
-        self.host.retire(slots)
-        for tier in (self.disk, self.remote):
-            if tier is not None:
-                tier.close(0.0)
-        self._migration.give_up()
+        self._migration.abandon(self.host, PATIENCE)
         self.disk = self.remote = self._migration = None
-        self._pages.remote.clear()
 
     def check_invariants(self) -> None:
         """Walk everything; for tests and debugging.
@@ -585,7 +501,7 @@ class CachedAttentionStore:
             AssertionError: a slot or pin leaked, or a count disagrees.
         """
         self._pages.check_invariants()
-        holders = len(self._reserved) + self._loads.pins + self._saves.pins
+        holders = self._loads.pins + self._saves.pins
         if self._migration is not None:
             holders += self._migration.pins
         assert self.pins == holders, f"{self.pins} pins for {holders} holders"

@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import sglang_cached_attention  # noqa: F401
-from sglang.srt.mem_cache.cached_attention.flags import (
-    AUTO_TRUNCATE,
+from sglang.srt.mem_cache.cached_attention.conflicts import (
     DISAGGREGATION,
-    DISK_PATH,
-    DISK_SIZE,
-    ENABLE,
     EXCLUSIVE,
-    FLAGS,
-    MLA_DEDUP,
     SPECULATION,
     UNDIVIDED,
     WITH_DRAFT,
     WITHOUT_DRAFT,
+)
+from sglang.srt.mem_cache.cached_attention.flags import (
+    DISK_PATH,
+    DISK_SIZE,
+    ENABLE,
+    FLAGS,
+    MLA_DEDUP,
     Flag,
-    fold,
     option_of,
 )
+from sglang.srt.mem_cache.cached_attention.settings import AUTO_TRUNCATE, fold
 
 from cached_attention.config import ConfigError
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import psutil
 
-from cached_attention.config import format_size
 from cached_attention.free_memory import free_memory
+from cached_attention.units import format_size
 
 
 class NoRoomError(RuntimeError):

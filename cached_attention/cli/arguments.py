@@ -15,9 +15,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cached_attention.config import LEAST_BYTES, ConfigError, parse_duration, parse_size
+from cached_attention.config import ConfigError
 from cached_attention.encryption import KEY_VARIABLE, EncryptionKey, key_place, read_key
 from cached_attention.tiers.disk_ranks import FoundStores, NoStoresError, find_stores
+from cached_attention.units import LEAST_BYTES, parse_duration, parse_size
 
 StoreDirectory = Annotated[
     Path,

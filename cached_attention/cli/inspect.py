@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cached_attention.cli.arguments import StoreDirectory, counted, stores_below, words
-from cached_attention.config import format_size
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_directory import is_owned, owner
 from cached_attention.tiers.disk_index import INDEX_ERRORS
 from cached_attention.tiers.disk_ranks import FoundStores
 from cached_attention.tiers.disk_reader import StoreReader, StoreSummary
 from cached_attention.tiers.disk_space import disk_usage
+from cached_attention.units import format_size
 
 
 class _Contents(NamedTuple):

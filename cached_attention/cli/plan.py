@@ -22,7 +22,7 @@ from cached_attention.cli.capacity import (
     state_bytes,
     stored_dtype,
 )
-from cached_attention.config import format_size
+from cached_attention.units import format_size
 
 DEFAULT_CONTEXT = 4096
 NO_SHARE = "as a size such as 64GB, not a share."

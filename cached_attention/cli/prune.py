@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cached_attention.cli.arguments import StoreDirectory, denied, duration, fail, size, stores_below
-from cached_attention.config import format_size
 from cached_attention.tiers.disk_directory import DirectoryInUseError, is_owned, owner
 from cached_attention.tiers.disk_pruning import prune as prune_stores
 from cached_attention.tiers.disk_ranks import FoundStores
+from cached_attention.units import format_size
 
 
 def prune(

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cached_attention.cli.arguments import fail, words
 from cached_attention.cli.scrape import Scrape, ScrapeError, Server
-from cached_attention.config import format_size
+from cached_attention.units import format_size
 
 HOTTEST = 10
 """Conversations shown."""

@@ -13,6 +13,7 @@ from cached_attention.index import PageKey
 from cached_attention.look_ahead import LookAhead
 from cached_attention.policy.eviction import EvictionOrder
 from cached_attention.policy.waiting import WaitOrRecompute
+from cached_attention.reach import Reach
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.disk import SimulatedDisk
 from cached_attention.simulator.policies import LeafOrder, MakeOrder, Policy
@@ -70,6 +71,7 @@ class SimulatedStore:
                 else order(index, tier, waiting, capacities[tier.name])
             ),
         )
+        self._reach = Reach(self.pages)
         both = (self.pages.host_order, self.pages.disk_order)
         self._baselines = [one for one in both if isinstance(one, LeafOrder)]
         self.decision = WaitOrRecompute()
@@ -112,7 +114,7 @@ class SimulatedStore:
     def _want(self, name: str) -> None:
         """Keep the pages that `name` will ask for, and further ones as soon as they exist."""
         chain = self._chains[name]
-        if restorable := self._restorable(chain):
+        if restorable := self._reach.restorable(chain):
             self.pages.want(name, self.pages.index.find(chain.keys[restorable - 1]))
         if restorable < len(chain.keys):
             self._awaited.setdefault(chain.keys[restorable], []).append(name)
@@ -120,32 +122,18 @@ class SimulatedStore:
     def _ask(self, name: str) -> None:
         """Fetch from disk what host memory lacks."""
         chain = self._chains[name]
-        restorable = self._restorable(chain)
+        restorable = self._reach.restorable(chain)
         if self.disk is None or self._asked.get(name) == restorable:
             return
         if self._asked.get(name, 0) > restorable:
             self._ahead.leave(name)  # Part of it has left the disk.
         self._asked[name] = restorable
-        if restorable > (loadable := self._loadable(chain)):
+        if restorable > (loadable := self._reach.loadable(chain)):
             self._ahead.ask(name, chain.keys[:restorable], loadable)
-
-    def _restorable(self, chain: Chain) -> int:
-        self._refresh(chain)
-        chain.restorable = self.pages.restorable(chain.keys, chain.restorable)
-        return chain.restorable
-
-    def _loadable(self, chain: Chain) -> int:
-        self._refresh(chain)
-        chain.loadable = self.pages.loadable(chain.keys, chain.loadable)
-        return chain.loadable
-
-    def _refresh(self, chain: Chain) -> None:
-        if chain.epoch != self.pages.epoch:
-            chain.epoch, chain.restorable, chain.loadable = self.pages.epoch, 0, 0
 
     def restorable_pages(self, request: Request) -> int:
         """Leading pages of the prompt of the waiting `request` that are in some tier."""
-        return self._restorable(self._chains[request.name])
+        return self._reach.restorable(self._chains[request.name])
 
     def reorder(self, requests: Sequence[Request]) -> None:
         """Set the order in which the waiting requests will run."""
@@ -156,7 +144,7 @@ class SimulatedStore:
         if self.disk is None:
             return True
         if request.name not in self._in_time:
-            self._in_time[request.name] = self._loadable(self._chains[request.name])
+            self._in_time[request.name] = self._reach.loadable(self._chains[request.name])
             self._ask(request.name)
             self._ahead.advance()
         return self._ahead.is_ready(request.name)
@@ -170,7 +158,7 @@ class SimulatedStore:
         """Record the use of the pages that `request`, which runs now, finds; `on_device` pages need no load."""
         index = self.pages.index
         chain = self._chains[request.name]
-        loadable = self._loadable(chain)
+        loadable = self._reach.surely_loadable(chain)
         hits = self._hits(request.name, on_device, loadable)
         for order in self._baselines:
             order.begin(request)
@@ -261,7 +249,7 @@ class SimulatedStore:
         index = self.pages.index
         for name in reversed(self.pages.waiting.requests[:REFRESHED]):
             chain = self._chains[name]
-            for key in chain.keys[: self._loadable(chain)]:
+            for key in chain.keys[: self._reach.loadable(chain)]:
                 index.last_use[index.find(key)] = self._now()
 
     def next_event(self) -> float:

@@ -30,7 +30,7 @@ from cached_attention.tiers.disk_index import (
 )
 from cached_attention.tiers.disk_opening import open_store
 from cached_attention.tiers.disk_pages import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
-from cached_attention.tiers.disk_queue import IoQueue, Priority
+from cached_attention.tiers.disk_queue import IoQueue, Kind
 from cached_attention.tiers.disk_rows import DiskRecord, RecordColumns
 from cached_attention.tiers.disk_runs import IO_ERRORS, PlacedRead, Run, read_run, runs
 from cached_attention.tiers.disk_slots import FREE, REMOVING, SAVED, SlotTable
@@ -45,7 +45,6 @@ __all__ = [
     "FileIO",
     "PageRead",
     "PageWrite",
-    "Priority",
     "ReadOutcome",
     "slot_stride",
 ]
@@ -237,11 +236,11 @@ class DiskTier:
             ticket.finish()
             return ticket.future
         jobs = [partial(self._write_run, run) for run in runs(zip(slots, pages, strict=False), self._files)]
-        if not self._queue.submit(Priority.WRITE, jobs):
+        if not self._queue.submit(Kind.WRITE, jobs):
             self._settle_writes(slots, saved=False)
         return ticket.future
 
-    def read(self, pages: Sequence[PageRead], priority: Priority = Priority.NOW) -> Future[list[ReadOutcome]]:
+    def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]:
         """Fill and verify the pages' buffers. `cancel` works until the first of them is started."""
         self._check_buffers(pages)
         ticket = Ticket(len(pages), ReadOutcome.UNAVAILABLE)
@@ -249,7 +248,7 @@ class DiskTier:
             self._reads.add(ticket)
         items = [(page.slot, PlacedRead(place, page)) for place, page in enumerate(pages)]
         jobs = [partial(self._read_run, ticket, run) for run in runs(items, self._files)]
-        if not (jobs and not self._closing and self._read_health.healthy and self._queue.submit(priority, jobs)):
+        if not (jobs and not self._closing and self._read_health.healthy and self._queue.submit(Kind.READ, jobs)):
             self._settle_reads(ticket, [(place, ReadOutcome.UNAVAILABLE) for place in range(len(pages))])
         return ticket.future
 

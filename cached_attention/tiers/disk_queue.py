@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum
 
 logger = logging.getLogger(__name__)
 
@@ -16,12 +16,9 @@ WRITE_PATIENCE = 0.25
 """Seconds after which one write runs beside the reads, so that endless reads do not block all writes."""
 
 
-class Priority(IntEnum):
-    NOW = 0
-    """A request is waiting for it."""
-    AHEAD = 1
-    """Prefetch."""
-    WRITE = 2
+class Kind(Enum):
+    READ = "read"
+    WRITE = "write"
 
 
 Job = Callable[[], None]
@@ -37,7 +34,7 @@ class Batch:
 
 
 class IoQueue:
-    """Runs jobs by priority, then in order of submission. A job must report its own outcome, whatever happens.
+    """Runs reads before writes, each in order of submission. A job must report its own outcome, whatever happens.
 
     At most `threads` writes run at a time, and at most one more read of each batch. There are `2 * threads + 1`
     threads, so that a new read finds one even while another batch is stuck on a bad spot of the disk. A write
@@ -46,7 +43,7 @@ class IoQueue:
 
     def __init__(self, threads: int, name: str = "disk") -> None:
         self._changed = threading.Condition()
-        self._queues: tuple[deque[Batch], ...] = (deque(), deque(), deque())
+        self._queues: dict[Kind, deque[Batch]] = {kind: deque() for kind in Kind}
         self._reading = self._writing = 0
         self._most_writing, self._most_of_a_read = threads, threads + 1
         self._last_write = 0.0
@@ -63,13 +60,13 @@ class IoQueue:
         """Number of threads, and so of jobs that may run at the same time."""
         return len(self._threads)
 
-    def submit(self, priority: Priority, jobs: Sequence[Job]) -> bool:
+    def submit(self, kind: Kind, jobs: Sequence[Job]) -> bool:
         """Queue `jobs`; False after `close`."""
         with self._changed:
             if self._closed:
                 return False
             if jobs:
-                self._queues[priority].append(Batch(time.monotonic(), deque(jobs)))
+                self._queues[kind].append(Batch(time.monotonic(), deque(jobs)))
                 self._changed.notify(len(jobs))
             return True
 
@@ -90,20 +87,20 @@ class IoQueue:
 
     @property
     def _idle(self) -> bool:
-        return not (any(self._queues) or self._reading or self._writing)
+        return not (any(self._queues.values()) or self._reading or self._writing)
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 while (chosen := self._next()) is None:
-                    if self._closed and not any(self._queues):
+                    if self._closed and not any(self._queues.values()):
                         return
                     self._changed.wait(self._patience())
-                priority, batch = chosen
+                kind, batch = chosen
                 job = batch.jobs.popleft()
                 if not batch.jobs:
-                    self._queues[priority].remove(batch)
-                self._count(priority, batch, 1)
+                    self._queues[kind].remove(batch)
+                self._count(kind, batch, 1)
             try:
                 job()
             except Exception:
@@ -111,31 +108,30 @@ class IoQueue:
                 logger.exception("CachedAttention: a disk job failed in an unexpected way.")
             finally:
                 with self._changed:
-                    self._count(priority, batch, -1)
+                    self._count(kind, batch, -1)
                     self._changed.notify_all()
 
-    def _count(self, priority: Priority, batch: Batch, change: int) -> None:
+    def _count(self, kind: Kind, batch: Batch, change: int) -> None:
         batch.running += change
-        if priority is Priority.WRITE:
+        if kind is Kind.WRITE:
             self._writing += change
             self._last_write = time.monotonic()
         else:
             self._reading += change
 
-    def _next(self) -> tuple[Priority, Batch] | None:
-        writes = self._queues[Priority.WRITE]
+    def _next(self) -> tuple[Kind, Batch] | None:
+        writes = self._queues[Kind.WRITE]
         if writes and self._patience() == 0.0:
-            return Priority.WRITE, writes[0]
-        for priority in (Priority.NOW, Priority.AHEAD):
-            for batch in self._queues[priority]:
-                if batch.running < self._most_of_a_read:
-                    return priority, batch
+            return Kind.WRITE, writes[0]
+        for batch in self._queues[Kind.READ]:
+            if batch.running < self._most_of_a_read:
+                return Kind.READ, batch
         may_write = writes and (self._closed or not self._reading) and self._writing < self._most_writing
-        return (Priority.WRITE, writes[0]) if may_write else None
+        return (Kind.WRITE, writes[0]) if may_write else None
 
     def _patience(self) -> float | None:
         """Seconds until a waiting write may run beside reads; None if only a change of state can let one run."""
-        if not self._queues[Priority.WRITE] or self._writing:
+        if not self._queues[Kind.WRITE] or self._writing:
             return None
-        since = max(self._last_write, self._queues[Priority.WRITE][0].since)
+        since = max(self._last_write, self._queues[Kind.WRITE][0].since)
         return max(0.0, since + WRITE_PATIENCE - time.monotonic())

@@ -21,7 +21,7 @@ from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_health import Health
 from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome, Ticket
-from cached_attention.tiers.disk_queue import IoQueue, Priority
+from cached_attention.tiers.disk_queue import IoQueue, Kind
 from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote_address import RemoteAddress
 from cached_attention.tiers.remote_client import NOT_FOUND, Extent, RemoteClient, RemoteError
@@ -119,25 +119,25 @@ class RemoteTier:
     def exist(self, keys: Sequence[bytes]) -> Future[list[int]]:
         """For each of `keys` 1 if it is in the store, else 0; 0 for all if the store cannot be asked."""
         ticket = Ticket(len(keys), 0)
-        self._submit(Priority.NOW, ticket, self._exist, keys)
+        self._submit(Kind.READ, ticket, self._exist, keys)
         return ticket.future
 
     def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]:
         """Fill and verify the pages' buffers; their slots and checksums are ignored. See `DiskTier.read`."""
         ticket = Ticket(len(pages), ReadOutcome.UNAVAILABLE)
-        self._submit(Priority.NOW, ticket, self._in_calls, self._get, pages)
+        self._submit(Kind.READ, ticket, self._in_calls, self._get, pages)
         return ticket.future
 
     def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]:
         """Put pages; for each 0 once it is in the store, or None."""
         ticket = Ticket[int | None](len(pages), None)
-        self._submit(Priority.WRITE, ticket, self._in_calls, self._put, pages)
+        self._submit(Kind.WRITE, ticket, self._in_calls, self._put, pages)
         return ticket.future
 
     def remove(self, keys: Iterable[bytes]) -> None:
         """Remove pages, if the store can be reached now."""
         if keys := list(keys):
-            self._submit(Priority.WRITE, Ticket(0, None), self._remove, keys)
+            self._submit(Kind.WRITE, Ticket(0, None), self._remove, keys)
 
     def checksum(self, buffer: memoryview) -> int:
         """Checksum of the page that was read into `buffer`."""
@@ -192,11 +192,11 @@ class RemoteTier:
         self.outages += 1
         self._changed.set()
 
-    def _submit(self, priority: Priority, ticket: Ticket[R], job: Callable[..., None], *arguments: Any) -> None:
+    def _submit(self, kind: Kind, ticket: Ticket[R], job: Callable[..., None], *arguments: Any) -> None:
         """Call `job` with the objects that are served now, the arguments and the ticket."""
         objects = self._objects
         run = partial(self._run, ticket, partial(job, objects, *arguments))
-        if not (objects is not None and self.healthy and self._queue.submit(priority, [run])):
+        if not (objects is not None and self.healthy and self._queue.submit(kind, [run])):
             ticket.begin()
             ticket.finish()
 

@@ -6,7 +6,8 @@ import sys
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from cached_attention.config import ConfigError, parse_size
+from cached_attention.config import ConfigError
+from cached_attention.units import parse_size
 
 DEFAULT_SEGMENT = "4GB"
 LEAST_SEGMENT = 16 << 20

@@ -86,6 +86,8 @@ class Conversations:
         self.now, self.batch = 1000.0, 0
         self.originals: dict[bytes, int] = {}
         """Per key under which a page was computed: its place then."""
+        self.verbatim: dict[bytes, bytes] = {}
+        """Per key under which a page was loaded without a rotation: the key under which it was computed."""
         self.open()
 
     def open(self) -> None:
@@ -164,9 +166,13 @@ class Conversations:
         index = self.store._index
         row = index.find(key)
         original = index.key(index.origin(row))
+        # The device may have kept the page for longer than the store, which then saved it under its new key.
+        original = self.verbatim.get(original, original)
         computed_at = self.originals[original]
         assert index.position[row] == computed_at * PAGE
         delta = (place - computed_at) * PAGE
+        if not delta:
+            self.verbatim[key] = original
         for k, v in self.buffers:
             assert torch.equal(self.page(v, place), content(original))
             assert torch.equal(self.page(k, place), rotated(content(original), delta))

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cached_attention.config import (
-    CachedAttentionConfig,
-    ConfigError,
-    Wait,
-    format_size,
-    parse_duration,
-    parse_size,
-)
+from cached_attention.config import CachedAttentionConfig, ConfigError, Wait
+from cached_attention.units import format_size, parse_duration, parse_size
 
 FREE = 10**12
 

@@ -99,7 +99,7 @@ class TreeOfPages(RuleBasedStateMachine):
         self.index.check_invariants()
         assert self.tier.pages == len(self.index) == len(self.resident)
         assert {self.index.keys[row] for row in self.index.rows()} == {w.encode() for w in self.resident}
-        assert len(self.order) <= len(self.index.keys)
+        assert sum(map(len, self.order._queues)) <= len(self.index.keys)
 
 
 TestTreeOfPages = TreeOfPages.TestCase

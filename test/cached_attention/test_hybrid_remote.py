@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from benchmark.mooncake import Master
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
-from cached_attention.hybrid_store import HybridStore, TrailingStore
+from cached_attention.hybrid_store import HybridStore
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.remote import RemoteStats, RemoteTier
 from cached_attention.tiers.remote_address import parse_remote
+from cached_attention.trailing_store import TrailingStore
 
 PAGE = 2
 """Tokens."""
@@ -266,13 +267,13 @@ def test_a_rank_among_several_leaves_the_decision_to_all(pair: Pair, kind: Kind)
     b.store.decides_alone = False
     chain = Chain(keys_of("aaaa"))
     assert b.store.arrive("asks", chain) == 0
-    until(lambda: b.store.poll() or "asks" in b.store.undecided, "it does not say that it found pages")
+    until(lambda: b.store.poll() or b.store.is_undecided("asks"), "it does not say that it found pages")
     until(
         lambda: b.store.poll() or next(b.store.held_ends(chain, b.store.restorable_pages(chain)), 0) == 4, "lost"
     )
     assert b.store.queued["asks"].end == 0
     assert b.store.arrive("asks", chain, end=4) == 4
-    assert not b.store.undecided
+    assert not b.store.is_undecided("asks")
     until(lambda: b.store.poll() or b.store.is_ready("asks"), "a fetch hangs")
     assert next(b.store.ends(chain, b.store.loadable_pages(chain))) == 4
     b.store.leave("asks")

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
-from cached_attention.hybrid_store import HybridStore, TrailingStore
+from cached_attention.hybrid_store import HybridStore
 from cached_attention.layout import DevicePool
 from cached_attention.policy.waiting import CEILING
 from cached_attention.tiers.disk import DiskTier
+from cached_attention.trailing_store import TrailingStore
 
 PAGE = 2
 """Tokens."""

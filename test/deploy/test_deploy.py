@@ -44,7 +44,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     """SGLang's own reading of a command line, on a machine that has the memory and the disk."""
     load_plugins()
     usage = psutil.disk_usage("/")._replace(free=10**14)
-    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.flags.free_memory", lambda: 10**13)
+    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.settings.free_memory", lambda: 10**13)
     monkeypatch.setattr(psutil, "disk_usage", lambda _path: usage)
 
     def parse(arguments: list[str]) -> ServerArgs:

@@ -68,7 +68,7 @@ def test_servers_take_their_arguments(command: str, monkeypatch: pytest.MonkeyPa
     """On a machine that has the memory and the disk."""
     load_plugins()
     usage = psutil.disk_usage("/")._replace(free=10**14)
-    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.flags.free_memory", lambda: 10**13)
+    monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.settings.free_memory", lambda: 10**13)
     monkeypatch.setattr(psutil, "disk_usage", lambda _path: usage)
     monkeypatch.setattr(os, "access", lambda *_, **__: True)
     args = prepare_server_args(shlex.split(command)[3:])

@@ -189,3 +189,46 @@ def test_an_engine_flushes_before_it_ends(models: Any, tmp_path: Path) -> None:
     assert all("turn 3: " in run.stdout for run in runs)
     assert "'storage': 0" in first[0]
     assert "'storage': 3456" in first[1]
+
+
+def test_a_disk_is_detached_and_attached_while_the_server_runs(
+    models: Any,
+    start: Any,
+    town: Any,
+    store_states: Any,
+    settled: Any,
+    tmp_path: Path,
+    expected: Any,
+    matches: Any,
+) -> None:
+    first, second, third = (town(4, HISTORY) for _ in range(3))
+    endpoint, settings = "/hicache/storage-backend", {"path": str(tmp_path / "kv"), "size": "1GB"}
+    body = {
+        "hicache_storage_backend": "disk",
+        "hicache_storage_backend_extra_config_json": json.dumps(settings),
+    }
+    admin = {"Authorization": "Bearer secret"}
+    args = (*TIGHT, "--cached-attention-wait", "complete", "--admin-api-key", "secret")
+    with start(models(), *args, host_size=HOST) as server:
+
+        def has_disk() -> bool:
+            return "disk_pages" in store_states(server)[0]
+
+        first.hold(server, 1)
+        assert not has_disk()
+        with pytest.raises(ServerError, match="401"):
+            server.request("PUT", endpoint, body)
+        assert "attached" in server.request("PUT", endpoint, body, headers=admin)
+        assert has_disk()
+        second.hold(server, 2)
+        assert settled(server)["disk_pages_used"] > 0
+        assert "stay in the directory" in server.request("DELETE", endpoint, None, headers=admin)
+        assert not has_disk()
+        second.hold(server, 1)
+        assert "attached" in server.request("PUT", endpoint, body, headers=admin)
+        third.hold(server, 2)
+        assert third.cached("storage") > 0, "what was written before it was detached"
+    assert matches(first, expected)
+    assert matches(second, expected)
+    assert matches(third, expected)
+    verify(tmp_path / "kv")

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from cached_attention.tiers.disk import DirectoryInUseError, Priority, ReadOutcome
+from cached_attention.tiers.disk import DirectoryInUseError, ReadOutcome
 
 
 def test_pages_come_back_as_they_were_written(store):
@@ -208,7 +208,7 @@ def test_a_read_can_be_cancelled_before_it_begins(store, faulty_io):
     hold, begun = threading.Event(), threading.Semaphore(0)
     faulty_io.before = lambda step: (begun.release(), hold.wait(10))
     first, second, third = (tier.read([store.pages.to_read(n, slots[n])]) for n in (1, 2, 1))
-    fourth = tier.read([store.pages.to_read(2, slots[2])], Priority.AHEAD)
+    fourth = tier.read([store.pages.to_read(2, slots[2])])
     for _ in range(3):
         assert begun.acquire(timeout=10)
     assert fourth.cancel()

@@ -141,7 +141,7 @@ class Engine:
         pool = DevicePool([[torch.zeros(sizes).bfloat16() for _ in "kv"] for _ in range(LAYERS)], PAGE)
         self.pages = [[buffer.numpy() for buffer in layer] for layer in pool.layers]
         self.store = CachedAttentionStore(pool, HOST_PAGES * pool.layout.stride, rotations=[TURN] * LAYERS)
-        self.store._transfers._checksums = True
+        self.store._transfers.checksums = True
         self.forward, self.schedule = (make_stream(CPU, name, Priority.LOW) for name in ("forward", "schedule"))
         self.free = list(range(DEVICE_PAGES))
         self.frees = 0

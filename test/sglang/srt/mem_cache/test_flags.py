@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from sglang.srt.mem_cache.cached_attention import flags, plugin
+from sglang.srt.mem_cache.cached_attention import flags, plugin, settings
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
@@ -65,7 +65,7 @@ def test_a_remote_tier_without_its_package(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(remote_client, "find_spec", lambda _: None)
     given = {"enable_cached_attention": True, "cached_attention_remote": "mooncake://m:50051?segment=0"}
     with pytest.raises(ConfigError, match="pip install 'mooncake-transfer-engine-non-cuda>="):
-        flags.fold(given)
+        settings.fold(given)
 
 
 def test_the_disk_tier(tmp_path: Path) -> None:
@@ -230,13 +230,13 @@ def test_a_directory_that_cannot_be_seen_is_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Path, "exists", fail)
     with pytest.raises(ConfigError, match=r"^--cached-attention-disk-path: .*Permission denied: '/secret/kv'$"):
-        flags._disk_path("/secret/kv")
+        settings._disk_path("/secret/kv")
 
 
 def test_the_directory_of_another_server_is_refused_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flags, "REPLACED", 0.5)
+    monkeypatch.setattr(settings, "REPLACED", 0.5)
     given = [*ON, DISK[0], str(tmp_path), DISK[2], "1GB"]
     for directory in (tmp_path, tmp_path / "dp0-pp0-tp1"):
         lock = DirectoryLock(directory)
@@ -250,10 +250,10 @@ def test_the_directory_of_another_server_is_refused_after_a_while(
 
 
 def test_nodes_of_one_server_may_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flags, "REPLACED", 0.0)
+    monkeypatch.setattr(settings, "REPLACED", 0.0)
     lock = DirectoryLock(tmp_path / "dp0-pp0-tp0")
     values = {"enable_cached_attention": True, "nnodes": 2}
-    flags.fold(values | {flags.DISK_PATH.name: str(tmp_path), flags.DISK_SIZE.name: "1GB"})
+    settings.fold(values | {flags.DISK_PATH.name: str(tmp_path), flags.DISK_SIZE.name: "1GB"})
     lock.release()
 
 

@@ -320,7 +320,7 @@ def opened(args: list[str], page_size: int) -> Truncation | None:
     linker = SimpleNamespace(
         truncation_rule=lambda window, limit: TruncationRule(window, limit, page_size, 0.5, 1)
     )
-    cache = SimpleNamespace(linker=SimpleNamespace(cache_linker=linker))
+    cache = SimpleNamespace(linker=SimpleNamespace(), cache_linker=linker)
     return truncation.truncation_of(scheduler, cache)
 
 

@@ -18,12 +18,12 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffl
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
-from cached_attention.config import format_size
 from cached_attention.hybrid_store import HybridStore, TrailingStore
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_ranks import Beside, beside
 from cached_attention.tiers.remote import RemoteTier
+from cached_attention.units import format_size
 
 from .identity import ModelIdentity
 from .layer_events import LayerEvents
@@ -227,7 +227,7 @@ class HybridTreeLink(TreeLink):
         store = self.cache_linker.store
         if self.cache.tp_world_size == 1 or not rids:
             return
-        decided = torch.tensor([rid not in store.undecided for rid in rids], dtype=torch.int)
+        decided = torch.tensor([not store.is_undecided(rid) for rid in rids], dtype=torch.int)
         self._take_least(decided)
         for rid, is_decided in zip(rids, decided.tolist(), strict=True):
             if not is_decided and (queued := store.queued.get(rid)) is not None:

@@ -6,7 +6,7 @@ import gc
 import logging
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
-from cached_attention.config import CachedAttentionConfig, format_size
-from cached_attention.encryption import EncryptionKey, read_key
+from cached_attention.config import CachedAttentionConfig
+from cached_attention.encryption import EncryptionKey, key_place, read_key
 from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
@@ -28,7 +28,9 @@ from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
 from cached_attention.transfer.load_fence import LoadFence
 from cached_attention.transfer.streams import Event
+from cached_attention.units import format_size
 
+from .flags import ENCRYPTION_KEY_FILE
 from .free_slots import free_slots
 from .identity import ModelIdentity
 from .kv_events import KvEvents
@@ -345,6 +347,21 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if self._config.disk_path is None or not self._weights_are_here:
             return False
         return store.disk is None or identity.has_changed()
+
+    @property
+    def disk_path(self) -> str | None:
+        """Directory of the disk tier, whether or not it can be used now; None: there is none."""
+        return self._config.disk_path
+
+    def attach_disk(self, path: str, size: int) -> None:
+        """The next `reset` opens a disk tier of up to `size` bytes, over all ranks of this machine."""
+        key = self._config.encryption_key or key_place(ENCRYPTION_KEY_FILE.option, None)
+        self._config = replace(self._config, disk_path=path, disk_size=size, encryption_key=key)
+
+    def detach_disk(self) -> None:
+        """Continue without the disk tier, which keeps its pages. May be called while requests are running."""
+        self.store.detach_disk()
+        self._config = replace(self._config, disk_path=None, disk_size=0)
 
     def weights_updated(self) -> None:
         """Stop using disk and remote store until the next `reset`: the KV may be of old or new weights."""

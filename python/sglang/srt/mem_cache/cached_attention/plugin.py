@@ -15,7 +15,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from cached_attention.config import ConfigError
 
-from . import flags
+from . import flags, settings
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -76,6 +76,8 @@ def activate() -> None:
         streamer = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
         register(f"{streamer}._get_storage_backend_type", _storage_backend, HookType.AROUND)
         register(f"{scheduler}.clear_hicache_storage_wrapped", _clear_storage, HookType.AROUND)
+        register(f"{scheduler}.attach_hicache_storage_wrapped", _attach_storage, HookType.AROUND)
+        register(f"{scheduler}.detach_hicache_storage_wrapped", _detach_storage, HookType.AROUND)
         from .weights import register_hooks
 
         register_hooks()
@@ -89,7 +91,7 @@ def _from_cli_args(
     original: Callable[..., ServerArgs], cls: type[ServerArgs], args: argparse.Namespace
 ) -> ServerArgs:
     try:
-        flags.fold(vars(args))
+        settings.fold(vars(args))
     except ConfigError as error:
         sys.exit(f"error: {error}")
     if flags.is_enabled(vars(args).get("unified_cache_external_linker_config")):
@@ -172,7 +174,7 @@ def _accept_engine_arguments() -> None:
     server_args_class = module.Engine.server_args_class
 
     def build(**kwargs: Any) -> ServerArgs:
-        flags.fold(kwargs)
+        settings.fold(kwargs)
         if flags.is_enabled(kwargs.get("unified_cache_external_linker_config")):
             _leave_prompts_whole()
             _name_adapters_by_content()
@@ -232,7 +234,7 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         scheduler.enable_lmcache = True
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
         cache.watch(lambda: _waiting(scheduler))
-        cache.reporting = Reporting(scheduler, cache.linker.cache_linker)
+        cache.reporting = Reporting(scheduler, cache.cache_linker)
 
 
 def _announce(original: Callable[..., Any], scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
@@ -300,6 +302,20 @@ def _clear_storage(original: Callable[..., Any], scheduler: Any, recv_req: Any) 
 
     logger.warning("CachedAttention: /hicache/storage-backend/clear clears nothing; use /flush_cache.")
     return ClearHiCacheReqOutput(success=False)
+
+
+def _attach_storage(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    from .storage_backend import attach
+
+    cache = _ours(scheduler)
+    return original(scheduler, recv_req) if cache is None else attach(scheduler, cache, recv_req)
+
+
+def _detach_storage(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    from .storage_backend import detach
+
+    cache = _ours(scheduler)
+    return original(scheduler, recv_req) if cache is None else detach(cache)
 
 
 def _add_store_state(result: Any, scheduler: Any, *_args: Any) -> None:

@@ -19,6 +19,8 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from cached_attention.store import CachedAttentionStore
+
 from .linker import CachedAttentionLinker
 from .states import StatesLinker, StatesTreeLink
 from .tree_link import TreeLink
@@ -56,8 +58,17 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         """`queue` yields the scheduler's waiting requests in the order in which they will run."""
         self._queue = queue
 
+    @property
+    def cache_linker(self) -> CachedAttentionLinker:
+        return self.linker.cache_linker
+
+    @property
+    def store(self) -> CachedAttentionStore:
+        """Not there before `open_store`."""
+        return self.cache_linker.store
+
     def open_store(self, model: torch.nn.Module, hf_config: Any) -> None:
-        self.linker.cache_linker.open(model, hf_config)
+        self.cache_linker.open(model, hf_config)
 
     def check_prefetch_progress(self, handle: CacheRequestHandle) -> bool:
         return handle.rid not in self._keep_waiting and self.linker.ranks.is_ready(handle.rid)
@@ -69,7 +80,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return handle.rid in self._keep_waiting
 
     def pop_prefetch_loaded_span(self, handle: CacheRequestHandle) -> tuple[int, int | None]:
-        first, pages, remote_pages = self.linker.cache_linker.store.fetched_span(handle.rid)
+        first, pages, remote_pages = self.store.fetched_span(handle.rid)
         if pages:
             self._remote_pages[handle] = remote_pages
         return pages * self.page_size, first * self.page_size if pages else None
@@ -81,11 +92,11 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         self.linker.finished(req)
-        self.linker.cache_linker.store.ended(req.rid)
+        self.store.ended(req.rid)
 
     def check_hicache_events(self) -> None:
         # The first call of a scheduling pass: release what the last pass matched but did not admit.
-        self.linker.cache_linker.store.end_pass()
+        self.store.end_pass()
         self._keep_waiting.clear()
         self._queue_known()
         super().check_hicache_events()
@@ -96,30 +107,30 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
 
     def lock(self, *node: Any, **options: Any) -> TreeLock | None:
         lock = super().lock(*node, **options)
-        self.linker.cache_linker.fence.locked(lock)
+        self.cache_linker.fence.locked(lock)
         return lock
 
     def unlock(self, lock: TreeLock | None) -> None:
         if lock is not None:
-            self.linker.cache_linker.fence.unlocked(lock)
+            self.cache_linker.fence.unlocked(lock)
         super().unlock(lock)
 
     def evict(self, params: EvictParams) -> EvictResult:
-        with self.linker.cache_linker.fence.evicting():
+        with self.cache_linker.fence.evicting():
             return super().evict(params)
 
     def evict_for_alloc(self, params: EvictParams, **options: Any) -> EvictResult:
-        with self.linker.cache_linker.fence.evicting():
+        with self.cache_linker.fence.evicting():
             return super().evict_for_alloc(params, **options)
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         # The scheduler's last call after it has launched a forward.
         failed = super().finish_external_linker_loads(reqs)
-        self.linker.cache_linker.forward_launched()
+        self.cache_linker.forward_launched()
         return failed
 
     def insert(self, params: InsertParams) -> InsertResult:
-        self.linker.cache_linker.fence.close()
+        self.cache_linker.fence.close()
         # The saves that this starts are of pages of this prompt.
         with self.linker.inserting(params):
             result = super().insert(params)
@@ -131,27 +142,9 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         events = super().take_events()
         return events if self.linker.events is None else events + self.linker.events.take()
 
-    # See `weights`.
-
-    def weights_updated(self) -> None:
-        self.linker.cache_linker.weights_updated()
-
-    def check_weights(self) -> None:
-        self.linker.cache_linker.check_weights()
-
-    def weights_left(self) -> None:
-        self.linker.cache_linker.weights_left()
-
-    def weights_are_back(self) -> None:
-        self.linker.cache_linker.weights_are_back()
-
-    def wait_for_transfers(self) -> None:
-        """Wait until nothing is copied from or to the device."""
-        self.linker.cache_linker.store.wait_for_device()
-
     def _queue_known(self) -> list[str]:
         rids = [req.rid for req in self._queue()]
-        self.linker.cache_linker.store.reorder(rids)
+        self.store.reorder(rids)
         return rids
 
     def queue_ordered(self) -> None:
@@ -161,11 +154,11 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         self.linker.ranks.agree_on_ready(rids)
 
     def prefill_took(self, tokens: int, seconds: float) -> None:
-        self.linker.cache_linker.store.prefill_took(tokens, seconds)
+        self.store.prefill_took(tokens, seconds)
 
     def prompts_ran(self, reqs: Sequence[Req]) -> None:
         """Part of each prompt was computed. Each request counts once, with the hits that its response reports."""
-        stats = self.linker.cache_linker.store.stats
+        stats = self.store.stats
         for req in reqs:
             if req not in self._counted and not (req.rid or "").startswith(HEALTH_CHECK_RID_PREFIX):
                 self._counted.add(req)
@@ -192,7 +185,7 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return False
 
     def describe_store(self) -> dict[str, Any]:
-        linker = self.linker.cache_linker
+        linker = self.cache_linker
         state = linker.describe() | {"hottest": self.linker.hottest(HOTTEST)}
         if os.environ.get(CHECK_INVARIANTS):
             state |= {"saving": linker.store.saving, "pins": linker.store.pins, "damage": _damage(linker)}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
 
 TakeLeast = Callable[[torch.Tensor], object]
 """Replaces each element of a tensor by its minimum over all ranks."""
@@ -53,3 +57,12 @@ class Ranks:
             return self._is_ready_here(rid, True)
         self._reached.add(rid)
         return rid in self._ready
+
+
+def all_agree(able: bool, ranks: GroupCoordinator) -> bool:
+    """Whether all of `ranks` are able; each of them calls this, and waits for the others."""
+    if ranks.world_size == 1:
+        return able
+    agreed = torch.tensor([able], dtype=torch.int)
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, group=ranks.cpu_group)
+    return bool(agreed.item())

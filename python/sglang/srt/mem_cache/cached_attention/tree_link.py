@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from cached_attention.chain import Chain
 from cached_attention.conversations import Conversations
 from cached_attention.index import KEY_BYTES
+from cached_attention.store import CachedAttentionStore
 
 from .hints import HintReqInput, Outlook
 from .linker import CachedAttentionLinker, PathTransfer, page_keys
@@ -78,6 +79,11 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         self.conversations = Conversations(time.monotonic)
 
     @property
+    def store(self) -> CachedAttentionStore:
+        """Not there before the linker is opened."""
+        return self.cache_linker.store
+
+    @property
     def events(self) -> KvEvents | None:
         return self.cache_linker.events
 
@@ -94,7 +100,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         """A prompt was inserted."""
 
     def _is_ready_here(self, rid: str, may_give_up: bool) -> bool:
-        return self.cache_linker.store.is_ready(rid, may_give_up)  # The store is opened after `ranks` is made.
+        return self.store.is_ready(rid, may_give_up)
 
     def _take_least(self, numbers: torch.Tensor) -> None:
         self.cache._all_reduce_attn_groups(numbers, torch.distributed.ReduceOp.MIN)
@@ -103,7 +109,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         """Truncate the prompt of a new request if it is too long."""
         if self.truncation is not None and (prompt := self.truncation.cut_request(req)) is not None:
             self._truncated[req] = prompt
-            self.cache_linker.store.stats.truncated(prompt.dropped)
+            self.store.stats.truncated(prompt.dropped)
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         """Add to `result` the pages that the store holds beyond those on the device."""
@@ -114,10 +120,10 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         chain = self._chain(key, req)
         if self.events is not None:
             self.events.learn(chain.keys, key)
-        self.cache_linker.store.left_device(chain.keys[on_device:])
+        self.store.left_device(chain.keys[on_device:])
         if (prompt := self._truncated.pop(req, None)) is not None:
-            self.cache_linker.store.alias(chain, prompt.sources(len(chain.keys)))
-            self.cache_linker.store.await_saves(req.rid, chain.keys[on_device:])
+            self.store.alias(chain, prompt.sources(len(chain.keys)))
+            self.store.await_saves(req.rid, chain.keys[on_device:])
         self._arrive(req.rid, chain, on_device)
         # Even if all of it is on the device: the conversation is in use, so its copy must not age.
         restorable = self.cache_linker.reserve(req.rid, chain)
@@ -133,7 +139,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         )
 
     def _arrive(self, rid: str, chain: Chain, on_device: int) -> None:
-        self.cache_linker.store.arrive(rid, chain, on_device=on_device)
+        self.store.arrive(rid, chain, on_device=on_device)
 
     def decide_again(self, rids: Sequence[str]) -> None:
         """Decide what the queued requests need of which pages were found or lost since they arrived."""
@@ -169,7 +175,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
 
     def hottest(self, count: int) -> list[dict[str, Any]]:
         """The conversations that were continued most, with their turns, tokens and tiers."""
-        store = self.cache_linker.store
+        store = self.store
         return [
             {
                 "conversation": known.name,
@@ -183,7 +189,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         ]
 
     def take_hint(self, hint: HintReqInput) -> None:
-        store, chain = self.cache_linker.store, self._hinted(hint)
+        store, chain = self.store, self._hinted(hint)
         if hint.outlook == Outlook.DROPPED:
             store.drop(chain)
         elif hint.outlook == Outlook.KEPT:
@@ -195,7 +201,7 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         if hint.conversation is not None:
             ends = self._ends.get(hint.conversation, b"")
             keys = (ends[start : start + KEY_BYTES] for start in range(0, len(ends), KEY_BYTES))
-            return self.cache_linker.store.chain_to(*keys)
+            return self.store.chain_to(*keys)
         known, tokens, extra_key = RequestChain([], Chain()), hint.input_ids or array("q"), hint.extra_key
         prompt = self.truncation.cut(tokens, extra_key, hint.cache_salt) if self.truncation else None
         if prompt is not None:
@@ -205,12 +211,12 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         if prompt is not None and hint.outlook != Outlook.DROPPED:
             if self.events is not None:
                 self.events.learn(known.chain.keys, key)
-            self.cache_linker.store.alias(known.chain, prompt.sources(len(known.chain.keys)))
+            self.store.alias(known.chain, prompt.sources(len(known.chain.keys)))
         return known.chain
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)
-        self.cache_linker.store.leave(rid)
+        self.store.leave(rid)
 
     def offload_nodes(self, node_ids: Sequence[NodeId]) -> None:
         for node_id in node_ids:

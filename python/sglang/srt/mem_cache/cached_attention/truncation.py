@@ -24,7 +24,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -34,10 +33,10 @@ from cached_attention.index import PageKey
 from cached_attention.position.truncation import TruncationPlan, TruncationRule
 
 from .flags import is_enabled
+from .ranks import all_agree
 from .tree_link import RequestChain
 
 if TYPE_CHECKING:
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -144,8 +143,8 @@ def truncation_of(scheduler: Scheduler, cache: CachedAttentionRadixCache) -> Tru
     """None if over-long prompts are left to SGLang; with `--allow-auto-truncate`, a line in the log says why."""
     if not scheduler.server_args.allow_auto_truncate:
         return None
-    rule = _rule(scheduler, cache.linker.cache_linker)
-    if not _all_agree(rule is not None, scheduler.world_group) or rule is None:
+    rule = _rule(scheduler, cache.cache_linker)
+    if not all_agree(rule is not None, scheduler.world_group) or rule is None:
         return None
     logger.info(
         "CachedAttention: a prompt of %d tokens or more keeps the first %d and loses the oldest after them, "
@@ -163,15 +162,6 @@ def _rule(scheduler: Scheduler, linker: CachedAttentionLinker) -> TruncationRule
     except ValueError as error:
         logger.warning("CachedAttention: no truncation, over-long prompts lose their newest tokens. %s", error)
         return None
-
-
-def _all_agree(able: bool, ranks: GroupCoordinator) -> bool:
-    """Whether all ranks are able: ranks of a pipeline have different layers."""
-    if ranks.world_size == 1:
-        return able
-    agreed = torch.tensor([able], dtype=torch.int)
-    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, group=ranks.cpu_group)
-    return bool(agreed.item())
 
 
 def _left_to_sglang(args: ServerArgs) -> str | None:

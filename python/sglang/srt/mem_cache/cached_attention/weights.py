@@ -8,7 +8,7 @@ from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_KV_CACHE,
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 if TYPE_CHECKING:
-    from .radix_cache import CachedAttentionRadixCache
+    from .linker import CachedAttentionLinker
 
 UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 SOURCES = ("disk", "distributed", "tensor", "ipc")
@@ -27,51 +27,51 @@ def register_hooks() -> None:
     after("resume_memory_occupation", _memory_is_back)
 
 
-def _cache(updater: Any) -> CachedAttentionRadixCache | None:
-    """The tree, if it is one with a store; these hooks also run in servers without the flag."""
+def _linker(updater: Any) -> CachedAttentionLinker | None:
+    """None without a store: these hooks also run in servers without the flag."""
     from .radix_cache import CachedAttentionRadixCache
 
     tree = updater.scheduler.tree_cache
-    return tree if isinstance(tree, CachedAttentionRadixCache) else None
+    return tree.cache_linker if isinstance(tree, CachedAttentionRadixCache) else None
 
 
 def _updated(_result: None, updater: Any, *_args: Any) -> None:
-    if (cache := _cache(updater)) is not None:
-        cache.weights_updated()
+    if (linker := _linker(updater)) is not None:
+        linker.weights_updated()
 
 
 def _began(result: Any, updater: Any, *_args: Any) -> None:
     """From now on a trainer may write weights into this server's memory without telling it."""
-    if result.success and (cache := _cache(updater)) is not None:
-        cache.weights_updated()
+    if result.success and (linker := _linker(updater)) is not None:
+        linker.weights_updated()
 
 
 def _ended(result: Any, updater: Any, *_args: Any) -> None:
     """The end of an update repacks quantised weights, perhaps after the cache was flushed for the last time."""
-    if result.success and (cache := _cache(updater)) is not None:
-        cache.check_weights()
+    if result.success and (linker := _linker(updater)) is not None:
+        linker.check_weights()
 
 
 def _ended_somehow(result: Any, updater: Any, *_args: Any) -> None:
     """An update that failed may have changed some of the weights."""
-    if not result.success and (cache := _cache(updater)) is not None:
-        cache.weights_updated()
+    if not result.success and (linker := _linker(updater)) is not None:
+        linker.weights_updated()
 
 
 def _memory_leaves(updater: Any, recv_req: Any) -> None:
     """The device memory of KV, weights or both will be unmapped, even while pages of it are being saved."""
-    if (cache := _cache(updater)) is None:
+    if (linker := _linker(updater)) is None:
         return
-    cache.wait_for_transfers()
+    linker.store.wait_for_device()
     if GPU_MEMORY_TYPE_WEIGHTS in (recv_req.tags or GPU_MEMORY_ALL_TYPES):
-        cache.weights_left()
+        linker.weights_left()
 
 
 def _memory_is_back(_result: Any, updater: Any, recv_req: Any) -> None:
     tags = recv_req.tags or GPU_MEMORY_ALL_TYPES
-    if GPU_MEMORY_TYPE_WEIGHTS not in tags or (cache := _cache(updater)) is None:
+    if GPU_MEMORY_TYPE_WEIGHTS not in tags or (linker := _linker(updater)) is None:
         return
-    cache.weights_are_back()
+    linker.weights_are_back()
     if GPU_MEMORY_TYPE_KV_CACHE in tags:
         # The server wakes up at once, with the weights it had or those it is about to get: open what fits them.
         updater.flush_cache()

@@ -1,0 +1,75 @@
+"""What the server's other arguments must not be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cached_attention.config import ConfigError
+
+from .flags import ENABLE, MLA_DEDUP, option_of
+
+EXCLUSIVE = {
+    "enable_hierarchical_cache": "both keep KV in host memory",
+    "disable_radix_cache": "the hierarchy lies under the radix cache",
+    "enable_lmcache": "both keep KV outside the device",
+    "enable_flexkv": "both keep KV outside the device",
+    "enable_unified_cache_external_linker": "CachedAttention is a linker itself",
+    "enable_unified_memory": "its pool does not lie in whole pages",
+    "enable_pdmux": "its prefills do not wait for what is loaded",
+    "dllm_algorithm": "its batches start no loads",
+    "enable_pd_role_switch": "a server that decodes for others loads nothing",
+    "radix_cache_backend": "CachedAttention brings its own radix cache",
+}
+"""Arguments of SGLang that conflict with ours, and why."""
+DISAGGREGATION = "disaggregation_mode"
+SPECULATION = "speculative_algorithm"
+WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+"""Algorithms of speculative decoding with a draft model, whose KV is kept with that of the target model."""
+WITHOUT_DRAFT = "NGRAM"
+UNDIVIDED = {
+    "pp_size": "stages would decide one by one what they can restore",
+    "dcp_size": "a page would be spread over ranks",
+    "attn_cp_size": "a page would be spread over ranks",
+}
+"""Arguments of SGLang that must be 1, and why."""
+
+
+def refuse_conflicts(values: Mapping[str, Any], mla_dedup: bool | None) -> None:
+    """Check SGLang's own arguments.
+
+    Raises:
+        ConfigError: one cannot be used together with ours.
+    """
+    for name, reason in EXCLUSIVE.items():
+        if values.get(name):
+            raise ConfigError(
+                f"{ENABLE.option} cannot be used with {option_of(name)} ({reason}): leave one of them out."
+            )
+    for name, reason in UNDIVIDED.items():
+        if int(values.get(name) or 1) > 1:
+            raise ConfigError(
+                f"{ENABLE.option} cannot be used with {option_of(name)} {values[name]} ({reason}): leave it out."
+            )
+    if values.get(DISAGGREGATION) == "decode":
+        raise ConfigError(
+            f"{ENABLE.option} cannot be used with {option_of(DISAGGREGATION)} decode (such a server "
+            "loads nothing): give it to the servers that prefill."
+        )
+    _check_speculation(values.get(SPECULATION), mla_dedup)
+
+
+def _check_speculation(algorithm: str | None, mla_dedup: bool | None) -> None:
+    if algorithm is None:
+        return
+    option = option_of(SPECULATION)
+    if algorithm.upper() not in (*WITH_DRAFT, WITHOUT_DRAFT):
+        raise ConfigError(
+            f"{ENABLE.option} cannot be used with {option} {algorithm}: give {', '.join(WITH_DRAFT)} or "
+            f"{WITHOUT_DRAFT}, or leave it out."
+        )
+    if mla_dedup and algorithm.upper() in WITH_DRAFT:
+        raise ConfigError(
+            f"{MLA_DEDUP.option} cannot be used with {option} {algorithm} (the draft model's KV is not "
+            "broadcast): leave one of them out."
+        )

@@ -1,0 +1,104 @@
+"""Which requests to attach a disk tier are refused, and that no rank is left with one that others lack."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput
+from sglang.srt.mem_cache.cached_attention import storage_backend
+from sglang.srt.mem_cache.cached_attention.storage_backend import attach, detach
+
+
+class Linker:
+    disk_path: str | None = None
+
+    def attach_disk(self, path: str, size: int) -> None:
+        self.disk_path, self.size = path, size
+
+    def detach_disk(self) -> None:
+        self.disk_path = None
+
+
+class Server:
+    """One rank; `disk`: what opens at the flush, if anything."""
+
+    def __init__(self, disk: object | None, idle: bool = True) -> None:
+        self.linker, self.flushes, self._idle = Linker(), 0, idle
+        self.cache: Any = SimpleNamespace(cache_linker=self.linker, store=SimpleNamespace(disk=None))
+        self._disk = disk
+        self.scheduler: Any = SimpleNamespace(
+            is_fully_idle=lambda: idle, flush_cache=self._flush, world_group=SimpleNamespace(world_size=1)
+        )
+
+    def _flush(self) -> bool:
+        self.flushes += 1
+        self.cache.store.disk = self._disk if self.linker.disk_path else None
+        return self._idle
+
+    def attach(self, backend: str = "disk", **settings: str) -> tuple[bool, str]:
+        answer = attach(
+            self.scheduler,
+            self.cache,
+            AttachHiCacheStorageReqInput(
+                hicache_storage_backend=backend, hicache_storage_backend_extra_config_json=json.dumps(settings)
+            ),
+        )
+        return answer.success, answer.message
+
+
+def test_a_disk_is_attached_and_detached(tmp_path: Path) -> None:
+    server = Server(disk=object())
+    assert server.attach(path=str(tmp_path), size="1GB") == (True, "The cache was emptied.")
+    assert (server.linker.disk_path, server.linker.size, server.flushes) == (str(tmp_path), 10**9, 1)
+    done, message = server.attach(path=str(tmp_path / "other"), size="1GB")
+    assert (done, message) == (False, f"The disk tier at {tmp_path} is attached: detach it first.")
+    assert detach(server.cache).success
+    assert server.linker.disk_path is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backend": "file", "path": "/kv", "size": "1GB"}, "is 'file': give 'disk'"),
+        ({"path": "/kv"}, 'give {"path": DIRECTORY, "size": SIZE}'),
+        ({"path": "/kv", "size": "1GB", "mode": "fast"}, 'give {"path": DIRECTORY, "size": SIZE}'),
+        ({"path": "/kv", "size": "900TB"}, "but only"),
+        ({"path": __file__, "size": "1GB"}, "is not a directory"),
+        ({"path": "", "size": "1GB"}, "is empty"),
+    ],
+)
+def test_what_is_wrong_is_said_and_changes_nothing(given: dict[str, str], message: str) -> None:
+    server = Server(disk=object())
+    done, answer = server.attach(**given)
+    assert not done
+    assert message in answer
+    assert server.flushes == 0
+    assert server.linker.disk_path is None
+
+
+def test_only_an_idle_server_gets_a_disk(tmp_path: Path) -> None:
+    server = Server(disk=object(), idle=False)
+    assert server.attach(path=str(tmp_path), size="1GB") == (
+        False,
+        "Requests run or wait: try again when there are none.",
+    )
+    assert server.flushes == 0
+
+
+def test_a_disk_that_does_not_open_is_not_configured_either(tmp_path: Path) -> None:
+    server = Server(disk=None)
+    done, message = server.attach(path=str(tmp_path), size="1GB")
+    assert (done, message) == (False, "The disk tier could not be opened; the log says why.")
+    assert server.linker.disk_path is None
+
+
+def test_no_rank_has_a_disk_that_another_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, answers = Server(disk=object()), iter([True, False])
+    monkeypatch.setattr(storage_backend, "all_agree", lambda able, ranks: able and next(answers))
+    done, message = server.attach(path=str(tmp_path), size="1GB")
+    assert (done, message) == (False, "Another rank could not do it; its log says why.")
+    assert server.linker.disk_path is None
