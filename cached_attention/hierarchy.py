@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cached_attention.chain import reach
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
+from cached_attention.migration.remote_pages import REMEMBERED, RemotePages
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
-from cached_attention.remote_pages import REMEMBERED, RemotePages
 from cached_attention.residency import ResidencyFeed
 from cached_attention.stats import Reason, StoreStats
 from cached_attention.tiers.disk_rows import RecordColumns

@@ -16,15 +16,15 @@ from cached_attention.aliases import Aliases, Source
 from cached_attention.chain import Chain, PageRun
 from cached_attention.clock import EpochClock
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
-from cached_attention.fetch import Arrived
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import Hints
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.landing import Landings
 from cached_attention.layout import DevicePool
 from cached_attention.loading import Loads
-from cached_attention.lookups import Lookups
-from cached_attention.migration import Migration
+from cached_attention.migration.fetch import Arrived
+from cached_attention.migration.lookups import Lookups
+from cached_attention.migration.migration import Migration
 from cached_attention.outlooks import Outlooks
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.position.rotation import Rotation

@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 
 from cached_attention.chain import Chain
 from cached_attention.index import NOWHERE, PageKey
-from cached_attention.lookups import ScatteredLookups
+from cached_attention.migration.lookups import ScatteredLookups
 from cached_attention.store import CachedAttentionStore
 
 

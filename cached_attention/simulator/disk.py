@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cached_attention.simulator.cost import Cost
-from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.page_io import PageRead, PageWrite, ReadOutcome
 
 
 @dataclass

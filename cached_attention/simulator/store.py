@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 from cached_attention.chain import Chain
 from cached_attention.config import DEFAULT_LOOK_AHEAD
-from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
-from cached_attention.look_ahead import LookAhead
+from cached_attention.migration.fetch import Fetch
+from cached_attention.migration.look_ahead import LookAhead
+from cached_attention.migration.write_behind import WriteBehind
 from cached_attention.policy.eviction import EvictionOrder
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.reach import Reach
@@ -19,7 +20,6 @@ from cached_attention.simulator.disk import SimulatedDisk
 from cached_attention.simulator.policies import LeafOrder, MakeOrder, Policy
 from cached_attention.simulator.request import Hits, Request
 from cached_attention.tiers.host_slots import HostSlots
-from cached_attention.write_behind import WriteBehind
 
 TICK = 1e-6
 """Seconds of virtual time between two uses, so that no two pages are equally cold."""

@@ -22,20 +22,20 @@ from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_committer import Committer
 from cached_attention.tiers.disk_directory import INDEX_NAME, DirectoryInUseError
 from cached_attention.tiers.disk_files import FileIO, NoRoomError
-from cached_attention.tiers.disk_health import Health
 from cached_attention.tiers.disk_index import (
     INDEX_ERRORS,
     open_read_only,
     stream_rows,
 )
 from cached_attention.tiers.disk_opening import open_store
-from cached_attention.tiers.disk_pages import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
-from cached_attention.tiers.disk_queue import IoQueue, Kind
 from cached_attention.tiers.disk_rows import DiskRecord, RecordColumns
 from cached_attention.tiers.disk_runs import IO_ERRORS, PlacedRead, Run, read_run, runs
 from cached_attention.tiers.disk_slots import FREE, REMOVING, SAVED, SlotTable
 from cached_attention.tiers.disk_space import disk_usage, slot_stride
 from cached_attention.tiers.disk_sweeper import Sweeper
+from cached_attention.tiers.health import Health
+from cached_attention.tiers.io_queue import IoQueue, Kind
+from cached_attention.tiers.page_io import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
 
 __all__ = [
     "DirectoryInUseError",

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from cached_attention.tiers.disk_health import Health
 from cached_attention.tiers.disk_index import INDEX_ERRORS, Changes, DiskIndex
 from cached_attention.tiers.disk_rows import DiskRecord
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS
+from cached_attention.tiers.health import Health
 
 logger = logging.getLogger(__name__)
 

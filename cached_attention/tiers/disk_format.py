@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
-from cached_attention.tiers.disk_cipher import StoreCipher
+from cached_attention.tiers.cipher import StoreCipher
 from cached_attention.tiers.disk_records import PlainRecords, Records, SealedRecords
 from cached_attention.tiers.disk_rows import PlainRows, Rows, SealedRows
 from cached_attention.tiers.disk_space import slot_stride

@@ -15,9 +15,9 @@ from cached_attention.tiers.disk_directory import INDEX_NAME, read_fingerprint
 from cached_attention.tiers.disk_files import file_name
 from cached_attention.tiers.disk_format import store_format
 from cached_attention.tiers.disk_index import INDEX_ERRORS, find_row, open_read_only, read_rows
-from cached_attention.tiers.disk_pages import PageRead
 from cached_attention.tiers.disk_rows import DiskRecord, KeyNeededError, plausible
 from cached_attention.tiers.disk_space import slot_stride
+from cached_attention.tiers.page_io import PageRead
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Protocol
 
 from cached_attention.checksum import page_checksum
-from cached_attention.tiers.disk_cipher import EPOCH_BYTES, NONCE_BYTES, TAG_BYTES, StoreCipher
-from cached_attention.tiers.disk_pages import PageRead, PageWrite
+from cached_attention.tiers.cipher import EPOCH_BYTES, NONCE_BYTES, TAG_BYTES, StoreCipher
 from cached_attention.tiers.disk_space import slot_stride
+from cached_attention.tiers.page_io import PageRead, PageWrite
 
 HUGE_PAGE = 2 << 20
 """Bytes."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import xxhash
 
 from cached_attention.index import KEY_BYTES
-from cached_attention.tiers.disk_cipher import TAG_BYTES, StoreCipher
+from cached_attention.tiers.cipher import TAG_BYTES, StoreCipher
 from cached_attention.tiers.disk_space import ROW_BYTES, SEALED_ROW_BYTES
 
 _UNSIGNED = (1 << 64) - 1

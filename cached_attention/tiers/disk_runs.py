@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from cached_attention.tiers.disk_files import SlotFiles
-from cached_attention.tiers.disk_health import Health
-from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
 from cached_attention.tiers.disk_records import Records
+from cached_attention.tiers.health import Health
+from cached_attention.tiers.page_io import PageRead, ReadOutcome
 
 RUN_BYTES = 8 << 20
 """Adjacent slots are transferred by one system call up to this size."""

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
-from cached_attention.tiers.disk_health import Health
-from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome, Ticket
-from cached_attention.tiers.disk_queue import IoQueue, Kind
+from cached_attention.tiers.health import Health
 from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.io_queue import IoQueue, Kind
+from cached_attention.tiers.page_io import PageRead, PageWrite, ReadOutcome, Ticket
 from cached_attention.tiers.remote_address import RemoteAddress
 from cached_attention.tiers.remote_client import NOT_FOUND, Extent, RemoteClient, RemoteError
 from cached_attention.tiers.remote_records import Objects, RecordMemory, objects_maker

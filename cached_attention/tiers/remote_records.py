@@ -15,9 +15,9 @@ from cached_attention.checksum import page_checksum
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.index import PageKey
-from cached_attention.tiers.disk_cipher import EPOCH_BYTES, NONCE_BYTES, TAG_BYTES, StoreCipher
-from cached_attention.tiers.disk_pages import PageRead, PageWrite
+from cached_attention.tiers.cipher import EPOCH_BYTES, NONCE_BYTES, TAG_BYTES, StoreCipher
 from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.page_io import PageRead, PageWrite
 from cached_attention.tiers.remote_client import Extent
 
 CALL_PAGES = 16

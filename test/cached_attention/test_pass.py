@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cached_attention import fetch, look_ahead
-from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
-from cached_attention.look_ahead import ASKING, ASKING_MOST, ASKING_SHARE, BATCH, REVIEWED, LookAhead
+from cached_attention.migration import fetch, look_ahead
+from cached_attention.migration.fetch import Fetch
+from cached_attention.migration.look_ahead import ASKING, ASKING_MOST, ASKING_SHARE, BATCH, REVIEWED, LookAhead
 from cached_attention.policy.waiting import CEILING, WaitOrRecompute
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.disk import SimulatedDisk

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cached_attention.chain import Chain, PageRun
-from cached_attention.fetch import Fetch
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
+from cached_attention.migration.fetch import Fetch
 from cached_attention.stats import Direction, Reason
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier

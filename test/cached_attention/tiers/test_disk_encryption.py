@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cached_attention.encryption import EncryptionKey
-from cached_attention.tiers import disk_cipher
+from cached_attention.tiers import cipher
 from cached_attention.tiers.disk import ReadOutcome
 from cached_attention.tiers.disk_directory import read_fingerprint
 from cached_attention.tiers.disk_pruning import prune
@@ -106,7 +106,7 @@ def test_equal_pages_look_different_each_time(store, slots):
 
 
 def test_keys_are_changed_before_nonces_could_meet(store, monkeypatch):
-    monkeypatch.setattr(disk_cipher, "EPOCH_RECORDS", 3)
+    monkeypatch.setattr(cipher, "EPOCH_RECORDS", 3)
     tier = store.open()
     slots = store.write(tier, list(range(PAGES)))
     store.check_serves(tier, slots)

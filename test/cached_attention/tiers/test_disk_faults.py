@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cached_attention.tiers import disk, disk_queue, disk_space
+from cached_attention.tiers import disk, disk_space, io_queue
 from cached_attention.tiers.disk import ReadOutcome
 from cached_attention.tiers.disk_index import DiskIndex
 
@@ -231,7 +231,7 @@ def test_a_slow_disk_does_not_hold_the_caller(store, faulty_io):
 
 
 def test_reads_go_before_writes(store, faulty_io, monkeypatch):
-    monkeypatch.setattr(disk_queue, "WRITE_PATIENCE", 60)
+    monkeypatch.setattr(io_queue, "WRITE_PATIENCE", 60)
     tier = store.open(io=faulty_io, io_threads=1)
     slots = store.write(tier, [1])
     order, hold = [], threading.Event()

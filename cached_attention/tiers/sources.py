@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from cached_attention.tiers.disk_pages import PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.page_io import PageRead, PageWrite, ReadOutcome
 
 
 class PageSource(Protocol):

@@ -6,11 +6,11 @@ import time
 from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.in_flight import InFlight
 from cached_attention.index import NOWHERE
+from cached_attention.migration.in_flight import InFlight
+from cached_attention.migration.write_behind import page_write, written
 from cached_attention.stats import Direction
 from cached_attention.tiers.remote import RemoteTier
-from cached_attention.write_behind import page_write, written
 
 BATCH_PAGES = 32
 BATCHES_IN_FLIGHT = 2

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from cached_attention.fetch import Fetch
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import Hints
 from cached_attention.index import PageKey
+from cached_attention.migration.fetch import Fetch
 from cached_attention.policy.waiting import Outstanding, WaitOrRecompute
 
 HELD = 0.9

@@ -9,18 +9,18 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 from cached_attention.chain import reach
-from cached_attention.fetch import Fetch, Remote
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
-from cached_attention.look_ahead import LookAhead
-from cached_attention.lookups import Lookups
+from cached_attention.migration.fetch import Fetch, Remote
+from cached_attention.migration.look_ahead import LookAhead
+from cached_attention.migration.lookups import Lookups
+from cached_attention.migration.put_behind import PutBehind
+from cached_attention.migration.write_behind import WriteBehind
 from cached_attention.policy.waiting import WaitOrRecompute
-from cached_attention.put_behind import PutBehind
 from cached_attention.stats import Reason
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
 from cached_attention.tiers.remote import RemoteTier
-from cached_attention.write_behind import WriteBehind
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import time
 from concurrent.futures import Future
 
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.in_flight import InFlight
 from cached_attention.index import NOWHERE
+from cached_attention.migration.in_flight import InFlight
 from cached_attention.stats import Direction, Reason
-from cached_attention.tiers.disk_pages import PageWrite
-from cached_attention.tiers.page_disk import PageDisk
+from cached_attention.tiers.page_io import PageWrite
+from cached_attention.tiers.sources import PageDisk
 
 logger = logging.getLogger(__name__)
 

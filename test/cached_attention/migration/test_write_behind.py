@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.simulator.cost import Cost
-from cached_attention.simulator.disk import SimulatedDisk
-from cached_attention.tiers.host_slots import HostSlots
-from cached_attention.write_behind import (
+from cached_attention.migration.write_behind import (
     BATCH_PAGES,
     BATCHES_IN_FLIGHT,
     RESERVE,
@@ -19,6 +16,9 @@ from cached_attention.write_behind import (
     URGENT_BATCHES,
     WriteBehind,
 )
+from cached_attention.simulator.cost import Cost
+from cached_attention.simulator.disk import SimulatedDisk
+from cached_attention.tiers.host_slots import HostSlots
 
 LEAST, MOST = BATCH_PAGES * BATCHES_IN_FLIGHT, BATCH_PAGES * URGENT_BATCHES
 LARGE = int(MOST / SHARE)

@@ -14,8 +14,8 @@ from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.policy.waiting import Pace
 from cached_attention.stats import Direction, Reason
-from cached_attention.tiers.disk_pages import PageRead, ReadOutcome
-from cached_attention.tiers.page_disk import PageDisk, PageSource, SharedPages
+from cached_attention.tiers.page_io import PageRead, ReadOutcome
+from cached_attention.tiers.sources import PageDisk, PageSource, SharedPages
 
 SETTLING = 2.5e-4
 """Seconds after which a poll leaves further arrivals to the next one: a burst must not hold up a pass."""
@@ -30,7 +30,7 @@ class Remote(NamedTuple):
     page_tokens: int
 
 
-class InFlight(NamedTuple):
+class BytesInFlight(NamedTuple):
     """Bytes requested but not yet received."""
 
     disk: int
@@ -66,7 +66,7 @@ class _Hold:
     """What is held for a request: pinned rows of its chain that were not ready when they were requested."""
 
     started: float
-    ahead: InFlight
+    ahead: BytesInFlight
     first_page: int
     rows: list[int] = field(default_factory=list)
     reads: list[_Read] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Fetch:
         assert source is not None, "pages come from nowhere"
         self.page_bytes = source.stride
         self._reads: set[_Read] = set()
-        self.in_flight = InFlight(0, 0)
+        self.in_flight = BytesInFlight(0, 0)
         self._ended: deque[_Read] = deque()
         """Filled by the tiers' threads."""
         self._far: set[int] = set()
@@ -212,7 +212,7 @@ class Fetch:
     def _count(self, is_remote: bool, pages: int) -> None:
         disk, remote = self.in_flight
         size = pages * self.page_bytes
-        self.in_flight = InFlight(disk, remote + size) if is_remote else InFlight(disk + size, remote)
+        self.in_flight = BytesInFlight(disk, remote + size) if is_remote else BytesInFlight(disk + size, remote)
 
     def _end(self, read: _Read) -> None:
         read.ended = self._clock()
@@ -240,7 +240,7 @@ class Fetch:
             hold.landed += 1
         return len(rows) - hold.landed
 
-    def begun(self, request: str) -> tuple[float, InFlight] | None:
+    def begun(self, request: str) -> tuple[float, BytesInFlight] | None:
         """When the fetch for `request` began, and the bytes in flight then; None if it has not begun."""
         hold = self._holds.get(request)
         return None if hold is None else (hold.started, hold.ahead)
