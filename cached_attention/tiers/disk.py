@@ -51,10 +51,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-GROWTH_PAUSE = 30.0
-"""Seconds until the next attempt after the directory could not grow."""
-COMPLAINT_PAUSE = 3600.0
-"""Seconds between two lines in the log that say so."""
 GRACE_SECONDS = 0.5
 """Seconds that `close` gives threads to end, even if its own timeout is over."""
 
@@ -107,7 +103,6 @@ class DiskTier:
         self.stats = DiskStats()
         self._queued_write_bytes = queued_write_bytes
         self._lock = threading.Lock()
-        self._grow_at = self._complain_at = float("-inf")
         self._removing = 0
         self._closing = self._given_up = self._closed = False
         self._writes: dict[int, tuple[Ticket[int | None], int]] = {}
@@ -121,7 +116,6 @@ class DiskTier:
             capacity_bytes,
             io or FileIO(),
             ttl,
-            may_grow=self._may_grow,
         )
         self.stride = self._store.files.stride
         """Bytes per slot."""
@@ -130,8 +124,9 @@ class DiskTier:
         self.stats.dropped = self._store.dropped
         self._files = self._store.files
         self._slots = SlotTable(self._store.states, self._files.end(), self._files.missing(self._files.end()))
+        self._growth = self._store.growth
         if self._store.room <= self._files.end():
-            self._grow_at = time.monotonic() + GROWTH_PAUSE
+            self._growth.pause()
         self._read_health = Health(f"{self.path}, reads", *probe_seconds)
         self._write_health = Health(f"{self.path}, writes", *probe_seconds)
         self._queue = IoQueue(io_threads)
@@ -174,7 +169,7 @@ class DiskTier:
     @property
     def free_slots(self) -> int:
         """Slots available for writing now."""
-        return self._slots.free if self._growing else self._slots.recycled
+        return self._slots.free if self._growth.is_on else self._slots.recycled
 
     @property
     def removing(self) -> int:
@@ -331,20 +326,8 @@ class DiskTier:
             if page.buffer.nbytes != expected:
                 raise ValueError(f"a buffer of {page.buffer.nbytes} bytes; slots have {expected}: give that.")
 
-    @property
-    def _growing(self) -> bool:
-        return time.monotonic() >= self._grow_at
-
     def _take_slots(self, count: int) -> list[int]:
-        return self._slots.take(min(count, self.write_room), self._growing) if self.healthy else []
-
-    def _may_grow(self, length: int) -> bool:
-        """Measured on the file system, because others may write to the directory too."""
-        if not self._growing:
-            return False
-        others = disk_usage(self.directory) - disk_usage(self.path)
-        own = self._files.allocated_bytes + self._store.space.reserve
-        return others + own + length <= self.capacity_bytes
+        return self._slots.take(min(count, self.write_room), self._growth.is_on) if self.healthy else []
 
     def _write_run(self, run: Run[PageWrite]) -> None:
         slots = [slot for slot, _ in run]
@@ -354,7 +337,7 @@ class DiskTier:
         try:
             self._files.write(slots[0], self._records.outgoing([page for _, page in run]))
         except NoRoomError as error:
-            self._stop_growing(error)
+            self._growth.failed(error)
             self._settle_writes(slots, saved=False)
         except IO_ERRORS as error:
             self._write_health.failed(error)
@@ -370,14 +353,6 @@ class DiskTier:
                 )
                 for slot, page in run
             )
-
-    def _stop_growing(self, error: NoRoomError) -> None:
-        now = time.monotonic()
-        with self._lock:
-            if now >= self._complain_at:
-                logger.warning("%s: %s; pages are declined until others leave.", self.path, error)
-                self._complain_at = now + COMPLAINT_PAUSE
-            self._grow_at = now + GROWTH_PAUSE
 
     def _read_run(self, ticket: Ticket[ReadOutcome], run: Run[PlacedRead]) -> None:
         with self._lock:

@@ -84,7 +84,7 @@ class SlotFiles:
     Args:
         stride: bytes per slot, a multiple of 4,096.
         slots: most slots that the store may have, over all its files.
-        may_grow: called with a number of bytes before a file grows by them; False forbids it.
+        may_take: whether all files together may take a number of bytes; asked before one grows.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class SlotFiles:
         slots: int,
         slots_per_file: int,
         io: FileIO,
-        may_grow: Callable[[int], bool] = lambda _: True,
+        may_take: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self.directory = directory
         self.stride = stride
         self.slots = slots
         self.slots_per_file = slots_per_file
         self._io = io
-        self._may_grow = may_grow
+        self._may_take = may_take
         self._lock = threading.Lock()
         self._growth = threading.Lock()
         self._fds: dict[int, int] = {}
@@ -281,7 +281,8 @@ class SlotFiles:
         longest = min(self.slots_per_file, self.slots - number * self.slots_per_file) * self.stride
         length = min(max(need, have + step), longest) - have
         # Other files may leave less room than a step.
-        while not (may_grow := self._may_grow(length)) and length > need - have:
+        taken = self.allocated_bytes
+        while not (may_grow := self._may_take(taken + length)) and length > need - have:
             length = max(need - have, length // 2 // self.stride * self.stride)
         if not may_grow:
             raise NoRoomError(errno.ENOSPC, "the directory is at its size limit", str(self.directory))

@@ -6,7 +6,6 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from cached_attention.tiers.disk_directory import (
 )
 from cached_attention.tiers.disk_files import FileIO, SlotFiles
 from cached_attention.tiers.disk_format import store_format
+from cached_attention.tiers.disk_growth import Growth
 from cached_attention.tiers.disk_index import INDEX_ERRORS, DiskIndex, open_read_only
 from cached_attention.tiers.disk_ranks import rank_directories
 from cached_attention.tiers.disk_records import Records
@@ -49,6 +49,7 @@ class OpenStore:
     locks: list[DirectoryLock]
     index: DiskIndex
     files: SlotFiles
+    growth: Growth
     records: Records
     space: Space
     room: int
@@ -76,7 +77,6 @@ def open_store(
     capacity: int,
     io: FileIO,
     ttl: float | None,
-    may_grow: Callable[[int], bool],
 ) -> OpenStore:
     """See `DiskTier` for arguments and errors."""
     rows, records, stride = store_format(fingerprint, key)
@@ -99,7 +99,7 @@ def open_store(
             _warn_of_plain_stores(directory)
         index = DiskIndex(path / INDEX_NAME, {"fingerprint": fingerprint.digest()}, io, rows)
         try:
-            return _open(directory, path, locks, index, capacity, records, io, before, may_grow)
+            return _open(directory, path, locks, index, capacity, records, io, before)
         except BaseException:
             index.close()
             raise
@@ -120,19 +120,19 @@ def _open(
     records: Records,
     io: FileIO,
     before: float | None,
-    may_grow: Callable[[int], bool],
 ) -> OpenStore:
     space, room = _plan(directory, path, index, capacity, records.stride, expires=before is not None)
     index.set_meta("slots_per_file", str(space.slots_per_file))
     index.limit(space)
-    files = SlotFiles(path, space.stride, space.slots, space.slots_per_file, io, may_grow)
+    growth = Growth(directory, path, capacity, space.reserve)
+    files = SlotFiles(path, space.stride, space.slots, space.slots_per_file, io, growth.allows)
     dropped = _drop(index, files, room, before)
     files.cut(room)
     states = bytearray(space.slots)
     for slot in index.slots():
         states[slot] = SAVED
     logger.info("%s: %d pages, room for %d.", path, states.count(SAVED), room)
-    return OpenStore(path, locks, index, files, records, space, room, states, dropped)
+    return OpenStore(path, locks, index, files, growth, records, space, room, states, dropped)
 
 
 def _plan(

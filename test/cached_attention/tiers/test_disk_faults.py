@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cached_attention.tiers import disk, disk_space, io_queue
+from cached_attention.tiers import disk_growth, disk_space, io_queue
 from cached_attention.tiers.disk import ReadOutcome
 from cached_attention.tiers.disk_index import DiskIndex
 
@@ -58,7 +58,7 @@ def test_a_full_file_system_declines_writes_and_serves_reads(
 ):
     path, mounted = small_disk
     monkeypatch.setattr("cached_attention.tiers.disk_files.GROWTH_BYTES", 64 << 10)
-    monkeypatch.setattr(disk, "GROWTH_PAUSE", 0.05)
+    monkeypatch.setattr(disk_growth, "PAUSE", 0.05)
     store = store_in(path / "kv", capacity=16 << 20)
     tier = store.open(io=faulty_io if mounted else full_after(faulty_io, 512 << 10))
     slots = {}
@@ -80,7 +80,7 @@ def test_a_full_file_system_declines_writes_and_serves_reads(
 
 
 def test_growth_is_tried_again_after_a_pause(store, faulty_io, monkeypatch):
-    monkeypatch.setattr(disk, "GROWTH_PAUSE", 0.05)
+    monkeypatch.setattr(disk_growth, "PAUSE", 0.05)
     tier = store.open(io=faulty_io)
 
     def full(step):
@@ -317,7 +317,7 @@ def test_a_slot_file_removed_under_a_running_tier_is_made_again(store):
 
 def test_slots_of_a_lost_file_do_not_stop_writes_where_there_is_no_room(store, faulty_io, monkeypatch):
     monkeypatch.setattr(disk_space, "FILE_BYTES", 80 * 8192)
-    monkeypatch.setattr(disk, "GROWTH_PAUSE", 0.2)
+    monkeypatch.setattr(disk_growth, "PAUSE", 0.2)
     store.capacity = 8 << 20
     tier = store.open()
     per_file = tier._files.slots_per_file

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cached_attention.tiers import disk
+from cached_attention.tiers import disk_growth
 from cached_attention.tiers.disk_directory import DirectoryInUseError, stores
 from cached_attention.tiers.disk_index import open_read_only
 from cached_attention.tiers.disk_space import Space, disk_usage, slot_stride
@@ -81,7 +81,7 @@ def test_files_of_others_count_and_survive(store, monkeypatch):
     theirs = store.directory / "theirs.bin"
     theirs.write_bytes(b"t" * (1 << 20))
     monkeypatch.setattr("cached_attention.tiers.disk_files.GROWTH_BYTES", 64 << 10)
-    monkeypatch.setattr(disk, "GROWTH_PAUSE", 0.0)
+    monkeypatch.setattr(disk_growth, "PAUSE", 0.0)
     tier = store.open()
     foreign = tier.path / "notes.txt"
     foreign.write_text("not a slot file")
@@ -127,7 +127,7 @@ def test_no_budget_gives_no_slots():
 
 
 def test_a_store_of_before_gives_its_space_back_when_its_pages_have_expired(store, monkeypatch):
-    monkeypatch.setattr(disk, "GROWTH_PAUSE", 0.1)
+    monkeypatch.setattr(disk_growth, "PAUSE", 0.1)
     tier = store.open("old")
     count = tier.capacity_slots
     assert len(store.write(tier, list(range(count - 20)))) == count - 20
