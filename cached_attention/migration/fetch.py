@@ -12,22 +12,12 @@ from typing import NamedTuple
 from cached_attention import page_runs
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
-from cached_attention.policy.waiting import Pace
-from cached_attention.stats import Direction, Reason
+from cached_attention.migration.fetch_source import DiskSource, FetchSource, RemoteSource
+from cached_attention.stats import Direction
 from cached_attention.tiers.page_io import PageRead, ReadOutcome
-from cached_attention.tiers.sources import PageDisk, PageSource, SharedPages
 
 SETTLING = 2.5e-4
 """Seconds after which a poll leaves further arrivals to the next one: a burst must not hold up a pass."""
-
-
-class Remote(NamedTuple):
-    """The source of pages that are not on disk."""
-
-    tier: SharedPages
-    pace: Pace
-    """Learns how long its reads take, depending on their bytes."""
-    page_tokens: int
 
 
 class BytesInFlight(NamedTuple):
@@ -52,7 +42,7 @@ class _Read:
     """Pages requested from one tier in one call."""
 
     rows: list[int]
-    is_remote: bool
+    source: FetchSource
     future: Future[list[ReadOutcome]]
     started: float
     ahead_bytes: int
@@ -83,34 +73,31 @@ class Fetch:
 
     Args:
         disk, remote: at least one of them.
-        pace: learns how long reads from disk take, depending on their bytes.
     """
 
     def __init__(
         self,
         pages: Hierarchy,
-        disk: PageDisk | None,
-        pace: Pace,
+        disk: DiskSource | None,
+        remote: RemoteSource | None = None,
         clock: Callable[[], float] = time.monotonic,
-        remote: Remote | None = None,
     ) -> None:
         self._pages = pages
-        self._disk = disk
-        self._pace = pace
+        self._disk, self._remote = disk, remote
+        self._sources = [source for source in (disk, remote) if source is not None]
         self._clock = clock
-        self._remote = remote
-        source: PageSource | None = disk if remote is None else remote.tier
-        assert source is not None, "pages come from nowhere"
-        self.page_bytes = source.stride
+        self.page_bytes = self._sources[0].tier.stride
         self._reads: set[_Read] = set()
-        self.in_flight = BytesInFlight(0, 0)
         self._ended: deque[_Read] = deque()
         """Filled by the tiers' threads."""
-        self._far: set[int] = set()
-        """Rows that are being read from the remote store."""
         self._holds: dict[str, _Hold] = {}
         self.held = 0
         """Pages held for requests, counted once per request that holds them."""
+
+    @property
+    def in_flight(self) -> BytesInFlight:
+        disk, remote = (0 if source is None else source.in_flight for source in (self._disk, self._remote))
+        return BytesInFlight(disk, remote)
 
     @property
     def pins(self) -> int:
@@ -150,8 +137,8 @@ class Fetch:
         if coming:
             hold = self._hold(request, places[0], coming)
             hold.reads += self._read_all(missing)
-            if self._far:
-                hold.remote_pages += [at for at, row in zip(places, coming, strict=True) if row in self._far]
+            if self._remote is not None and (far := self._remote.rows):
+                hold.remote_pages += [at for at, row in zip(places, coming, strict=True) if row in far]
         return page
 
     def _bring(self, keys: Sequence[PageKey], page: int, rank: int, missing: list[int]) -> list[int]:
@@ -192,27 +179,20 @@ class Fetch:
         far = [row for row in rows if row not in self._pages.on_disk]
         reads: list[_Read] = []
         if near and self._disk is not None:
-            reads.append(self._read(near, self._disk, is_remote=False))
+            reads.append(self._read(near, self._disk))
         if far and self._remote is not None:
-            reads.append(self._read(far, self._remote.tier, is_remote=True))
+            self._remote.rows.update(far)
+            reads.append(self._read(far, self._remote))
         return reads
 
-    def _read(self, rows: list[int], source: PageSource, *, is_remote: bool) -> _Read:
-        future = source.read(self._page_reads(rows))
-        tier = "remote" if is_remote else "disk"
-        self._pages.stats.watch(Direction.FETCH, tier, future, lambda pages: pages.count(ReadOutcome.READ))
-        read = _Read(rows, is_remote, future, self._clock(), self.in_flight[is_remote])
+    def _read(self, rows: list[int], source: FetchSource) -> _Read:
+        future = source.tier.read(self._page_reads(rows))
+        self._pages.stats.watch(Direction.FETCH, source.name, future, lambda read: read.count(ReadOutcome.READ))
+        read = _Read(rows, source, future, self._clock(), source.in_flight)
         self._reads.add(read)
-        self._count(is_remote, len(rows))
-        if is_remote:
-            self._far.update(rows)
+        source.in_flight += len(rows) * self.page_bytes
         future.add_done_callback(lambda _: self._end(read))
         return read
-
-    def _count(self, is_remote: bool, pages: int) -> None:
-        disk, remote = self.in_flight
-        size = pages * self.page_bytes
-        self.in_flight = BytesInFlight(disk, remote + size) if is_remote else BytesInFlight(disk + size, remote)
 
     def _end(self, read: _Read) -> None:
         read.ended = self._clock()
@@ -278,57 +258,29 @@ class Fetch:
         if read not in self._reads:
             return
         self._reads.remove(read)
-        self._count(read.is_remote, -len(read.rows))
-        if read.is_remote:
-            self._far.difference_update(read.rows)
+        read.source.in_flight -= len(read.rows) * self.page_bytes
+        if self._remote is not None:
+            self._remote.rows.difference_update(read.rows)
         outcomes = [ReadOutcome.UNAVAILABLE] * len(read.rows)
         if read.future.done() and not read.future.cancelled():
             outcomes = read.future.result()
-        landed = [row for row, outcome in zip(read.rows, outcomes, strict=True) if outcome is ReadOutcome.READ]
+        landed, missing, lost = list[int](), list[int](), list[int]()
+        for row, outcome in zip(read.rows, outcomes, strict=True):
+            (landed if outcome is ReadOutcome.READ else missing).append(row)
+            if outcome is ReadOutcome.LOST:
+                lost.append(row)
         if landed:
             self._observe(read)
-            self._land(landed, read.is_remote)
-        if len(landed) < len(read.rows):
-            self._give_up(read, outcomes)
+            self._pages.stats.fetched += len(landed)
+            read.source.land(landed)
+        if missing:
+            self._pages.stats.lost += len(lost)
+            read.source.give_up(missing, lost)
         page_runs.unpin(self._pages, read.rows)
 
     def _observe(self, read: _Read) -> None:
         amount = read.ahead_bytes + len(read.rows) * self.page_bytes
-        pace = self._remote.pace if read.is_remote and self._remote is not None else self._pace
-        pace.observe(amount, (self._clock() if read.ended is None else read.ended) - read.started)
-
-    def _land(self, rows: list[int], is_remote: bool) -> None:
-        self._pages.stats.fetched += len(rows)
-        if not is_remote or self._remote is None:
-            page_runs.land(self._pages, rows)
-            return
-        for row in rows:
-            buffer = self._pages.host.slot_bytes(self._pages.in_host.slot[row])
-            self._pages.index.checksum[row] = self._remote.tier.checksum(buffer)
-            self._pages.land(row, clean=False)
-
-    def _give_up(self, read: _Read, outcomes: Sequence[ReadOutcome]) -> None:
-        missing = [
-            row for row, outcome in zip(read.rows, outcomes, strict=True) if outcome is not ReadOutcome.READ
-        ]
-        lost = [row for row, outcome in zip(read.rows, outcomes, strict=True) if outcome is ReadOutcome.LOST]
-        if not read.is_remote and not lost:
-            page_runs.give_up(self._pages, missing)
-        else:
-            for row in missing:
-                self._pages.give_up(row)
-        slots = [slot for row in lost for slot in self._lose(row, read.is_remote)]
-        if slots and self._disk is not None:
-            self._pages.stats.left("disk", Reason.DAMAGE, len(slots))
-            self._disk.remove(slots)
-
-    def _lose(self, row: int, is_remote: bool) -> list[int]:
-        """The page is not where it was expected; returns the disk slots that this frees."""
-        self._pages.stats.lost += 1
-        if not is_remote:
-            return self._pages.lose(row)
-        self._pages.remote.discard(self._pages.index.key(row))
-        return []
+        read.source.pace.observe(amount, (self._clock() if read.ended is None else read.ended) - read.started)
 
     @property
     def futures(self) -> list[Future[list[ReadOutcome]]]:

@@ -11,7 +11,8 @@ from typing import Any
 from cached_attention.chain import reach
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
-from cached_attention.migration.fetch import Fetch, Remote
+from cached_attention.migration.fetch import Fetch
+from cached_attention.migration.fetch_source import DiskSource, RemoteSource
 from cached_attention.migration.look_ahead import LookAhead
 from cached_attention.migration.lookups import Lookups
 from cached_attention.migration.put_behind import PutBehind
@@ -56,8 +57,11 @@ class Migration:
         self._pages = pages
         self._disk = disk
         self._remote = remote
-        source = None if remote is None else Remote(remote, decision.remote, page_tokens)
-        self.fetch = Fetch(pages, disk, decision.fetching, remote=source)
+        self.fetch = Fetch(
+            pages,
+            None if disk is None else DiskSource(pages, disk, decision.fetching),
+            None if remote is None else RemoteSource(pages, remote, decision.remote, page_tokens),
+        )
         self.ahead = LookAhead(pages, self.fetch, decision, look_ahead, page_tokens)
         self.write_behind = None if disk is None else WriteBehind(pages, disk, min_uses)
         self._put_behind = None if remote is None else PutBehind(pages, remote)

@@ -10,6 +10,7 @@ from cached_attention.config import DEFAULT_LOOK_AHEAD
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.migration.fetch import Fetch
+from cached_attention.migration.fetch_source import DiskSource
 from cached_attention.migration.look_ahead import LookAhead
 from cached_attention.migration.write_behind import WriteBehind
 from cached_attention.policy.eviction import EvictionOrder
@@ -87,7 +88,9 @@ class SimulatedStore:
         self.disk: SimulatedDisk | None = None
         if disk_pages:
             self.disk = SimulatedDisk(disk_pages, cost, clock)
-            self._fetch = Fetch(self.pages, self.disk, self.decision.fetching, clock)
+            self._fetch = Fetch(
+                self.pages, DiskSource(self.pages, self.disk, self.decision.fetching), clock=clock
+            )
             # Other policies fetch when the request is first due to run.
             window = look_ahead if policy.looks_ahead else UNPROTECTED_WINDOW if policy.fetches_ahead else 1
             self._ahead = LookAhead(self.pages, self._fetch, self.decision, window, page_tokens, clock)

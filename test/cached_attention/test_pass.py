@@ -8,6 +8,7 @@ from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.migration import fetch, look_ahead
 from cached_attention.migration.fetch import Fetch
+from cached_attention.migration.fetch_source import DiskSource
 from cached_attention.migration.look_ahead import ASKING, ASKING_MOST, ASKING_SHARE, BATCH, REVIEWED, LookAhead
 from cached_attention.policy.waiting import CEILING, WaitOrRecompute
 from cached_attention.simulator.cost import Cost
@@ -27,7 +28,7 @@ class Waiting:
         self.disk = SimulatedDisk(requests * CHAIN, cost, lambda: self.now)
         self.pages = Hierarchy(HostSlots(2 * requests * CHAIN), has_disk=True)
         decision = WaitOrRecompute(always=True)
-        self.fetch = Fetch(self.pages, self.disk, decision.fetching, self.look)
+        self.fetch = Fetch(self.pages, DiskSource(self.pages, self.disk, decision.fetching), clock=self.look)
         self.ahead = LookAhead(self.pages, self.fetch, decision, 1 << 20, PAGE_TOKENS, self.look)
         self.names = [f"request {number}" for number in range(requests)]
         for name in self.names:
