@@ -126,6 +126,7 @@ class Conversations:
         loaded = self.load(name, keys, on_device)
         for place in range(max(loaded, on_device), len(keys)):
             self.originals[keys[place]] = place
+            self.verbatim.pop(keys[place], None)
             self._write(place, keys[place], 0)
         self.store.save(PageRun(None, 0, keys, torch.arange(len(keys) * PAGE)))
         self.store._saves.wait()
