@@ -36,6 +36,7 @@ def parse_size(flag: str, text: str | int | float, available: int, most: int | N
     number, unit = float(match[1]), match[2].upper()
     if not unit and 1 <= number < LEAST_BYTES:
         raise ConfigError(f"{flag} is {text!r}: give a unit, such as {text}GB, or a share below 1 such as 0.5.")
+    there = "are free" if most is None else "are there"
     most = available if most is None else most
     size = number * available if not unit and number < 1 else number * _UNITS[unit]
     if size < 1:
@@ -43,7 +44,7 @@ def parse_size(flag: str, text: str | int | float, available: int, most: int | N
         raise ConfigError(f"{flag} is {text!r}{full}: it must be above zero.")
     if size > most:
         raise ConfigError(
-            f"{flag} is {text!r}, but only {format_size(most)} are free: "
+            f"{flag} is {text!r}, but only {format_size(most)} {there}: "
             f"give at most that, or a share such as 0.5."
         )
     return int(size)

@@ -104,7 +104,7 @@ def duration(option: str, text: str) -> float:
     except ConfigError as error:
         # The server's sentence offers 0 for none, which would make `prune` drop everything.
         raise typer.BadParameter(
-            f"{option} is {text!r}: give a duration such as 90s, 30m, 12h, 7d or 2w, or a number of seconds."
+            f"{option} is {text!r}: give a duration such as 90s, 30m, 12h, 7d or 2w."
         ) from error
 
 

@@ -64,11 +64,12 @@ def load_library(target: str) -> Any | None:
         import tvm_ffi
 
         path = _library_for(target)
+        made = path.stat().st_mtime_ns
         try:
             return tvm_ffi.load_module(str(path))
         except (RuntimeError, OSError) as error:
-            logger.warning("%s cannot be loaded, and is compiled anew: %s", path, error)
-            return tvm_ffi.load_module(str(_compile_anew(target)))
+            logger.warning("%s cannot be loaded, and is replaced by one compiled here: %s", path, error)
+            return tvm_ffi.load_module(str(_compile_in_place_of(path, made, target)))
     except (ImportError, RuntimeError, OSError) as error:
         logger.warning("Pages are moved with torch, which is slower: the kernels were not compiled: %s", error)
     return None
@@ -104,11 +105,12 @@ def find_or_compile(target: str) -> Path:
     return kept
 
 
-def _compile_anew(target: str) -> Path:
-    """In the place of a library that was kept and does not load."""
+def _compile_in_place_of(bad: Path, made: int, target: str) -> Path:
+    """A library of this machine, where `bad`, of the time `made`, does not load; another process may have it."""
     kept = _kept(target)
     with _compiling(kept):
-        compile_library(target, kept)
+        if not kept.exists() or (kept == bad and kept.stat().st_mtime_ns == made):
+            compile_library(target, kept)
     return kept
 
 

@@ -235,8 +235,7 @@ class Migration:
         slots = self.fetch.slots_in_flight
         logger.error(
             "CachedAttention: a tier has not answered for %.0f s. The server goes on without disk and remote"
-            " store, which keep their pages, and without %d pages of host memory. A flush of the cache tries the"
-            " disk again; the rest needs a restart.",
+            " store, which keep their pages, and without %d pages of host memory. Restart it to use them again.",
             waited,
             len(slots),
         )

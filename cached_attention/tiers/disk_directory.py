@@ -27,6 +27,10 @@ _OWN_NAMES = {PROBE_NAME, INDEX_NAME, *(INDEX_NAME + end for end in ("-wal", "-s
 _OWN_NAMES |= {FINGERPRINT_NAME, FINGERPRINT_NAME + ".new"}
 
 
+BADLY_CHOSEN = (PermissionError, NotADirectoryError, FileExistsError)
+"""Errors of a directory that cannot be used, rather than of its disk."""
+
+
 class DirectoryInUseError(RuntimeError):
     """Another process owns the directory."""
 

@@ -1,4 +1,4 @@
-"""The disk's I/O threads: reads first, writes while no read is waiting."""
+"""I/O threads of a tier: reads first, writes while no read is waiting."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class IoQueue:
                 job()
             except Exception:
                 # An unexpected error in one job must not end a thread that all others need.
-                logger.exception("CachedAttention: a disk job failed in an unexpected way.")
+                logger.exception("CachedAttention: a read or write failed in an unexpected way.")
             finally:
                 with self._changed:
                     self._count(kind, batch, -1)

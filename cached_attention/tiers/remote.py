@@ -181,11 +181,11 @@ class RemoteTier:
                 self._client.exist(["probe"])
             else:
                 self._client.connect(self._regions)
+                if self._closing:
+                    self._client.close()  # `close` may have given up waiting for this call.
         except (*CALL_ERRORS, OSError) as error:
             self._health.warn(error)
             return False
-        if self._closing:
-            self._client.close()  # `close` may have given up waiting for this call.
         return True
 
     def _lost(self) -> None:

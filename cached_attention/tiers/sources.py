@@ -13,7 +13,7 @@ class PageSource(Protocol):
     """A source of pages; no method waits. See `DiskTier` and `RemoteTier`."""
 
     stride: int
-    """Bytes of one page in host memory."""
+    """Bytes of one page where it lies."""
 
     def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]: ...
 

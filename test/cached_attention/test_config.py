@@ -55,7 +55,7 @@ def test_a_share_of_nothing() -> None:
 
 def test_more_than_is_free_where_more_may_be_given() -> None:
     assert parse_size("--size", "1.5TB", FREE, most=2 * FREE) == 15 * FREE // 10
-    with pytest.raises(ConfigError, match="'3TB', but only 2 TB are free"):
+    with pytest.raises(ConfigError, match="'3TB', but only 2 TB are there"):
         parse_size("--size", "3TB", FREE, most=2 * FREE)
 
 

@@ -173,7 +173,7 @@ def test_a_library_that_does_not_load_is_compiled_anew(
     kept.write_bytes(b"of another machine")
     with caplog.at_level(logging.WARNING):
         assert loader().is_compiled
-    assert f"{kept} cannot be loaded, and is compiled anew" in caplog.text
+    assert f"{kept} cannot be loaded, and is replaced" in caplog.text
 
 
 def make_toolkit(home: Path, version: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -233,6 +234,22 @@ def test_a_directory_that_cannot_be_seen_is_refused(monkeypatch: pytest.MonkeyPa
         settings._disk_path("/secret/kv")
 
 
+def test_a_disk_that_fails_does_not_stop_a_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stat = os.stat
+
+    def fail(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", fail)
+    values = {"enable_cached_attention": True}
+    settings.fold(values | {flags.DISK_PATH.name: str(tmp_path / "kv"), flags.DISK_SIZE.name: "1TB"})
+    assert "Input/output error" in caplog.text
+
+
 def test_the_directory_of_another_server_is_refused_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +285,7 @@ def test_a_directory_in_use_may_be_larger_than_what_others_leave(
     DirectoryLock(tmp_path).release()
     args = prepare_server_args([*given, "1TB"])
     assert args.unified_cache_external_linker_config["linker_extra_config"]["disk_size"] == 10**12
-    with pytest.raises(SystemExit, match="but only 10 TB are free"):
+    with pytest.raises(SystemExit, match="but only 10 TB are there"):
         prepare_server_args([*given, "20TB"])
 
 

@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput
 from sglang.srt.mem_cache.cached_attention import storage_backend
+from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
+from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
+from sglang.srt.mem_cache.cached_attention.states import StatesLinker
 from sglang.srt.mem_cache.cached_attention.storage_backend import attach, detach
 
 
 class Linker:
     disk_path: str | None = None
+    has_its_disk = False
+    weights_are_here = True
+    announced = 0
+
+    def announce(self) -> None:
+        self.announced += 1
 
     def attach_disk(self, path: str, size: int) -> None:
         self.disk_path, self.size = path, size
@@ -28,7 +37,7 @@ class Server:
 
     def __init__(self, disk: object | None, idle: bool = True) -> None:
         self.linker, self.flushes, self._idle = Linker(), 0, idle
-        self.cache: Any = SimpleNamespace(cache_linker=self.linker, store=SimpleNamespace(disk=None))
+        self.cache: Any = SimpleNamespace(cache_linker=self.linker)
         self._disk = disk
         self.scheduler: Any = SimpleNamespace(
             is_fully_idle=lambda: idle, flush_cache=self._flush, world_group=SimpleNamespace(world_size=1)
@@ -36,10 +45,10 @@ class Server:
 
     def _flush(self) -> bool:
         self.flushes += 1
-        self.cache.store.disk = self._disk if self.linker.disk_path else None
+        self.linker.has_its_disk = self._disk is not None and self.linker.disk_path is not None
         return self._idle
 
-    def attach(self, backend: str = "disk", **settings: str) -> tuple[bool, str]:
+    def attach(self, backend: str = "disk", **settings: Any) -> tuple[bool, str]:
         answer = attach(
             self.scheduler,
             self.cache,
@@ -54,6 +63,7 @@ def test_a_disk_is_attached_and_detached(tmp_path: Path) -> None:
     server = Server(disk=object())
     assert server.attach(path=str(tmp_path), size="1GB") == (True, "The cache was emptied.")
     assert (server.linker.disk_path, server.linker.size, server.flushes) == (str(tmp_path), 10**9, 1)
+    assert server.linker.announced == 1
     done, message = server.attach(path=str(tmp_path / "other"), size="1GB")
     assert (done, message) == (False, f"The disk tier at {tmp_path} is attached: detach it first.")
     assert detach(server.cache).success
@@ -69,15 +79,36 @@ def test_a_disk_is_attached_and_detached(tmp_path: Path) -> None:
         ({"path": "/kv", "size": "900TB"}, "but only"),
         ({"path": __file__, "size": "1GB"}, "is not a directory"),
         ({"path": "", "size": "1GB"}, "is empty"),
+        ({"path": None, "size": "1GB"}, 'give {"path": DIRECTORY, "size": SIZE}'),
+        ({"path": "~nobody-at-all/kv", "size": "1GB"}, "home directory"),
     ],
 )
-def test_what_is_wrong_is_said_and_changes_nothing(given: dict[str, str], message: str) -> None:
+def test_what_is_wrong_is_said_and_changes_nothing(given: dict[str, Any], message: str) -> None:
     server = Server(disk=object())
     done, answer = server.attach(**given)
     assert not done
     assert message in answer
     assert server.flushes == 0
     assert server.linker.disk_path is None
+
+
+def test_an_unexpected_error_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must neither end the scheduler nor leave the other ranks waiting for this one."""
+
+    def fail(path: str, size: str) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(storage_backend, "disk_settings", fail)
+    assert Server(disk=object()).attach(path=str(tmp_path), size="1GB") == (False, "MemoryError: no memory")
+
+
+def test_a_server_without_its_weights_gets_no_disk(tmp_path: Path) -> None:
+    server = Server(disk=object())
+    server.linker.weights_are_here = False
+    done, message = server.attach(path=str(tmp_path), size="1GB")
+    assert not done
+    assert message.startswith("The weights are not on the device")
+    assert server.flushes == 0
 
 
 def test_only_an_idle_server_gets_a_disk(tmp_path: Path) -> None:
@@ -102,3 +133,29 @@ def test_no_rank_has_a_disk_that_another_lacks(tmp_path: Path, monkeypatch: pyte
     done, message = server.attach(path=str(tmp_path), size="1GB")
     assert (done, message) == (False, "Another rank could not do it; its log says why.")
     assert server.linker.disk_path is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "meant", "opened", "whole"),
+    [
+        (CachedAttentionLinker, {"host", "disk"}, (None, None), False),
+        (CachedAttentionLinker, {"host", "disk"}, (1, None), True),
+        (MlaDedupLinker, {"host"}, (None, None), True),  # Another rank keeps its pages.
+        (StatesLinker, {"host", "disk"}, (1, None), False),
+        (StatesLinker, {"host", "disk"}, (1, 1), True),
+        (StatesLinker, {"host"}, (None, None), True),
+    ],
+)
+def test_a_rank_has_its_disk_if_all_that_it_keeps_has_one(
+    kind: type[CachedAttentionLinker],
+    meant: set[str],
+    opened: tuple[object, object],
+    whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linker: Any = object.__new__(kind)
+    monkeypatch.setattr(kind, "configured_tiers", frozenset(meant))
+    linker._config = SimpleNamespace(disk_path="/kv" if "disk" in meant else None)
+    disk, trailing = opened
+    linker.store = SimpleNamespace(disk=disk, trailing=SimpleNamespace(disk=trailing))
+    assert linker.has_its_disk == whole

@@ -18,11 +18,12 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffl
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
-from cached_attention.hybrid_store import HybridStore, TrailingStore
+from cached_attention.hybrid_store import HybridStore
 from cached_attention.layout import DevicePool
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_ranks import Beside, beside
 from cached_attention.tiers.remote import RemoteTier
+from cached_attention.trailing_store import TrailingStore
 from cached_attention.units import format_size
 
 from .identity import ModelIdentity
@@ -124,8 +125,12 @@ class HybridLinker(CachedAttentionLinker):
             "prompts are treated as SGLang does without it."
         )
 
-    def _announce(self) -> None:
-        super()._announce()
+    @property
+    def has_its_disk(self) -> bool:
+        return super().has_its_disk and (self.disk_path is None or self.store.trailing.disk is not None)
+
+    def announce(self) -> None:
+        super().announce()
         trailing = self.store.trailing
         for tier, count in trailing.counters().items():
             if tier in ("host_pages", "disk_pages"):

@@ -24,6 +24,7 @@ from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DirectoryInUseError, DiskTier
+from cached_attention.tiers.disk_directory import BADLY_CHOSEN
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
 from cached_attention.transfer.load_fence import LoadFence
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10.0
 """SGLang kills a scheduler that takes longer than 15 s to shut down."""
-NOT_USABLE = (PermissionError, NotADirectoryError, FileExistsError)
-"""Errors of a directory that was badly chosen, rather than of its disk."""
 
 
 @dataclass
@@ -113,7 +112,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
         Raises:
             DirectoryInUseError: another server uses the disk tier's directory.
-            OSError, sqlite3.Error: the directory cannot be used.
+            PermissionError, NotADirectoryError, FileExistsError: it was badly chosen.
+            ValueError: a tier is too small for a page.
         """
         self._identity.describe(model, hf_config)
         if self._truncates:
@@ -121,9 +121,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.store = self._make_store()
         if self._params.enable_kv_cache_events:
             self.events = KvEvents(self.store.residency, self._params)
-        # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
-        gc.freeze()
-        self._announce()
+        self.announce()
 
     def _make_store(self) -> CachedAttentionStore:
         return CachedAttentionStore(
@@ -184,7 +182,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                 encryption=self._read_key(),
                 whole=whole,
             )
-        except NOT_USABLE:
+        except BADLY_CHOSEN:
             raise
         except (OSError, sqlite3.Error) as error:
             # A disk that fails must not keep a server from being started again.
@@ -220,7 +218,10 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             _do_without_disk(error)
             return None
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
+        """Tiers were opened: say how large they are."""
+        # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
+        gc.freeze()
         layout, counters = self.store.layout, self.store.counters()
         for tier in ("host", "disk"):
             if pages := counters.get(f"{tier}_pages"):
@@ -352,6 +353,16 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     def disk_path(self) -> str | None:
         """Directory of the disk tier, whether or not it can be used now; None: there is none."""
         return self._config.disk_path
+
+    @property
+    def has_its_disk(self) -> bool:
+        """Whether what this rank is meant to keep on disk can be kept there."""
+        return "disk" not in self.configured_tiers or self.store.disk is not None
+
+    @property
+    def weights_are_here(self) -> bool:
+        """Whether the weights are in the device's memory, so that a store for them can be opened."""
+        return self._weights_are_here
 
     def attach_disk(self, path: str, size: int) -> None:
         """The next `reset` opens a disk tier of up to `size` bytes, over all ranks of this machine."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from cached_attention.config import DEFAULT_PAGE_SIZE, CachedAttentionConfig, Co
 from cached_attention.encryption import key_place, read_key
 from cached_attention.free_memory import free_memory
 from cached_attention.permissions import check_private
-from cached_attention.tiers.disk_directory import DirectoryInUseError
+from cached_attention.tiers.disk_directory import BADLY_CHOSEN, DirectoryInUseError
 from cached_attention.tiers.disk_ranks import wait_for_owners, was_used
 from cached_attention.tiers.disk_space import disk_usage
 from cached_attention.tiers.remote_address import parse_remote
@@ -42,6 +45,8 @@ from .flags import (
     Flag,
     option_of,
 )
+
+logger = logging.getLogger(__name__)
 
 NODES = "nnodes"
 REPLACED = 20.0
@@ -130,12 +135,24 @@ def _disk_path(text: str) -> Path:
     """The directory, after checking that this process may use it."""
     if not text:
         raise ConfigError(f"{DISK_PATH.option} is empty: give a directory, or leave it out.")
-    path = Path(text).expanduser().absolute()
     try:
-        _check_directory(path)
-    except OSError as error:
+        path = Path(text).expanduser().absolute()
+        with _unless_disk_fails():
+            _check_directory(path)
+    except (OSError, RuntimeError) as error:
         raise ConfigError(f"{DISK_PATH.option}: {error}") from error
     return path
+
+
+@contextmanager
+def _unless_disk_fails() -> Iterator[None]:
+    """Context for checks of the directory: a disk that fails must not keep a server from being started again."""
+    try:
+        yield
+    except BADLY_CHOSEN:
+        raise
+    except OSError as error:
+        logger.warning("%s: %s", DISK_PATH.option, error)
 
 
 def _check_directory(path: Path) -> None:
@@ -153,7 +170,8 @@ def _check_directory(path: Path) -> None:
 def _wait_for_owners(path: Path) -> None:
     """A server that is being replaced may still be writing its last pages."""
     try:
-        wait_for_owners(path, REPLACED)
+        with _unless_disk_fails():
+            wait_for_owners(path, REPLACED)
     except (OSError, DirectoryInUseError) as error:
         raise ConfigError(f"{DISK_PATH.option}: {error}") from error
 
@@ -167,9 +185,14 @@ def _disk_size(path: Path, size: str) -> int:
 
     A directory that was used before may be given more than is free: the store makes do with what others leave.
     """
-    file_system = psutil.disk_usage(str(_existing(path)))
-    free = file_system.free + disk_usage(path)
-    return parse_size(DISK_SIZE.option, size, free, file_system.total if was_used(path) else free)
+    free = most = None
+    with _unless_disk_fails():
+        file_system = psutil.disk_usage(str(_existing(path)))
+        free = file_system.free + disk_usage(path)
+        most = file_system.total if was_used(path) else None
+    if free is None:
+        free, most = 0, sys.maxsize
+    return parse_size(DISK_SIZE.option, size, free, most)
 
 
 def _remote(url: str | None, free_memory: int) -> str | None:

@@ -36,7 +36,9 @@ def attach(
     if wrong is None:
         linker.attach_disk(*given[0])
         wrong = _do_on_all_ranks(scheduler, lambda: _open(scheduler, cache))
-        if wrong is not None:
+        if wrong is None:
+            linker.announce()
+        else:
             linker.detach_disk()
     message = "The cache was emptied." if wrong is None else wrong
     return AttachHiCacheStorageReqOutput(success=wrong is None, message=message)
@@ -54,8 +56,12 @@ def _do_on_all_ranks(scheduler: Scheduler, step: Callable[[], None]) -> str | No
     wrong = None
     try:
         step()
-    except ValueError as error:
+    except ConfigError as error:
+        logger.warning("CachedAttention: no disk tier was attached: %s", error)
         wrong = str(error)
+    except Exception as error:
+        logger.exception("CachedAttention: no disk tier was attached.")
+        wrong = f"{type(error).__name__}: {error}"
     if all_agree(wrong is None, scheduler.world_group):
         return None
     return wrong or "Another rank could not do it; its log says why."
@@ -69,6 +75,8 @@ def _check(
         raise ConfigError(f"The disk tier at {linker.disk_path} is attached: detach it first.")
     if not scheduler.is_fully_idle():
         raise ConfigError("Requests run or wait: try again when there are none.")
+    if not linker.weights_are_here:
+        raise ConfigError("The weights are not on the device: resume the memory occupation first.")
     if request.hicache_storage_backend != BACKEND:
         raise ConfigError(
             f"hicache_storage_backend is {request.hicache_storage_backend!r}: give {BACKEND!r}. A remote store "
@@ -82,12 +90,13 @@ def _settings(text: str | None) -> dict[str, str]:
         values: Any = json.loads(text or "")
     except ValueError:
         values = None
-    if not isinstance(values, dict) or values.keys() != {"path", "size"}:
+    is_object = isinstance(values, dict) and values.keys() == {"path", "size"}
+    if not is_object or not all(isinstance(value, str) for value in values.values()):
         raise ConfigError(f"{text!r} is not what is expected: {EXPECTED}.")
-    return {name: str(value) for name, value in values.items()}
+    return values
 
 
 def _open(scheduler: Scheduler, cache: CachedAttentionRadixCache) -> None:
     # What the device and host memory have was saved for no disk: the tree would not save it again.
-    if not scheduler.flush_cache() or cache.store.disk is None:
+    if not scheduler.flush_cache() or not cache.cache_linker.has_its_disk:
         raise ConfigError("The disk tier could not be opened; the log says why.")
