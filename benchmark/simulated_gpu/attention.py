@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -80,7 +80,3 @@ def _decode(
     """Attention of one layer for one new token of each of `rows`; see `attend`."""
     requests = [Request(row, 1, length) for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
     attend(ForwardPlan(requests, req_to_token).work(kind, None), query, output, keys, values, scale)
-
-
-def create(model_runner: Any) -> RecordableAttnBackend:
-    return RecordableAttnBackend(model_runner)

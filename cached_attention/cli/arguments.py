@@ -18,7 +18,7 @@ from rich.text import Text
 from cached_attention.config import ConfigError
 from cached_attention.encryption import KEY_VARIABLE, EncryptionKey, key_place, read_key
 from cached_attention.tiers.disk_ranks import FoundStores, NoStoresError, find_stores
-from cached_attention.units import LEAST_BYTES, parse_duration, parse_size
+from cached_attention.units import parse_duration, parse_size
 
 StoreDirectory = Annotated[
     Path,
@@ -115,13 +115,8 @@ def size(option: str, text: str) -> int:
         typer.BadParameter: not a size, not above zero, or a small number without a unit.
     """
     try:
-        bare = float(text)
-    except ValueError:
-        bare = LEAST_BYTES
-    try:
-        if bare < LEAST_BYTES:
-            raise ConfigError("no unit")
-        return parse_size(option, text, available=sys.maxsize)
+        # A share, of nothing.
+        return parse_size(option, text, available=0, most=sys.maxsize)
     except ConfigError as error:
         raise typer.BadParameter(
             f"{option} is {text!r}: give a size above zero with its unit, such as 64GB or 512MiB; "

@@ -96,13 +96,13 @@ class Fetch:
 
     @property
     def in_flight(self) -> BytesInFlight:
-        disk, remote = (0 if source is None else source.in_flight for source in (self._disk, self._remote))
-        return BytesInFlight(disk, remote)
+        pages = (0 if source is None else source.coming for source in (self._disk, self._remote))
+        return BytesInFlight(*(count * self.page_bytes for count in pages))
 
     @property
     def pins(self) -> int:
         """Number of pins held for requests and reads."""
-        return self.held + sum(self.in_flight) // self.page_bytes
+        return self.held + sum(source.coming for source in self._sources)
 
     @property
     def is_reading(self) -> bool:
@@ -181,16 +181,15 @@ class Fetch:
         if near and self._disk is not None:
             reads.append(self._read(near, self._disk))
         if far and self._remote is not None:
-            self._remote.rows.update(far)
             reads.append(self._read(far, self._remote))
         return reads
 
     def _read(self, rows: list[int], source: FetchSource) -> _Read:
         future = source.tier.read(self._page_reads(rows))
         self._pages.stats.watch(Direction.FETCH, source.name, future, lambda read: read.count(ReadOutcome.READ))
-        read = _Read(rows, source, future, self._clock(), source.in_flight)
+        read = _Read(rows, source, future, self._clock(), source.coming * self.page_bytes)
         self._reads.add(read)
-        source.in_flight += len(rows) * self.page_bytes
+        source.begin(rows)
         future.add_done_callback(lambda _: self._end(read))
         return read
 
@@ -258,9 +257,7 @@ class Fetch:
         if read not in self._reads:
             return
         self._reads.remove(read)
-        read.source.in_flight -= len(read.rows) * self.page_bytes
-        if self._remote is not None:
-            self._remote.rows.difference_update(read.rows)
+        read.source.end(read.rows)
         outcomes = [ReadOutcome.UNAVAILABLE] * len(read.rows)
         if read.future.done() and not read.future.cancelled():
             outcomes = read.future.result()

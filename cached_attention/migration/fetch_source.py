@@ -25,8 +25,16 @@ class FetchSource(ABC):
         self.pages = pages
         self.tier = tier
         self.pace = pace
-        self.in_flight = 0
-        """Bytes requested but not yet received."""
+        self.coming = 0
+        """Pages requested but not yet received."""
+
+    def begin(self, rows: list[int]) -> None:
+        """A read of these pages was requested."""
+        self.coming += len(rows)
+
+    def end(self, rows: list[int]) -> None:
+        """That read has ended, or is not waited for any more."""
+        self.coming -= len(rows)
 
     @abstractmethod
     def land(self, rows: list[int]) -> None:
@@ -73,6 +81,14 @@ class RemoteSource(FetchSource):
         self.page_tokens = page_tokens
         self.rows: set[int] = set()
         """Being read."""
+
+    def begin(self, rows: list[int]) -> None:
+        super().begin(rows)
+        self.rows.update(rows)
+
+    def end(self, rows: list[int]) -> None:
+        super().end(rows)
+        self.rows.difference_update(rows)
 
     def land(self, rows: list[int]) -> None:
         for row in rows:

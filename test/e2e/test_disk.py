@@ -38,6 +38,10 @@ def verify(directory: Path) -> str:
     return done.stdout
 
 
+def has_disk(states: Any) -> bool:
+    return "disk_pages" in states[0]
+
+
 def histories(talk: Any) -> list[int]:
     """Tokens of each conversation that its last turn could reuse: whole pages of all but the last token."""
     return [(len(c.tokens) - 16 - 40 - 1) // PAGE * PAGE for c in talk.conversations]
@@ -133,7 +137,7 @@ def test_new_weights_never_meet_old_pages(
         first.hold(server, 2)
         settled(server)
         update_weights(server, models(seed=1), flush=False)
-        assert "disk_pages" not in store_states(server)[0]
+        assert not has_disk(store_states(server))
         server.flush_cache()
         second.hold(server, 1)
         assert second.cached("storage") + second.cached("host") == 0
@@ -154,28 +158,25 @@ def test_updates_that_do_not_tell_of_their_weights(
     conversations = town(3, HISTORY)
     with start(models(), *TIGHT, *disk(tmp_path), host_size=HOST) as server:
 
-        def has_disk() -> bool:
-            return "disk_pages" in store_states(server)[0]
-
         def comes_back_with_the_next_flush() -> bool:
             server.flush_cache()
-            return has_disk()
+            return has_disk(store_states(server))
 
         conversations.hold(server, 1)
         settled(server)
         server.post("/begin_weight_update", {})
-        assert not has_disk()
+        assert not has_disk(store_states(server))
         server.post("/end_weight_update", {})
-        assert not has_disk()
+        assert not has_disk(store_states(server))
         assert comes_back_with_the_next_flush()
         with pytest.raises(ServerError, match="400"):
             server.post("/update_weights_from_disk", {"model_path": str(tmp_path / "nothing")})
-        assert not has_disk()
+        assert not has_disk(store_states(server))
         assert comes_back_with_the_next_flush()
         conversations.hold(server, 1)
         with pytest.raises(ServerError, match="400"):
             server.post("/hicache/storage-backend/clear", {})
-        assert has_disk()
+        assert has_disk(store_states(server))
     verify(tmp_path)
 
 
@@ -210,20 +211,16 @@ def test_a_disk_is_detached_and_attached_while_the_server_runs(
     admin = {"Authorization": "Bearer secret"}
     args = (*TIGHT, "--cached-attention-wait", "complete", "--admin-api-key", "secret")
     with start(models(), *args, host_size=HOST) as server:
-
-        def has_disk() -> bool:
-            return "disk_pages" in store_states(server)[0]
-
         first.hold(server, 1)
-        assert not has_disk()
+        assert not has_disk(store_states(server))
         with pytest.raises(ServerError, match="401"):
             server.request("PUT", endpoint, body)
         assert "attached" in server.request("PUT", endpoint, body, headers=admin)
-        assert has_disk()
+        assert has_disk(store_states(server))
         second.hold(server, 2)
         assert settled(server)["disk_pages_used"] > 0
         assert "stay in the directory" in server.request("DELETE", endpoint, None, headers=admin)
-        assert not has_disk()
+        assert not has_disk(store_states(server))
         second.hold(server, 1)
         assert "attached" in server.request("PUT", endpoint, body, headers=admin)
         third.hold(server, 2)
