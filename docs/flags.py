@@ -103,7 +103,7 @@ def _refusal(flag: Flag) -> str | None:
 def _contradictions() -> str:
     rows = [f"| `{option_of(name)}` | {reason} |" for name, reason in EXCLUSIVE.items()]
     rows += [f"| `{option_of(name)}` above 1 | {reason} |" for name, reason in UNDIVIDED.items()]
-    apart = "it loads nothing; give it to [those that prefill](deployment.md#prefill-and-decode-apart)"
+    apart = "it loads nothing; with a remote store it [saves answers](deployment.md#answers-of-decode-servers)"
     rows += [f"| `{option_of(DISAGGREGATION)} decode` | {apart} |"]
     speculation = f"`{option_of(SPECULATION)}`"
     rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it is not supported |")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmark.mooncake import missing
+from benchmark.mooncake import Master, missing
 from benchmark.server import Server, free_port
 
 ENV = {
@@ -21,7 +21,18 @@ ENV = {
 }
 TRANSFER = ("--disaggregation-transfer-backend", "mooncake_tcp")
 DECODE = ("--disaggregation-mode", "decode", *TRANSFER, "--disaggregation-decode-retraction-backup", "cpu_tensor")
+KEEP = "--disaggregation-decode-enable-radix-cache"
 TIGHT = ("--max-total-tokens", "1600", "--chunked-prefill-size", "256", "--enable-metrics")
+
+
+TURNS, ANSWER, PAGE = 3, 100, 64
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
 
 
 class Pair:
@@ -93,3 +104,45 @@ def test_a_server_that_prefills_keeps_conversations(
     assert waited == [1] * 6
     assert rest["recomputed"] == 0
     assert prompts == 22  # With the one that SGLang warms the server up with.
+
+
+def test_the_next_turn_finds_the_answer(
+    master: Master, models: Any, start: Any, town: Any, store_states: Any
+) -> None:
+    """It was decoded on a server that saves answers only, and is longer than a page."""
+    model, port, actual, expected = models(), free_port(), town(3), town(3)
+    remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
+    prefill = ("--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(port), *TRANSFER)
+    tokens = ("--max-total-tokens", "20000")
+
+    def reused(conversation: Any) -> int:
+        """Pages of its last prompt that were not computed."""
+        return sum(conversation.cached[-1][tier] for tier in ("device", "host", "storage")) // PAGE
+
+    def hold(talk: Any, server: Any) -> None:
+        for conversation in talk.conversations:
+            conversation.turn(server, 40, ANSWER)
+
+    def is_shared(server: Server) -> bool:
+        (state,) = store_states(server)
+        return not state["remote_unshared"] and not state["saving"]
+
+    with start(model, *tokens) as reference:
+        for _ in range(TURNS):
+            hold(expected, reference)
+    with (
+        start(model, *prefill, *remote, *tokens, host_size="80MB", env=ENV) as prefiller,
+        start(model, *DECODE, KEEP, *remote, *tokens, host_size="20MB", env=ENV) as decoder,
+    ):
+        pair, answered = Pair(prefiller, decoder, port), 0
+        for turn in range(TURNS):
+            # The last token of an answer is computed with the next turn.
+            known = [(len(talk.tokens) - 1) // PAGE for talk in actual.conversations]
+            hold(actual, pair)
+            assert [reused(talk) for talk in actual.conversations] == (known if turn else [0] * 3)
+            for talk in actual.conversations:
+                answered += (len(talk.tokens) - 1) // PAGE - (len(talk.tokens) - ANSWER) // PAGE
+            until(lambda: is_shared(prefiller) and is_shared(decoder), "pages are not shared")
+        saved = store_states(decoder)[0]["saved"]
+    assert actual.answers == expected.answers
+    assert saved == answered

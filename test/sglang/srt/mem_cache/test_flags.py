@@ -26,6 +26,9 @@ MODEL = ["--model-path", "some/model"]
 ON = [*MODEL, "--enable-cached-attention"]
 AUTO = ["--allow-auto-truncate"]
 DISK = ["--cached-attention-disk-path", "/tmp/kv", "--cached-attention-disk-size"]
+REMOTE = ["--cached-attention-remote", "mooncake://10.0.0.1:50051"]
+DECODE = ["--disaggregation-mode", "decode"]
+KEEP = "--disaggregation-decode-enable-radix-cache"
 KEY_FILE = ["--cached-attention-encryption-key-file"]
 
 
@@ -188,7 +191,7 @@ def test_engine_arguments() -> None:
             "has no effect without --cached-attention-disk-path or --cached-attention-remote: add one of them",
         ),
         (
-            [*KEY_FILE, "/absent/key", "--cached-attention-remote", "mooncake://10.0.0.1:50051"],
+            [*KEY_FILE, "/absent/key", *REMOTE],
             "the key file /absent/key cannot be read",
         ),
         ([*AUTO, "--cached-attention-sink-pages=-1"], "sink-pages is '-1': give a whole number from 0"),
@@ -205,7 +208,11 @@ def test_engine_arguments() -> None:
         (["--pp-size", "2"], r"cannot be used with --pp-size 2 \(stages would decide"),
         (["--attn-cp-size", "2"], "cannot be used with --attn-cp-size 2"),
         (["--dcp-size", "2"], "cannot be used with --dcp-size 2"),
-        (["--disaggregation-mode", "decode"], r"decode \(such a server loads nothing\): give it to"),
+        (DECODE, "needs --cached-attention-remote and --disaggregation-decode-enable-radix-cache .*: add them"),
+        ([*DECODE, *REMOTE], "decode needs --disaggregation-decode-enable-radix-cache .*: add it, or leave"),
+        ([*DECODE, *REMOTE, KEEP, *DISK, "1GB"], "disk-path cannot be used with .* decode .*: give it to the"),
+        ([*DECODE, *REMOTE, KEEP, "--cached-attention-mla-dedup"], "mla-dedup cannot be used with .* decode"),
+        (["--disaggregation-decode-enable-offload-kvcache"], r"offload-kvcache \(both save answers\): leave one"),
         (["--enable-pd-role-switch"], "cannot be used with --enable-pd-role-switch"),
     ],
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
-from sglang.srt.mem_cache.cached_attention.mla_dedup import Relay
+from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker, Relay
 
 LAYERS = 4
 
@@ -59,3 +60,10 @@ def test_the_forward_of_another_batch_sends_nothing(log: list[str]) -> None:
     counter.set_consumer(0)
     counter.wait_until(1)
     assert log == ["sent 0", "sent 1"]
+
+
+def test_a_rank_that_keeps_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    rank: Any = SimpleNamespace(_keeps=False)
+    with caplog.at_level("INFO"):
+        MlaDedupLinker.announce(rank)
+    assert caplog.messages == ["CachedAttention: this rank gets its pages from the first rank."]

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.cached_attention.storage_backend import attach, detach
 
 
 class Linker:
+    only_saves = False
     disk_path: str | None = None
     has_its_disk = False
     weights_are_here = True
@@ -159,3 +160,12 @@ def test_a_rank_has_its_disk_if_all_that_it_keeps_has_one(
     disk, trailing = opened
     linker.store = SimpleNamespace(disk=disk, trailing=SimpleNamespace(disk=trailing))
     assert linker.has_its_disk == whole
+
+
+def test_a_server_that_decodes_for_others_takes_no_disk(tmp_path: Path) -> None:
+    server = Server(disk=object())
+    server.linker.only_saves = True
+    done, message = server.attach(path=str(tmp_path), size="1GB")
+    assert not done
+    assert "attach disks to those that prefill" in message
+    assert server.flushes == 0

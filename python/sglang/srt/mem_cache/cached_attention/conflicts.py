@@ -7,7 +7,7 @@ from typing import Any
 
 from cached_attention.config import ConfigError
 
-from .flags import ENABLE, MLA_DEDUP, option_of
+from .flags import DISK_PATH, ENABLE, MLA_DEDUP, REMOTE, Flag, option_of
 
 EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
@@ -19,10 +19,12 @@ EXCLUSIVE = {
     "enable_pdmux": "its prefills do not wait for what is loaded",
     "dllm_algorithm": "its batches start no loads",
     "enable_pd_role_switch": "a server that decodes for others loads nothing",
+    "disaggregation_decode_enable_offload_kvcache": "both save answers",
     "radix_cache_backend": "CachedAttention brings its own radix cache",
 }
 """Arguments of SGLang that conflict with ours, and why."""
 DISAGGREGATION = "disaggregation_mode"
+DECODE_CACHE = "disaggregation_decode_enable_radix_cache"
 SPECULATION = "speculative_algorithm"
 WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 """Algorithms of speculative decoding with a draft model, whose KV is kept with that of the target model."""
@@ -35,8 +37,8 @@ UNDIVIDED = {
 """Arguments of SGLang that must be 1, and why."""
 
 
-def refuse_conflicts(values: Mapping[str, Any], mla_dedup: bool | None) -> None:
-    """Check SGLang's own arguments.
+def refuse_conflicts(values: Mapping[str, Any], given: Mapping[Flag, Any]) -> None:
+    """Check SGLang's own arguments, together with what was `given` for ours; None: nothing.
 
     Raises:
         ConfigError: one cannot be used together with ours.
@@ -52,11 +54,24 @@ def refuse_conflicts(values: Mapping[str, Any], mla_dedup: bool | None) -> None:
                 f"{ENABLE.option} cannot be used with {option_of(name)} {values[name]} ({reason}): leave it out."
             )
     if values.get(DISAGGREGATION) == "decode":
+        _check_decoding(values, given)
+    _check_speculation(values.get(SPECULATION), given[MLA_DEDUP])
+
+
+def _check_decoding(values: Mapping[str, Any], given: Mapping[Flag, Any]) -> None:
+    decoding = f"{option_of(DISAGGREGATION)} decode"
+    needed = {REMOTE.option: given[REMOTE], option_of(DECODE_CACHE): values.get(DECODE_CACHE)}
+    if missing := [option for option, value in needed.items() if not value]:
         raise ConfigError(
-            f"{ENABLE.option} cannot be used with {option_of(DISAGGREGATION)} decode (such a server "
-            "loads nothing): give it to the servers that prefill."
+            f"{ENABLE.option} with {decoding} needs {' and '.join(missing)} (such a server loads nothing, it "
+            f"saves answers for others): add {'them' if missing[1:] else 'it'}, or leave {ENABLE.option} out."
         )
-    _check_speculation(values.get(SPECULATION), mla_dedup)
+    for flag in (DISK_PATH, MLA_DEDUP):
+        if given[flag]:
+            raise ConfigError(
+                f"{flag.option} cannot be used with {decoding} (such a server loads nothing): give it to the "
+                "servers that prefill."
+            )
 
 
 def _check_speculation(algorithm: str | None, mla_dedup: bool | None) -> None:

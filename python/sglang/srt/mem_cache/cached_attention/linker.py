@@ -69,11 +69,19 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     """Per layer: how keys are moved to other positions; None if they cannot be, or need not be."""
     _immovable: UnsupportedRotationError | None = None
     _weights_are_here = True
+    only_saves = False
+    """Whether nothing that is saved is loaded on this server again."""
     events: KvEvents | None = None
     """With `--kv-events-config`, on the rank that publishes."""
 
-    def __new__(cls, *_args: Any, components: set[ComponentType], **_options: Any) -> CachedAttentionLinker:
-        # SGLang is given one class for all models; which subclass it gets depends on the model.
+    def __new__(
+        cls, server_args: ServerArgs, *_args: Any, components: set[ComponentType], **_options: Any
+    ) -> CachedAttentionLinker:
+        # SGLang is given one class for all servers and models.
+        if cls is CachedAttentionLinker and server_args.disaggregation_mode == "decode":
+            from .answers import AnswersLinker
+
+            return super().__new__(AnswersLinker)
         if cls is CachedAttentionLinker and ComponentType.MAMBA in components:
             from .states import StatesLinker
 
@@ -119,7 +127,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if self._truncates:
             self._find_rotations(model)
         self.store = self._make_store()
-        if self._params.enable_kv_cache_events:
+        if self._params.enable_kv_cache_events and not self.only_saves:
             self.events = KvEvents(self.store.residency, self._params)
         self.announce()
 

@@ -103,9 +103,9 @@ class MlaDedupLinker(CachedAttentionLinker):
     def _reach_remote(self) -> RemoteTier | None:
         return super()._reach_remote() if self._keeps else None
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         if self._keeps:
-            super()._announce()
+            super().announce()
         else:
             logger.info("CachedAttention: this rank gets its pages from the first rank.")
 

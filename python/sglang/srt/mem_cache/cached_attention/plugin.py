@@ -73,6 +73,8 @@ def activate() -> None:
         register(f"{results}.process_batch_result_prefill", _prefill_ended, HookType.AFTER)
         prefill = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
         register(f"{prefill}.process_batch_result_disagg_prefill", _prefill_ended, HookType.AFTER)
+        decode = "sglang.srt.disaggregation.decode.SchedulerDisaggregationDecodeMixin"
+        register(f"{decode}.process_decode_queue", _poll, HookType.BEFORE)
         streamer = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
         register(f"{streamer}._get_storage_backend_type", _storage_backend, HookType.AROUND)
         register(f"{scheduler}.clear_hicache_storage_wrapped", _clear_storage, HookType.AROUND)
@@ -95,7 +97,8 @@ def _from_cli_args(
     except ConfigError as error:
         sys.exit(f"error: {error}")
     if flags.is_enabled(vars(args).get("unified_cache_external_linker_config")):
-        HookRegistry.register(f"{TOKENIZER_MANAGER}.__init__", _serve_hints, HookType.AFTER)
+        if args.disaggregation_mode != "decode":  # Such a server looks nothing up.
+            HookRegistry.register(f"{TOKENIZER_MANAGER}.__init__", _serve_hints, HookType.AFTER)
         _leave_prompts_whole()
         _name_adapters_by_content()
     return original(cls, args)
@@ -231,10 +234,16 @@ def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
 
     if (cache := _ours(scheduler)) is not None:
         cache.linker.truncation = truncation_of(scheduler, cache)
-        scheduler.enable_lmcache = True
+        scheduler.enable_lmcache = not cache.cache_linker.only_saves
         scheduler._request_dispatcher = accept_hints(scheduler._request_dispatcher, cache.take_hint)
         cache.watch(lambda: _waiting(scheduler))
         cache.reporting = Reporting(scheduler, cache.cache_linker)
+
+
+def _poll(scheduler: Any) -> None:
+    """A scheduler that decodes for others polls no linker."""
+    if (cache := _ours(scheduler)) is not None:
+        cache.check_hicache_events()
 
 
 def _announce(original: Callable[..., Any], scheduler: Any, req: Req, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from cached_attention.store import CachedAttentionStore
 
+from .answers import AnswersLinker, AnswersTreeLink
 from .linker import CachedAttentionLinker
 from .states import StatesLinker, StatesTreeLink
 from .tree_link import TreeLink
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
     from .hints import HintReqInput
     from .reporting import Reporting
 
-LINKS: dict[type, type[TreeLink]] = {StatesLinker: StatesTreeLink, WindowsLinker: WindowsTreeLink}
+LINKS: dict[type, type[TreeLink]] = {
+    StatesLinker: StatesTreeLink,
+    WindowsLinker: WindowsTreeLink,
+    AnswersLinker: AnswersTreeLink,
+}
 CHECK_INVARIANTS = "CACHED_ATTENTION_CHECK_INVARIANTS"
 """Environment variable: if not empty, `/server_info` walks the whole store and reports damage. For tests."""
 HOTTEST = 10
@@ -128,6 +133,10 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         failed = super().finish_external_linker_loads(reqs)
         self.cache_linker.forward_launched()
         return failed
+
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **options: Any) -> None:
+        self.linker.checkpoints(req)
+        super().checkpoint_into_tree(req, up_to=up_to, **options)
 
     def insert(self, params: InsertParams) -> InsertResult:
         self.cache_linker.fence.close()

@@ -65,7 +65,7 @@ def fold(values: MutableMapping[str, Any]) -> None:
     if not given.pop(ENABLE):
         _refuse_lonely(given)
         return
-    refuse_conflicts(values, given[MLA_DEDUP])
+    refuse_conflicts(values, given)
     if not values.get(AUTO_TRUNCATE):
         about_truncation = {flag: given[flag] for flag in (TRUNCATION_RATIO, SINK_PAGES)}
         _refuse_lonely(about_truncation, option_of(AUTO_TRUNCATE))

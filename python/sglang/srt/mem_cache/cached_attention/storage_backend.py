@@ -71,6 +71,8 @@ def _check(
     scheduler: Scheduler, linker: CachedAttentionLinker, request: AttachHiCacheStorageReqInput
 ) -> tuple[str, int]:
     """Directory and bytes."""
+    if linker.only_saves:
+        raise ConfigError("This server decodes for others and loads nothing: attach disks to those that prefill.")
     if linker.disk_path is not None:
         raise ConfigError(f"The disk tier at {linker.disk_path} is attached: detach it first.")
     if not scheduler.is_fully_idle():

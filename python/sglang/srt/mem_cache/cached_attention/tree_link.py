@@ -96,6 +96,9 @@ class TreeLink(UnifiedCacheLinkerWrapper):
         finally:
             self._inserted = None
 
+    def checkpoints(self, req: Req) -> None:
+        """What is inserted next is of `req`."""
+
     def inserted(self, params: InsertParams, result: InsertResult) -> None:
         """A prompt was inserted."""
 
