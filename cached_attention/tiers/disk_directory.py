@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cached_attention.fingerprint import Fingerprint
+from cached_attention.fingerprint import FORMAT_VERSION, Fingerprint
 from cached_attention.permissions import close_to_others, make_private
 from cached_attention.tiers.disk_files import FILE_NAME, PROBE_NAME
 from cached_attention.tiers.disk_space import disk_usage
@@ -148,7 +148,7 @@ def read_fingerprint(store: Path) -> Fingerprint | None:
     """Fingerprint recorded in the store; None if it is damaged or of an unknown format."""
     with suppress(OSError, ValueError):
         fingerprint = Fingerprint.from_json((store / FINGERPRINT_NAME).read_bytes())
-        if fingerprint.name == store.name:
+        if fingerprint.name == store.name and fingerprint.format_version == FORMAT_VERSION:
             return fingerprint
     return None
 

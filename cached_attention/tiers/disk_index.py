@@ -240,6 +240,9 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     Raises:
         INDEX_ERRORS: not an index, or not readable.
     """
+    if not path.exists():
+        # SQLite's error would be one about the file system.
+        raise sqlite3.DatabaseError(f"{path.name} is missing")
     connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=1)
     try:
         connection.execute("SELECT count(*) FROM meta").fetchone()

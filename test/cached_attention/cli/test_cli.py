@@ -21,7 +21,7 @@ from cached_attention.cli import app
 from cached_attention.cli.arguments import duration, words
 from cached_attention.cli.capacity import Deployment, kv_bytes_per_token, served_dtype, state_bytes
 from cached_attention.encryption import EncryptionKey
-from cached_attention.fingerprint import Fingerprint
+from cached_attention.fingerprint import FORMAT_VERSION, Fingerprint
 from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
 from cached_attention.tiers.disk_directory import LOCK_NAME
 from cached_attention.tiers.disk_index import DiskIndex
@@ -222,6 +222,18 @@ def test_prune_leaves_other_files_and_later_versions_alone(directory):
     assert f"{directory} is in use by process" in result.stderr
     assert "stop that process first" in result.stderr
     assert "another directory" not in result.output
+
+
+def test_a_complete_store_of_another_version_is_left_alone(directory):
+    (index,) = directory.rglob("index.sqlite3")
+    record = index.parent / "fingerprint.json"
+    later = replace(Fingerprint.from_json(record.read_bytes()), format_version=FORMAT_VERSION + 1)
+    record.write_text(later.to_json())
+    store = index.parent.rename(directory / later.name)
+    code, output = run("prune", directory, "--older-than", "0s")
+    assert (code, "is of another version" in output) == (0, True)
+    assert (store / "index.sqlite3").exists()
+    assert "another version" in run("inspect", directory)[1]
 
 
 def test_prune_removes_only_what_is_ours(directory):
@@ -630,7 +642,11 @@ def _of_another_store(index):
         connection.execute("UPDATE meta SET value = 'other' WHERE name = 'fingerprint'")
 
 
-@pytest.mark.parametrize("damage", [_no_index, _empty_file, _of_another_store])
+def _missing(index):
+    index.unlink()
+
+
+@pytest.mark.parametrize("damage", [_no_index, _empty_file, _of_another_store, _missing])
 def test_prune_keeps_a_damaged_store_that_is_not_old(directory, damage):
     other = open_tier(directory, "w1")
     fill(other, range(1000, 1010), age=7200)
