@@ -61,11 +61,21 @@ class Town:
     def __init__(self, conversations: int, history: int = HISTORY, seed: int = 0) -> None:
         self.conversations = [Conversation(seed * 10_000 + i, history + 37 * i) for i in range(conversations)]
 
-    def hold(self, server: Server, turns: int, concurrency: tuple[int, ...] = (1,)) -> None:
-        """Round robin over the conversations; turn t runs with `concurrency[t % len]` at once."""
+    def hold(
+        self, server: Server, turns: int, concurrency: tuple[int, ...] = (1,), replicas: int | None = None
+    ) -> None:
+        """Round robin over the conversations; turn t runs with `concurrency[t % len]` at once.
+
+        replicas: number of replicas of the server, to which conversations are routed; None: the server chooses.
+        """
+
+        def turn_of(number: int) -> None:
+            route = {} if replicas is None else {"routed_dp_rank": number % replicas}
+            self.conversations[number].turn(server, 40, 16, **route)
+
         for turn in range(turns):
             with ThreadPoolExecutor(concurrency[turn % len(concurrency)]) as pool:
-                list(pool.map(lambda c: c.turn(server, 40, 16), self.conversations))
+                list(pool.map(turn_of, range(len(self.conversations))))
 
     @property
     def answers(self) -> list[list[list[int]]]:
@@ -152,7 +162,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, store_states: Any) -> Callab
         with kind(model, flags, env=checked, log=log, **server) as running:
             yield running
             if host_size and not doomed:
-                assert [state["damage"] for state in store_states(running)] == [""]
+                assert not any(state["damage"] for state in store_states(running))
             if not KEPT.intersection(args):
                 running.kill()  # It has nothing to write: SGLang takes seconds to end by itself.
 

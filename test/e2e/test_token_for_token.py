@@ -77,3 +77,30 @@ def test_ranks_that_hold_equal_pages_keep_one_copy(
     assert actual.cached("storage") > 1_000
     assert state["host_pages"] == 6_000_000 // state["page_bytes"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["dp0-pp0-tp0"]
+
+
+def test_attention_in_parallel_replicas(
+    models: Any,
+    start: Any,
+    town: Any,
+    answers: Any,
+    matches: Any,
+    disk_tier: Any,
+    store_states: Any,
+    tmp_path: Path,
+) -> None:
+    """DP attention: each rank has conversations of its own, but all compute every layer together."""
+    model = {"architecture": "deepseek-mla", "dtype": "float32"}
+    two = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention")
+    ours, actual = (*two, *disk_tier(tmp_path, "100MB")), town(6)
+    # Host memory for less than half of the pages: the others come from disk.
+    with start(models(**model), *tight(1216), *ours, host_size="8MB") as server:
+        actual.hold(server, 2, (1, 2), replicas=2)
+        states = store_states(server)
+    with start(models(**model), *tight(1216), *ours, host_size="8MB") as server:
+        actual.hold(server, 1, (2,), replicas=2)
+    assert matches(actual, answers(*two, conversations=6, turns=3, **model))
+    assert [state["host_pages"] for state in states] == [4_000_000 // states[0]["page_bytes"]] * 2
+    assert actual.cached("host") + actual.cached("storage") > 4_000
+    assert sum(talk.cached[-1]["storage"] for talk in actual.conversations) > 2_000
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["dp0-pp0-tp0", "dp1-pp0-tp1"]

@@ -54,6 +54,10 @@ class PlainCpuAttnBackend(TorchNativeAttnBackend):
         requests = list(map(Request, rows, q_lens, kv_lens))
         self.plan = ForwardPlan(requests, self.req_to_token_pool.req_to_token)
 
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        # With DP attention, ranks also pad batches that run without a graph.
+        return 1
+
     def forward_extend(
         self,
         q: torch.Tensor,

@@ -13,7 +13,7 @@ SRT = "sglang.srt"
 
 
 def register_hooks() -> None:
-    """Replace three functions in which upstream decides by the name of a backend or CPU. Once per process."""
+    """Replace functions in which upstream decides by the name of a backend or CPU. Once per process."""
     # Upstream uses the torch version for "torch_native" only, and a Triton kernel for any other name.
     HookRegistry.register(f"{SRT}.mem_cache.allocation.get_last_loc", last_slots, HookType.REPLACE)
     # Upstream binds threads with an op of its AMX build, which it assumes to exist on ARM.
@@ -24,12 +24,24 @@ def register_hooks() -> None:
 
 def register_backend() -> None:
     """Add the attention backend to upstream's registry."""
+    allow_dp_attention()
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     register_attention_backend(NAME)(_create_backend)
     # Upstream's linear attention uses Triton.
     setup = f"{SRT}.model_executor.model_runner_components.attention_backend_setup"
     HookRegistry.register(f"{setup}.attn_backend_wrapper", linear_attention_too, HookType.AROUND)
+
+
+def allow_dp_attention() -> None:
+    """Let DP attention do without pinned memory, Triton and ops for accelerators, as in upstream's AMX build."""
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.model_executor import forward_batch_info
+
+    # Nothing else in these modules depends on it.
+    parallel_state._is_cpu = forward_batch_info._is_cpu = True
+    dp_attention.memcpy_func = dp_attention.memcpy_cpu
 
 
 def _create_backend(model_runner: Any) -> Any:
