@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.request import urlopen
 
 from benchmark.server import free_port
 from cached_attention.tiers.remote_client import RemoteError, load_mooncake
@@ -77,7 +78,7 @@ class Master(_Process):
     """
 
     def __init__(self, log: Path | None = None, client_ttl: int = 10) -> None:
-        self.port = free_port()
+        self.port, self._metrics_port = free_port(), free_port()
         self._log = log
         self._client_ttl = client_ttl
 
@@ -92,7 +93,7 @@ class Master(_Process):
             RuntimeError: it does not start; the message ends with its output.
         """
         # Each master serves metrics on a port of its own.
-        flags = {"rpc_port": self.port, "rpc_address": "127.0.0.1", "metrics_port": free_port()}
+        flags = {"rpc_port": self.port, "rpc_address": "127.0.0.1", "metrics_port": self._metrics_port}
         flags |= {"client_ttl": self._client_ttl, "logtostderr": "true"}
         command = [str(Path(sys.executable).with_name("mooncake_master"))]
         with self._log.open("a+b") if self._log else tempfile.TemporaryFile() as log:
@@ -114,6 +115,13 @@ class Master(_Process):
             else:
                 return True
         return False
+
+    @property
+    def objects(self) -> int:
+        """Number of objects in the store."""
+        with urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("master_key_count "))
 
     @property
     def pid(self) -> int:

@@ -9,11 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark.mooncake import Master
+import pytest
+
+from benchmark.mooncake import Master, missing
 from benchmark.server import Server
 from cached_attention.metrics import PREFIX
 
 PATIENCE = 120.0
+PAGE = 64
 CONVERSATIONS = 4
 TOKENS = ("--max-total-tokens", "2048")
 KEY = "5a" * 32
@@ -93,3 +96,47 @@ def test_conversations_move_between_servers_that_fail(
             b.generate(conversation.tokens, 1)  # What is in use is shared again.
         until(lambda: is_shared(b), "B does not share any more")
         assert hold(again) > CONVERSATIONS * 300, "A does not find what B has"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "args"),
+    [(1, ("--tp-size", "2")), (2, ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"))],
+    ids=["latents", "DP attention"],
+)
+def test_ranks_share_what_they_compute_alike(
+    models: Callable[..., Path],
+    start: Any,
+    town: Any,
+    answers: Any,
+    matches: Any,
+    store_states: Any,
+    replicas: int,
+    args: tuple[str, ...],
+) -> None:
+    """One copy in the store; with DP attention a conversation may move to another replica."""
+    model = {"architecture": "deepseek-mla", "dtype": "float32"}
+    talk = town(3)
+
+    def is_shared(server: Server) -> bool:
+        states = store_states(server)
+        return all(state["remote_healthy"] and not state["remote_unshared"] for state in states)
+
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    with ExitStack() as running:
+        master = running.enter_context(Master())
+        remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
+        server = running.enter_context(start(models(**model), *TOKENS, *args, *remote, host_size="80MB"))
+        until(lambda: is_shared(server), "the store is not reached")
+        for turn in range(3):
+            for number, conversation in enumerate(talk.conversations):
+                conversation.turn(server, 40, 16, routed_dp_rank=(number + turn) % replicas)
+            until(lambda: is_shared(server), "pages are not shared")
+        objects = master.objects
+    assert matches(talk, answers(*args, conversations=6, turns=3, **model))
+    pages = sum((len(conversation.tokens) - 1) // PAGE for conversation in talk.conversations)
+    assert objects == pages
+    # The whole first turn of each, where the second ran on another replica.
+    first = [(len(conversation.tokens) - 2 * (40 + 16) - 1) // PAGE * PAGE for conversation in talk.conversations]
+    found = [conversation.cached[1]["storage"] for conversation in talk.conversations]
+    assert found == (first if replicas > 1 else [0] * len(first))

@@ -142,6 +142,18 @@ def test_pages_move_from_one_server_to_another(pair: tuple[Member, Member]) -> N
     assert a.put([2]) == [True], "what is there already counts as put"
 
 
+def test_ranks_put_the_same_pages_at_once(pair: tuple[Member, Member]) -> None:
+    a, b = pair
+    numbers = range(100, 100 + 8 * PAGES)
+    with ThreadPoolExecutor(2) as pool:
+        for first in numbers[::PAGES]:
+            some = range(first, first + PAGES)
+            assert list(pool.map(lambda member, some=some: member.put(some), pair)) == [[True] * PAGES] * 2
+    assert b.has(numbers) == len(numbers)
+    assert a.get([101, 163]) == [READ, READ]
+    assert b.get([101, 163]) == [READ, READ]
+
+
 def test_servers_of_other_weights_never_meet(pair: tuple[Member, Member]) -> None:
     a, b = pair
     b.tier.serve(fingerprint("new"))

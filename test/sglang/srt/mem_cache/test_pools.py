@@ -11,6 +11,7 @@ from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, 
 from sglang.srt.mem_cache.cached_attention.pools import (
     UnsupportedModelError,
     device_pool,
+    is_replicated,
     state_pool,
     window_pool,
 )
@@ -112,6 +113,14 @@ def test_sparse_attention_has_what_its_indexer_knows() -> None:
     pool.index_k_with_scale_buffer[2][5] = 7
     assert device.layers[2][1][5].eq(7).all()
     assert not device.layers[2][1][[4, 6]].eq(7).any()
+
+
+def test_latents_are_alike_on_all_ranks() -> None:
+    assert is_replicated(params(mla()))
+    assert is_replicated(params(sparse(), 64))
+    assert is_replicated(params(mla(), mtp_draft_device_pools=(mla(layers=1),)))
+    assert not is_replicated(params(mha()))
+    assert not is_replicated(params(mla(), mtp_draft_device_pools=(mha(layers=1),)))
 
 
 def test_an_indexer_that_pools_tokens_is_refused() -> None:

@@ -25,13 +25,15 @@ from cached_attention.layout import DevicePool
 
 FULL = {ComponentType.FULL}
 HYBRID = {ComponentType.FULL, ComponentType.MAMBA}
+ALONE: Any = SimpleNamespace(disaggregation_mode="null")
 
 
 def test_the_model_decides_on_the_linker() -> None:
     for kind in (CachedAttentionLinker, StatesLinker):
-        assert type(kind.__new__(CachedAttentionLinker, components=HYBRID)) is StatesLinker
-    assert type(CachedAttentionLinker.__new__(CachedAttentionLinker, components=FULL)) is CachedAttentionLinker
-    assert type(MlaDedupLinker.__new__(MlaDedupLinker, components=HYBRID)) is MlaDedupLinker
+        assert type(kind.__new__(CachedAttentionLinker, ALONE, components=HYBRID)) is StatesLinker
+    plain = CachedAttentionLinker.__new__(CachedAttentionLinker, ALONE, components=FULL)
+    assert type(plain) is CachedAttentionLinker
+    assert type(MlaDedupLinker.__new__(MlaDedupLinker, ALONE, components=HYBRID)) is MlaDedupLinker
 
 
 def test_states_are_not_broadcast() -> None:
@@ -68,7 +70,7 @@ class Layer:
 
 def test_the_forward_has_its_states_before_it_begins() -> None:
     log: list[str] = []
-    linker = StatesLinker.__new__(StatesLinker, components=HYBRID)
+    linker = object.__new__(StatesLinker)
     linker._kv_before = [None, 0, 0, 1]
     linker.layer_done_counter = LayerEvents(4)
     states = SimpleNamespace(layers=[Layer("state 0", log), Layer("state 1", log)])
@@ -283,7 +285,7 @@ def test_whichever_disk_is_missing_both_stores_forget_and_leave_theirs(
 ) -> None:
     log: list[str] = []
     states = Disks("states", log, has_states)
-    linker: Any = StatesLinker.__new__(StatesLinker, components=HYBRID)
+    linker: Any = object.__new__(StatesLinker)
     linker.store = Disks("kv", log, has_kv, states)
     linker._config = SimpleNamespace(disk_path="/somewhere")
     linker._identity = linker._trailing_identity = SimpleNamespace(has_changed=lambda: has_changed)

@@ -27,6 +27,7 @@ from cached_attention.chain import PageRun
 
 WINDOWED = {ComponentType.FULL, ComponentType.SWA}
 PAGE = 64
+ALONE: Any = SimpleNamespace(disaggregation_mode="null")
 
 
 def hashes(count: int) -> list[str]:
@@ -35,10 +36,10 @@ def hashes(count: int) -> list[str]:
 
 def test_the_model_decides_on_the_linker() -> None:
     for kind in (CachedAttentionLinker, WindowsLinker):
-        assert type(kind.__new__(CachedAttentionLinker, components=WINDOWED)) is WindowsLinker
+        assert type(kind.__new__(CachedAttentionLinker, ALONE, components=WINDOWED)) is WindowsLinker
     both = {*WINDOWED, ComponentType.MAMBA}
     # Which refuses it, see `pools.device_pool`.
-    assert type(CachedAttentionLinker.__new__(CachedAttentionLinker, components=both)) is StatesLinker
+    assert type(CachedAttentionLinker.__new__(CachedAttentionLinker, ALONE, components=both)) is StatesLinker
 
 
 def test_windows_are_not_broadcast() -> None:
@@ -58,7 +59,7 @@ class Layer:
 
 def test_each_layer_waits_for_what_it_reads() -> None:
     log: list[str] = []
-    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    linker: Any = object.__new__(WindowsLinker)
     linker._kv_cache = SimpleNamespace(layers_mapping={1: (0, False), 3: (1, False), 0: (0, True), 2: (1, True)})
     assert linker._order_layers() == 4
     linker._kv_cache.layers_mapping[5] = (2, False)
@@ -90,7 +91,7 @@ def test_each_layer_waits_for_what_it_reads() -> None:
 def test_the_windows_of_a_node_are_its_last_pages(
     prefix: int, own: int, kept: int, parent: int | None, first: int
 ) -> None:
-    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    linker: Any = object.__new__(WindowsLinker)
     linker.on_cpu = True
     saved: list[tuple[PageRun | None, Any, PageRun]] = []
     linker.store = SimpleNamespace(save=lambda *save: saved.append(save))
@@ -156,7 +157,7 @@ def test_a_prompt_leaves_a_window_where_it_parts_from_others(monkeypatch: pytest
 @pytest.mark.parametrize(("window", "span", "chain"), [(95, 2, 16), (128, 2, 16), (129, 3, 16), (8191, 128, 128)])
 def test_a_window_is_whole_pages(monkeypatch: pytest.MonkeyPatch, window: int, span: int, chain: int) -> None:
     monkeypatch.setattr("sglang.srt.mem_cache.cached_attention.windows.window_pool", lambda params: "pool")
-    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    linker: Any = object.__new__(WindowsLinker)
     assert linker._trailing_pool(SimpleNamespace(swa_retain_window=window, page_size=PAGE)) == "pool"
     assert (linker.span, linker.chain_pages) == (span, chain)
 
@@ -203,7 +204,7 @@ def test_windows_that_come_after_the_pages_of_their_nodes_are_saved_by_themselve
     assert windows.prefix_hashes == tree.hashes[:first]
     assert windows.device_indices.tolist() == list(range(1000 + first * PAGE, 1000 + 6 * PAGE))
     assert tree.link.pending_offloads == [(7, "lock", [])]
-    linker: Any = WindowsLinker.__new__(WindowsLinker, components=WINDOWED)
+    linker: Any = object.__new__(WindowsLinker)
     run = linker._trailing_run(None, windows)
     assert (run.parent, run.first_page) == (bytes.fromhex(tree.hashes[first - 1]), first)
 

@@ -59,8 +59,8 @@ class HybridLinker(CachedAttentionLinker):
     def __init__(self, server_args: ServerArgs, params: CacheInitParams, **options: Any) -> None:
         super().__init__(server_args, params, **options)
         self._trailing = self._trailing_pool(params)
-        form = {self.what: form_of(self._trailing)}
-        self._trailing_identity = ModelIdentity(server_args, params, self._trailing, **form)
+        form: dict[str, str] = {self.what: form_of(self._trailing)}
+        self._trailing_identity = ModelIdentity(server_args, params, self._trailing, other=form)
         self.pools = {**self.pools, self.pool_name: self._trailing}
         layers, waited = self._order_layers(), self._load_waited if self.on_cpu else None
         self.layer_done_counter = LayerEvents(layers, waited)
@@ -74,7 +74,7 @@ class HybridLinker(CachedAttentionLinker):
         """Prepare what `_hand_out` needs to know about the layers; returns how many the model has."""
 
     def open(self, model: torch.nn.Module, hf_config: Any) -> None:
-        self._trailing_identity.describe(model, hf_config)
+        self._trailing_identity.describe(model, hf_config, shares=self._config.remote is not None)
         super().open(model, hf_config)
 
     def _make_store(self) -> HybridStore:
@@ -117,7 +117,7 @@ class HybridLinker(CachedAttentionLinker):
         """Lends nothing: the other tier lends what this rank lends."""
         if (address := self._remote_address) is None:
             return None
-        return RemoteTier(address, 0, self._trailing_identity.fingerprint(), encryption=self._read_key())
+        return RemoteTier(address, 0, self._trailing_identity.shared_fingerprint(), encryption=self._read_key())
 
     def _find_rotations(self, model: torch.nn.Module) -> None:
         self._immovable = UnsupportedRotationError(
@@ -177,7 +177,7 @@ class HybridLinker(CachedAttentionLinker):
         else:
             trailing.reset()  # Also if only the disk of the KV was replaced.
         if trailing.remote is not None and self._weights_are_here:
-            trailing.remote.serve(self._trailing_identity.fingerprint())
+            trailing.remote.serve(self._trailing_identity.shared_fingerprint())
 
     @property
     def _leaves_memory(self) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,10 +51,33 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(INTEGERS[tensor.element_size()])[torch.unravel_index(places, tensor.shape)]
 
 
-class ModelIdentity:
-    """The fingerprint of one rank's pages, before and after updates of its weights."""
+def _of_all_ranks(digest: str) -> str:
+    """Digest of the digests of all ranks of the model, which wait for each other."""
+    group = get_parallel().tp_group
+    if group.world_size == 1:
+        return digest
+    digests = [""] * group.world_size
+    torch.distributed.all_gather_object(digests, digest, group=group.cpu_group)
+    return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
 
-    def __init__(self, server_args: ServerArgs, params: CacheInitParams, pool: DevicePool, **other: str) -> None:
+
+class ModelIdentity:
+    """The fingerprints of one rank's pages, before and after updates of its weights.
+
+    Args:
+        alike: ranks that share an attention layer hold the same pages.
+        other: what else decides whether a page may be reused.
+    """
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        params: CacheInitParams,
+        pool: DevicePool,
+        *,
+        alike: bool = False,
+        other: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._args = server_args
         self._pool = pool
         self._other = other
@@ -64,6 +90,12 @@ class ModelIdentity:
             "pp_rank": params.pp_rank,
             "pp_size": params.pp_size,
             "attn_tp_size": ranks.attn_tp_size,
+        }
+        self._part = {
+            "attn_tp_rank": 0 if alike else ranks.attn_tp_rank,
+            "attn_tp_size": ranks.attn_tp_size,
+            "pp_rank": params.pp_rank,
+            "pp_size": params.pp_size,
         }
 
     @property
@@ -91,9 +123,13 @@ class ModelIdentity:
         speculative = {name: getattr(args, f"speculative_{name}") for name in names}
         return {f"speculative_{name}": str(value) for name, value in speculative.items() if value is not None}
 
-    def describe(self, model: torch.nn.Module, hf_config: Any) -> None:
+    def describe(self, model: torch.nn.Module, hf_config: Any, shares: bool = False) -> None:
+        """`shares`: there will be a `shared_fingerprint`. All ranks then wait for each other."""
         self._model = model
         self._config = hf_config.to_dict()
+        if shares:
+            self._first_weights = weights_digest(model)
+            self._all_weights = _of_all_ranks(self._first_weights)
 
     def has_changed(self) -> bool:
         """Whether the weights have changed since the last `fingerprint`."""
@@ -123,3 +159,14 @@ class ModelIdentity:
                 **self._other,
             },
         )
+
+    def shared_fingerprint(self) -> Fingerprint:
+        """Fingerprint for a store that all ranks share: equal for those that compute the same KV.
+
+        With DP attention these are ranks of different replicas; with latent attention also those that share a
+        layer. Once the weights have been updated, a rank knows only its own.
+        """
+        own = self.fingerprint()
+        if own.weights != self._first_weights:
+            return own
+        return replace(own, weights=self._all_weights, ranks=self._part)

@@ -37,7 +37,7 @@ from .identity import ModelIdentity
 from .kv_events import KvEvents
 from .layer_events import Layer, LayerEvents
 from .never_waits import never_waits
-from .pools import device_pool, draft_pools
+from .pools import device_pool, draft_pools, is_replicated
 from .rotary import UnsupportedRotationError, key_rotations
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self._truncates = server_args.allow_auto_truncate
         self._params = params
         self._kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
-        self._identity = ModelIdentity(server_args, params, self._pool)
+        self._identity = ModelIdentity(server_args, params, self._pool, alike=is_replicated(params))
         # Without overlap SGLang runs forwards on the stream of its scheduler, which is the current one.
         self.forward_stream = None if server_args.disable_overlap_schedule else forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
@@ -123,7 +123,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             PermissionError, NotADirectoryError, FileExistsError: it was badly chosen.
             ValueError: a tier is too small for a page.
         """
-        self._identity.describe(model, hf_config)
+        self._identity.describe(model, hf_config, shares=self._config.remote is not None)
         if self._truncates:
             self._find_rotations(model)
         self.store = self._make_store()
@@ -208,7 +208,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         logger.info(
             "CachedAttention: remote tier at %s, which this rank lends %s.", address.master, format_size(segment)
         )
-        return RemoteTier(address, segment, self._identity.fingerprint(), encryption=self._read_key())
+        return RemoteTier(address, segment, self._identity.shared_fingerprint(), encryption=self._read_key())
 
     @property
     def _remote_address(self) -> RemoteAddress | None:
@@ -348,7 +348,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         else:
             self.store.reset()
         if self.store.remote is not None and self._weights_are_here:
-            self.store.remote.serve(self._identity.fingerprint())
+            self.store.remote.serve(self._identity.shared_fingerprint())
         self.layer_done_counter.reset()
 
     def _has_other_pages(self, store: CachedAttentionStore, identity: ModelIdentity) -> bool:

@@ -56,6 +56,12 @@ def device_pool(params: CacheInitParams, components: set[ComponentType]) -> Devi
     return _pool(layers, params.page_size, pool.size)
 
 
+def is_replicated(params: CacheInitParams) -> bool:
+    """Whether every rank that shares an attention layer keeps all of its KV: latents, which have no heads."""
+    pools = [_of_full_attention(params.token_to_kv_pool_allocator.get_kvcache()), *draft_pools(params)]
+    return all(isinstance(_of_attention(pool), MLATokenToKVPool) for pool in pools)
+
+
 def state_pool(params: CacheInitParams) -> DevicePool:
     """The states of the layers with linear attention or Mamba. A page is one slot: the states of all of them.
 
@@ -115,9 +121,13 @@ def _let_ride(layers: Layers, drafts: Layers) -> None:
         layers[max(0, place)] += draft
 
 
+def _of_attention(pool: Any) -> Any:
+    """The part of the pool with KV, in models whose other layers keep states."""
+    return pool.full_kv_pool if type(pool) is HybridLinearKVPool else pool
+
+
 def _layers(pool: Any) -> Layers:
-    if type(pool) is HybridLinearKVPool:
-        pool = pool.full_kv_pool
+    pool = _of_attention(pool)
     # Exactly these classes: a subclass may keep more, or use another layout.
     layers_of = {
         MHATokenToKVPool: _mha_layers,
