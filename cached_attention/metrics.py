@@ -37,6 +37,8 @@ class Reading(NamedTuple):
     page_bytes: int
     has_had: frozenset[str]
     """Tiers that the server was started with or has had since."""
+    configured: frozenset[str]
+    """Tiers that it is meant to have now."""
 
     def fill(self, key: str, scale: int = 1) -> Values:
         """Per own tier: the counter `{tier}_{key}` times `scale`; 0 for a tier that no longer exists."""
@@ -79,6 +81,11 @@ def _gauge(name: str, help: str, value: Callable[[Reading], float]) -> Metric:
 
 def _by_tier(name: str, help: str, read: Callable[[Reading], Values], kind: Kind = Kind.GAUGE) -> Metric:
     return Metric(name, kind, help, ("tier",), read)
+
+
+def _healthy(reading: Reading) -> Values:
+    no_longer_there = reading.has_had - reading.configured
+    return {**reading.below("healthy"), **{(tier,): 1 for tier in no_longer_there}}
 
 
 def _hits(reading: Reading) -> Values:
@@ -137,7 +144,11 @@ METRICS: tuple[Metric, ...] = (
     _by_tier(
         "resident_pages", "Pages in a tier, those on their way into it included.", lambda r: r.fill("pages_used")
     ),
-    _by_tier("tier_healthy", "1 while a tier is in service, 0 while it is not.", lambda r: r.below("healthy")),
+    _by_tier(
+        "tier_healthy",
+        "0 while a tier that the server is meant to have is out of service, else 1.",
+        _healthy,
+    ),
     _by_tier("tier_errors_total", "I/O errors of a tier.", lambda r: r.below("errors"), Kind.COUNTER),
     _by_tier(
         "checksum_failures_total",
@@ -203,9 +214,9 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
-def read(store: CachedAttentionStore, has_had: frozenset[str]) -> Reading:
+def read(store: CachedAttentionStore, has_had: frozenset[str], configured: frozenset[str]) -> Reading:
     """Runs in constant time, on the thread that calls the store."""
-    return Reading(store.stats, store.counters(), store.layout.page_bytes, has_had)
+    return Reading(store.stats, store.counters(), store.layout.page_bytes, has_had, configured)
 
 
 def tiers_of(store: CachedAttentionStore) -> frozenset[str]:

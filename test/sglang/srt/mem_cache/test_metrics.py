@@ -41,7 +41,8 @@ class Published:
             _gauge_cls=lambda multiprocess_mode, **given: Gauge(registry=self.registry, **given),
             _histogram_cls=partial(Histogram, registry=self.registry),
         )
-        self.metrics = StoreMetrics(self.store, collector)  # type: ignore[arg-type]
+        self.configured = frozenset({"host", "disk"})
+        self.metrics = StoreMetrics(self.store, collector, lambda: self.configured)  # type: ignore[arg-type]
 
     def open_disk(self) -> DiskTier:
         layout = self.pool.layout.component_bytes
@@ -102,6 +103,9 @@ def test_a_disk_that_is_gone_is_not_healthy_and_one_that_comes_back_counts_on(pu
     published.store.detach_disk()
     assert published.value("tier_healthy", tier="disk") == 0
     assert published.value("capacity_bytes", tier="disk") == 0
+    published.configured = frozenset({"host"})
+    assert published.value("tier_healthy", tier="disk") == 1, "an operator has detached it"
+    published.configured = frozenset({"host", "disk"})
     published.store.replace_disk(published.open_disk)
     assert published.store.disk is not None
     assert published.value("tier_healthy", tier="disk") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cached_attention.metrics import LOAD_WAIT_SECONDS, METRICS, TRANSFER_SECONDS, Kind, Metric, read, tiers_of
@@ -23,20 +24,21 @@ class StoreMetrics:
     Args:
         collector: the scheduler's; provides the labels and the metric classes, which an embedding application may
             have replaced.
-        tiers: that are reported even while the store does not have them.
+        configured: returns the tiers that the store is meant to have now. Those that it had stay, too.
     """
 
     def __init__(
         self,
         store: CachedAttentionStore,
         collector: SchedulerMetricsCollector,
-        tiers: frozenset[str] = frozenset(),
+        configured: Callable[[], frozenset[str]],
     ) -> None:
         import prometheus_client  # Chooses its storage on import.
 
         self._store = store
         self._labels: dict[str, Any] = dict(collector.labels)
-        self._tiers = tiers | tiers_of(store)
+        self._configured = configured
+        self._tiers = configured() | tiers_of(store)
         self._classes = {
             Kind.COUNTER: collector._counter_cls or prometheus_client.Counter,
             Kind.GAUGE: collector._gauge_cls or prometheus_client.Gauge,
@@ -80,8 +82,9 @@ class StoreMetrics:
             self.publish()
 
     def publish(self) -> None:
-        self._tiers |= tiers_of(self._store)
-        reading = read(self._store, self._tiers)
+        configured = self._configured()
+        self._tiers |= tiers_of(self._store) | configured
+        reading = read(self._store, self._tiers, configured)
         for metric in METRICS:
             for labels, value in metric.read(reading).items():
                 self._tell(metric, labels, value)
@@ -101,10 +104,10 @@ class StoreMetrics:
 
 
 def store_metrics(
-    scheduler: Scheduler, store: CachedAttentionStore, tiers: frozenset[str]
+    scheduler: Scheduler, store: CachedAttentionStore, configured: Callable[[], frozenset[str]]
 ) -> StoreMetrics | None:
     """None without `--enable-metrics`, and on ranks for which SGLang publishes no metrics either."""
     context = scheduler.metrics_collector_context
     if not context.current_scheduler_metrics_enabled or context.collector is None:
         return None
-    return StoreMetrics(store, context.collector, tiers)
+    return StoreMetrics(store, context.collector, configured)

@@ -22,7 +22,7 @@ class Reporting:
 
     def __init__(self, scheduler: Scheduler, linker: CachedAttentionLinker) -> None:
         store = linker.store
-        self._metrics = store_metrics(scheduler, store, linker.configured_tiers)
+        self._metrics = store_metrics(scheduler, store, lambda: linker.configured_tiers)
         speaks = scheduler.metrics_collector_context.is_stats_logging_rank
         self._activity = Activity(store.stats, store.layout.page_bytes) if speaks else None
 
