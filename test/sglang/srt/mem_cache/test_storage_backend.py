@@ -26,8 +26,8 @@ class Linker:
     def announce(self) -> None:
         self.announced += 1
 
-    def attach_disk(self, path: str, size: int) -> None:
-        self.disk_path, self.size = path, size
+    def attach_disk(self, path: str, size: int, key: str | None) -> None:
+        self.disk_path, self.size, self.key = path, size, key
 
     def detach_disk(self) -> None:
         self.disk_path = None
@@ -126,6 +126,19 @@ def test_a_disk_that_does_not_open_is_not_configured_either(tmp_path: Path) -> N
     done, message = server.attach(path=str(tmp_path), size="1GB")
     assert (done, message) == (False, "The disk tier could not be opened; the log says why.")
     assert server.linker.disk_path is None
+
+
+def test_a_wrong_key_in_the_environment_is_refused_before_anything_is_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(disk=object())
+    monkeypatch.setenv("CACHED_ATTENTION_ENCRYPTION_KEY", "short")
+    done, message = server.attach(path=str(tmp_path), size="1GB")
+    assert (done, server.flushes, server.linker.disk_path) == (False, 0, None)
+    assert "CACHED_ATTENTION_ENCRYPTION_KEY" in message
+    monkeypatch.setenv("CACHED_ATTENTION_ENCRYPTION_KEY", "5a" * 32)
+    assert server.attach(path=str(tmp_path), size="1GB")[0]
+    assert server.linker.key == "environment"
 
 
 def test_no_rank_has_a_disk_that_another_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

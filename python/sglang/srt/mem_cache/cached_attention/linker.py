@@ -19,7 +19,7 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import CachedAttentionConfig
-from cached_attention.encryption import EncryptionKey, key_place, read_key
+from cached_attention.encryption import EncryptionKey, read_key
 from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
@@ -31,7 +31,6 @@ from cached_attention.transfer.load_fence import LoadFence
 from cached_attention.transfer.streams import Event
 from cached_attention.units import format_size
 
-from .flags import ENCRYPTION_KEY_FILE
 from .free_slots import free_slots
 from .identity import ModelIdentity
 from .kv_events import KvEvents
@@ -372,9 +371,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         """Whether the weights are in the device's memory, so that a store for them can be opened."""
         return self._weights_are_here
 
-    def attach_disk(self, path: str, size: int) -> None:
-        """The next `reset` opens a disk tier of up to `size` bytes, over all ranks of this machine."""
-        key = self._config.encryption_key or key_place(ENCRYPTION_KEY_FILE.option, None)
+    def attach_disk(self, path: str, size: int, key: str | None) -> None:
+        """The next `reset` opens a disk tier of up to `size` bytes, over all ranks of this machine.
+
+        key: place of the key that encrypts it, unless the server was started with one.
+        """
+        key = self._config.encryption_key or key
         self._config = replace(self._config, disk_path=path, disk_size=size, encryption_key=key)
 
     def detach_disk(self) -> None:

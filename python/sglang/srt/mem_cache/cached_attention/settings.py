@@ -94,7 +94,7 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
         host_size=parse_size(HOST_SIZE.option, settings[HOST_SIZE], available),
         disk_path=disk_path,
         disk_size=disk_size,
-        encryption_key=_encryption_key(path or settings[REMOTE], settings[ENCRYPTION_KEY_FILE]),
+        encryption_key=encryption_key(path or settings[REMOTE], settings[ENCRYPTION_KEY_FILE]),
         remote=_remote(settings[REMOTE], available),
         disk_min_uses=_whole_number(DISK_MIN_USES, settings[DISK_MIN_USES]),
         look_ahead=_whole_number(LOOK_AHEAD, settings[LOOK_AHEAD]),
@@ -106,8 +106,16 @@ def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
     )
 
 
-def _encryption_key(encrypted: str | None, key_file: str | None) -> str | None:
-    """Where the key is, after checking that it is valid. `encrypted`: what it encrypts; None: nothing."""
+def encryption_key(encrypted: str | None, key_file: str | None) -> str | None:
+    """Where the key is, after checking that it is valid; None: there is none.
+
+    Args:
+        encrypted: what it encrypts; None: nothing.
+        key_file: None: it may be in the environment.
+
+    Raises:
+        ConfigError: the key is not valid, or has nothing to encrypt.
+    """
     if encrypted is None:
         if key_file is not None:
             raise ConfigError(

@@ -12,7 +12,7 @@ from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, DetachH
 from cached_attention.config import ConfigError
 
 from .ranks import all_agree
-from .settings import disk_settings
+from .settings import disk_settings, encryption_key
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput
@@ -31,7 +31,7 @@ def attach(
     scheduler: Scheduler, cache: CachedAttentionRadixCache, request: AttachHiCacheStorageReqInput
 ) -> AttachHiCacheStorageReqOutput:
     """Empty the cache, and continue with a disk tier; on every rank, or on none."""
-    linker, given = cache.cache_linker, list[tuple[str, int]]()
+    linker, given = cache.cache_linker, list[tuple[str, int, str | None]]()
     wrong = _do_on_all_ranks(scheduler, lambda: given.append(_check(scheduler, linker, request)))
     if wrong is None:
         linker.attach_disk(*given[0])
@@ -69,8 +69,8 @@ def _do_on_all_ranks(scheduler: Scheduler, step: Callable[[], None]) -> str | No
 
 def _check(
     scheduler: Scheduler, linker: CachedAttentionLinker, request: AttachHiCacheStorageReqInput
-) -> tuple[str, int]:
-    """Directory and bytes."""
+) -> tuple[str, int, str | None]:
+    """Directory, bytes, and the place of a key in the environment."""
     if linker.only_saves:
         raise ConfigError("This server decodes for others and loads nothing: attach disks to those that prefill.")
     if linker.disk_path is not None:
@@ -84,7 +84,8 @@ def _check(
             f"hicache_storage_backend is {request.hicache_storage_backend!r}: give {BACKEND!r}. A remote store "
             "can be given at start only, with --cached-attention-remote."
         )
-    return disk_settings(**_settings(request.hicache_storage_backend_extra_config_json))
+    path, size = disk_settings(**_settings(request.hicache_storage_backend_extra_config_json))
+    return path, size, encryption_key(path, None)
 
 
 def _settings(text: str | None) -> dict[str, str]:
