@@ -8,8 +8,10 @@ from typing import Any
 
 import sglang_cached_attention  # noqa: F401
 from sglang.srt.mem_cache.cached_attention.conflicts import (
+    DECODE_CACHE,
     DISAGGREGATION,
     EXCLUSIVE,
+    RETRACTION,
     SPECULATION,
     UNDIVIDED,
     WITH_DRAFT,
@@ -21,6 +23,7 @@ from sglang.srt.mem_cache.cached_attention.flags import (
     ENABLE,
     FLAGS,
     MLA_DEDUP,
+    REMOTE,
     Flag,
     option_of,
 )
@@ -103,8 +106,12 @@ def _refusal(flag: Flag) -> str | None:
 def _contradictions() -> str:
     rows = [f"| `{option_of(name)}` | {reason} |" for name, reason in EXCLUSIVE.items()]
     rows += [f"| `{option_of(name)}` above 1 | {reason} |" for name, reason in UNDIVIDED.items()]
-    apart = "it loads nothing; with a remote store it [saves answers](deployment.md#answers-of-decode-servers)"
-    rows += [f"| `{option_of(DISAGGREGATION)} decode` | {apart} |"]
+    decode = f"`{option_of(DISAGGREGATION)} decode`"
+    needed = f"`{REMOTE.option}` and `{option_of(DECODE_CACHE)}`"
+    apart = "it loads nothing, and [saves answers](deployment.md#answers-of-decode-servers) for others"
+    rows += [f"| {decode} without {needed} | {apart} |"]
+    excluded = f"`{DISK_PATH.option}`, `{MLA_DEDUP.option}` or `{option_of(RETRACTION)} host_pool`"
+    rows += [f"| {decode} with {excluded} | it loads nothing |"]
     speculation = f"`{option_of(SPECULATION)}`"
     rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it is not supported |")
     rows.append(f"| {speculation} with a draft model, and `{MLA_DEDUP.option}` | its KV is not broadcast |")

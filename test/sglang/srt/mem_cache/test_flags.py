@@ -212,6 +212,11 @@ def test_engine_arguments() -> None:
         ([*DECODE, *REMOTE], "decode needs --disaggregation-decode-enable-radix-cache .*: add it, or leave"),
         ([*DECODE, *REMOTE, KEEP, *DISK, "1GB"], "disk-path cannot be used with .* decode .*: give it to the"),
         ([*DECODE, *REMOTE, KEEP, "--cached-attention-mla-dedup"], "mla-dedup cannot be used with .* decode"),
+        (
+            [*DECODE, *REMOTE, KEEP, "--disaggregation-decode-retraction-backup", "host_pool"],
+            "retraction-backup host_pool .*: leave it out",
+        ),
+        (["--hicache-storage-backend", "file"], r"--hicache-storage-backend \(it is HiCache's\): leave one"),
         (["--disaggregation-decode-enable-offload-kvcache"], r"offload-kvcache \(both save answers\): leave one"),
         (["--enable-pd-role-switch"], "cannot be used with --enable-pd-role-switch"),
     ],

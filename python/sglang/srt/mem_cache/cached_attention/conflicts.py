@@ -11,6 +11,7 @@ from .flags import DISK_PATH, ENABLE, MLA_DEDUP, REMOTE, Flag, option_of
 
 EXCLUSIVE = {
     "enable_hierarchical_cache": "both keep KV in host memory",
+    "hicache_storage_backend": "it is HiCache's",
     "disable_radix_cache": "the hierarchy lies under the radix cache",
     "enable_lmcache": "both keep KV outside the device",
     "enable_flexkv": "both keep KV outside the device",
@@ -25,6 +26,7 @@ EXCLUSIVE = {
 """Arguments of SGLang that conflict with ours, and why."""
 DISAGGREGATION = "disaggregation_mode"
 DECODE_CACHE = "disaggregation_decode_enable_radix_cache"
+RETRACTION = "disaggregation_decode_retraction_backup"
 SPECULATION = "speculative_algorithm"
 WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 """Algorithms of speculative decoding with a draft model, whose KV is kept with that of the target model."""
@@ -65,6 +67,11 @@ def _check_decoding(values: Mapping[str, Any], given: Mapping[Flag, Any]) -> Non
         raise ConfigError(
             f"{ENABLE.option} with {decoding} needs {' and '.join(missing)} (such a server loads nothing, it "
             f"saves answers for others): add {'them' if missing[1:] else 'it'}, or leave {ENABLE.option} out."
+        )
+    if values.get(RETRACTION) == "host_pool":
+        raise ConfigError(
+            f"{ENABLE.option} cannot be used with {option_of(RETRACTION)} host_pool (its cache would take the "
+            "place of this one): leave it out."
         )
     for flag in (DISK_PATH, MLA_DEDUP):
         if given[flag]:
