@@ -10,7 +10,9 @@ import sglang_cached_attention  # noqa: F401
 from sglang.srt.mem_cache.cached_attention.conflicts import (
     DECODE_CACHE,
     DISAGGREGATION,
+    ELASTIC,
     EXCLUSIVE,
+    HOST_RECEIVE,
     RETRACTION,
     SPECULATION,
     UNDIVIDED,
@@ -110,8 +112,13 @@ def _contradictions() -> str:
     needed = f"`{REMOTE.option}` and `{option_of(DECODE_CACHE)}`"
     apart = "it loads nothing, and [saves answers](deployment.md#answers-of-decode-servers) for others"
     rows += [f"| {decode} without {needed} | {apart} |"]
-    excluded = f"`{DISK_PATH.option}`, `{MLA_DEDUP.option}` or `{option_of(RETRACTION)} host_pool`"
+    excluded = (
+        f"`{DISK_PATH.option}`, `{MLA_DEDUP.option}`, `{option_of(RETRACTION)} host_pool` or "
+        f"`{option_of(HOST_RECEIVE)}` below 1"
+    )
     rows += [f"| {decode} with {excluded} | it loads nothing |"]
+    joins = "a rank that joins later cannot agree on what is shared"
+    rows += [f"| `{REMOTE.option}` with `{option_of(ELASTIC)}` | {joins} |"]
     speculation = f"`{option_of(SPECULATION)}`"
     rows.append(f"| {speculation} other than {', '.join(WITH_DRAFT)}, {WITHOUT_DRAFT} | it is not supported |")
     rows.append(f"| {speculation} with a draft model, and `{MLA_DEDUP.option}` | its KV is not broadcast |")

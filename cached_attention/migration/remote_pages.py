@@ -87,8 +87,11 @@ class RemotePages:
 
     def offer(self, key: PageKey) -> None:
         """The page is in host memory, and may be put into the store."""
-        if key not in self._known and len(self._unshared) < self._most:
-            self._unshared[key] = None
+        if key in self._known or not self._most:
+            return
+        self._unshared[key] = None
+        if len(self._unshared) > self._most:
+            self._unshared.popitem(last=False)  # The oldest is the first to leave host memory as well.
 
     def next_unshared(self) -> PageKey | None:
         """Take the oldest offered page that is not known to be in the store; None if there is none."""

@@ -19,6 +19,18 @@ PAGE = 16
 DECODE: Any = SimpleNamespace(disaggregation_mode="decode")
 
 
+def request(prompt: int, retracted: bool = False) -> Any:
+    return SimpleNamespace(origin_input_ids=range(prompt), retracted_stain=retracted)
+
+
+def tree_link(is_eagle: bool = False) -> AnswersTreeLink:
+    link = AnswersTreeLink.__new__(AnswersTreeLink)
+    link.cache = SimpleNamespace(page_size=PAGE, tree_core=SimpleNamespace(is_eagle=is_eagle))
+    link.cache_linker = object.__new__(AnswersLinker)
+    link.cache_linker.has_draft = is_eagle
+    return link
+
+
 def node(first: int, pages: int) -> PathTransfer:
     hashes = [f"{number:064x}" for number in range(first + pages)]
     slots = torch.arange(pages * PAGE)
@@ -41,14 +53,41 @@ def test_pages_of_the_prompt_are_not_saved(
     monkeypatch.setattr(
         UnifiedCacheLinkerWrapper, "_offload_node", lambda _link, node_id, _transfers: offloaded.append(node_id)
     )
-    link = AnswersTreeLink.__new__(AnswersTreeLink)
-    link.cache = SimpleNamespace(page_size=PAGE)
-    link.cache_linker = AnswersLinker.__new__(AnswersLinker, DECODE, components=set())
-    request: Any = SimpleNamespace(origin_input_ids=range(prompt))
-    link.checkpoints(request)
+    link = tree_link()
+    link.checkpoints(request(prompt))
     for name, transfer in (("before", node(0, 3)), ("prompt", node(3, 2)), ("answer", node(5, 2))):
         link._offload_node(name, [transfer])
     assert offloaded == saved
+
+
+@pytest.mark.parametrize(("prompt", "retracted", "saved"), [(5 * PAGE, False, [4, 5]), (5 * PAGE, True, [])])
+def test_with_a_draft_model_the_last_page_of_the_prompt_may_belong_to_the_answer(
+    monkeypatch: pytest.MonkeyPatch, prompt: int, retracted: bool, saved: list[int]
+) -> None:
+    """Where a token is named together with the next; and what was retracted has no KV of the draft model."""
+    offloaded: list[Any] = []
+    monkeypatch.setattr(
+        UnifiedCacheLinkerWrapper, "_offload_node", lambda _link, node_id, _transfers: offloaded.append(node_id)
+    )
+    link = tree_link(is_eagle=True)
+    link.checkpoints(request(prompt, retracted))
+    for first in range(6):
+        link._offload_node(first, [node(first, 1)])
+    assert offloaded == saved
+
+
+def test_after_an_update_of_the_weights_answers_stay_here() -> None:
+    log: list[str] = []
+    linker: Any = object.__new__(AnswersLinker)
+    linker._config = SimpleNamespace(disk_path=None)
+    linker._identity = SimpleNamespace(updated=lambda: None, shared_fingerprint=lambda: "name")
+    remote = SimpleNamespace(pause=lambda: log.append("pause"), serve=log.append)
+    linker.store = SimpleNamespace(remote=remote, disk=None, reset=lambda: log.append("reset"))
+    linker.layer_done_counter = SimpleNamespace(reset=lambda: None)
+    linker.reset()
+    linker.weights_changed()
+    linker.reset()
+    assert log == ["reset", "name", "pause", "reset"]
 
 
 def test_sglang_gets_the_linker_of_its_kind_of_server() -> None:

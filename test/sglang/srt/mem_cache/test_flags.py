@@ -216,6 +216,11 @@ def test_engine_arguments() -> None:
             [*DECODE, *REMOTE, KEEP, "--disaggregation-decode-retraction-backup", "host_pool"],
             "retraction-backup host_pool .*: leave it out",
         ),
+        (
+            [*DECODE, *REMOTE, KEEP, "--disaggregation-decode-host-receive-threshold", "0"],
+            "host-receive-threshold below 1 .*: leave it out",
+        ),
+        ([*REMOTE, "--elastic-ep-backend", "mooncake"], "remote cannot be used with --elastic-ep-backend"),
         (["--hicache-storage-backend", "file"], r"--hicache-storage-backend \(it is HiCache's\): leave one"),
         (["--disaggregation-decode-enable-offload-kvcache"], r"offload-kvcache \(both save answers\): leave one"),
         (["--enable-pd-role-switch"], "cannot be used with --enable-pd-role-switch"),

@@ -42,11 +42,11 @@ def test_numbers_without_a_shape_count() -> None:
 
 
 class Machine:
-    """Two ranks, each with weights of its own; a rank is described while it has the word."""
+    """Ranks, each with weights of its own; a rank is described while it has the word."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, replicas: int) -> None:
-        self.weights = [model(torch.full((4,), float(rank))) for rank in range(2)]
-        self._replicas = replicas
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, replicas: int, ranks: int = 2) -> None:
+        self.weights = [model(torch.full((4,), float(rank))) for rank in range(ranks)]
+        self._replicas, self._ranks = replicas, ranks
         self._speaking = 0
         monkeypatch.setattr(identity, "get_parallel", self._parallel)
         monkeypatch.setattr(torch.distributed, "all_gather_object", self._gather)
@@ -59,14 +59,14 @@ class Machine:
             tp_size=2,
             attn_tp_rank=rank % per_layer,
             attn_tp_size=per_layer,
-            tp_group=SimpleNamespace(world_size=2, cpu_group=None),
+            tp_group=SimpleNamespace(world_size=self._ranks, cpu_group=None),
         )
 
     def _gather(self, digests: list[str], digest: str, group: Any) -> None:
         digests[:] = map(weights_digest, self.weights)
         assert digests[self._speaking] == digest
 
-    def rank(self, number: int, alike: bool, shares: bool = True) -> ModelIdentity:
+    def rank(self, number: int, alike: bool, **config: Any) -> ModelIdentity:
         self._speaking = number
         args: Any = SimpleNamespace(
             model_path="m", kv_cache_dtype="auto", dtype="float32", json_model_override_args="{}"
@@ -76,7 +76,7 @@ class Machine:
         )
         pool = DevicePool([[torch.zeros(64, 8)]], 16)
         found = ModelIdentity(args, params, pool, alike=alike)
-        found.describe(self.weights[number], SimpleNamespace(to_dict=dict), shares=shares)
+        found.describe(self.weights[number], SimpleNamespace(to_dict=lambda: config), shares=True)
         return found
 
 
@@ -98,6 +98,34 @@ def test_any_rank_with_other_weights_makes_another_model(monkeypatch: pytest.Mon
     assert machine.rank(0, alike=False).shared_fingerprint() == before
     machine.weights[1] = model(torch.full((4,), 7.0))
     assert machine.rank(0, alike=False).shared_fingerprint() != before
+
+
+def test_a_rank_with_its_old_weights_has_other_pages_once_others_were_updated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank = Machine(monkeypatch, replicas=2).rank(0, alike=False)
+    names = [rank.shared_fingerprint(), rank.fingerprint()]
+    for _ in range(2):
+        rank.updated()
+        names += [rank.shared_fingerprint(), rank.fingerprint()]
+    assert len({name.digest() for name in names}) == 4
+    assert names[2] == names[3]
+
+
+def test_alone_a_rank_with_its_old_weights_has_its_old_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, replicas=2, ranks=1)
+    rank = machine.rank(0, alike=False)
+    before = rank.shared_fingerprint()
+    rank.updated()
+    assert rank.shared_fingerprint() == before
+    machine.weights[0].weight += 1  # type: ignore[operator]
+    assert rank.shared_fingerprint() == machine.rank(0, alike=False).shared_fingerprint() != before
+
+
+def test_how_the_server_was_started_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, replicas=1)
+    assert machine.rank(0, alike=False, context_len=1).fingerprint() == machine.rank(0, alike=False).fingerprint()
+    assert machine.rank(0, alike=False, rope_theta=1).fingerprint() != machine.rank(0, alike=False).fingerprint()
 
 
 def test_after_an_update_a_rank_shares_with_its_likes_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,9 @@ class Model:
         assert self.is_here
         return self.is_new
 
+    def updated(self) -> None:
+        pass
+
     def shared_fingerprint(self) -> None:
         assert self.is_here
 

@@ -5,6 +5,8 @@ SGLang looks nothing up on such a server, so nothing is loaded there. Prompts ar
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,15 @@ from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from .linker import CachedAttentionLinker
-from .pools import refuse
+from .pools import draft_pools, refuse
 from .tree_link import TreeLink
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
+
+
+logger = logging.getLogger(__name__)
 
 
 class AnswersLinker(CachedAttentionLinker):
@@ -35,6 +40,20 @@ class AnswersLinker(CachedAttentionLinker):
                 "Start the servers that decode without the flag",
             )
         super().__init__(server_args, params, components=components, **options)
+        self.has_draft = bool(draft_pools(params))
+
+    _weights_have_changed = False
+
+    @property
+    def _may_share(self) -> bool:
+        # The prompts came from servers that may not have the new weights yet: nobody says when all have.
+        return super()._may_share and not self._weights_have_changed
+
+    def weights_changed(self) -> None:
+        super().weights_changed()
+        if not self._weights_have_changed:
+            logger.warning("CachedAttention: weights were updated; answers are not saved until a restart.")
+        self._weights_have_changed = True
 
     def _policies(self) -> dict[str, Any]:
         # The pages before those of an answer are on another server.
@@ -44,10 +63,16 @@ class AnswersLinker(CachedAttentionLinker):
 class AnswersTreeLink(TreeLink):
     """Skips the prompt of the request whose KV is inserted."""
 
+    cache_linker: AnswersLinker
     _prompt_pages = 0
 
     def checkpoints(self, req: Req) -> None:
-        self._prompt_pages = len(req.origin_input_ids) // self.cache.page_size
+        if req.retracted_stain and self.cache_linker.has_draft:
+            # SGLang has kept the KV of the target model only.
+            self._prompt_pages = sys.maxsize
+            return
+        # With EAGLE, a token of the prompt is named together with the one after it.
+        self._prompt_pages = (len(req.origin_input_ids) - self.cache.tree_core.is_eagle) // self.cache.page_size
 
     def _offload_node(self, node_id: NodeId, transfers: Sequence[PoolTransfer]) -> None:
         run = self.cache_linker.page_run(transfers[0])

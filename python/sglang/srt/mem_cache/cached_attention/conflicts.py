@@ -27,6 +27,8 @@ EXCLUSIVE = {
 DISAGGREGATION = "disaggregation_mode"
 DECODE_CACHE = "disaggregation_decode_enable_radix_cache"
 RETRACTION = "disaggregation_decode_retraction_backup"
+HOST_RECEIVE = "disaggregation_decode_host_receive_threshold"
+ELASTIC = "elastic_ep_backend"
 SPECULATION = "speculative_algorithm"
 WITH_DRAFT = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 """Algorithms of speculative decoding with a draft model, whose KV is kept with that of the target model."""
@@ -55,6 +57,11 @@ def refuse_conflicts(values: Mapping[str, Any], given: Mapping[Flag, Any]) -> No
             raise ConfigError(
                 f"{ENABLE.option} cannot be used with {option_of(name)} {values[name]} ({reason}): leave it out."
             )
+    if given[REMOTE] and values.get(ELASTIC):
+        raise ConfigError(
+            f"{REMOTE.option} cannot be used with {option_of(ELASTIC)} (a rank that joins later cannot agree "
+            "with the others on what they share): leave one of them out."
+        )
     if values.get(DISAGGREGATION) == "decode":
         _check_decoding(values, given)
     _check_speculation(values.get(SPECULATION), given[MLA_DEDUP])
@@ -68,11 +75,17 @@ def _check_decoding(values: Mapping[str, Any], given: Mapping[Flag, Any]) -> Non
             f"{ENABLE.option} with {decoding} needs {' and '.join(missing)} (such a server loads nothing, it "
             f"saves answers for others): add {'them' if missing[1:] else 'it'}, or leave {ENABLE.option} out."
         )
-    if values.get(RETRACTION) == "host_pool":
-        raise ConfigError(
-            f"{ENABLE.option} cannot be used with {option_of(RETRACTION)} host_pool (its cache would take the "
-            "place of this one): leave it out."
-        )
+    threshold = values.get(HOST_RECEIVE)
+    taken = {
+        f"{option_of(RETRACTION)} host_pool": values.get(RETRACTION) == "host_pool",
+        f"{option_of(HOST_RECEIVE)} below 1": threshold is not None and float(threshold) < 1,
+    }
+    for option, is_given in taken.items():
+        if is_given:
+            raise ConfigError(
+                f"{ENABLE.option} cannot be used with {option} (its cache would take the place of this one): "
+                "leave it out."
+            )
     for flag in (DISK_PATH, MLA_DEDUP):
         if given[flag]:
             raise ConfigError(

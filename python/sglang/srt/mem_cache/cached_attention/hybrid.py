@@ -176,8 +176,12 @@ class HybridLinker(CachedAttentionLinker):
             trailing.replace_disk(lambda: self._try_to_open(self._open_trailing))
         else:
             trailing.reset()  # Also if only the disk of the KV was replaced.
-        if trailing.remote is not None and self._weights_are_here:
+        if trailing.remote is not None and self._may_share:
             trailing.remote.serve(self._trailing_identity.shared_fingerprint())
+
+    @property
+    def _identities(self) -> list[ModelIdentity]:
+        return [*super()._identities, self._trailing_identity]
 
     @property
     def _leaves_memory(self) -> bool:

@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from secrets import token_hex
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -24,6 +25,8 @@ from .pools import draft_pools
 
 SAMPLES = 1024
 """Approximate number of elements of each parameter that the digest reads."""
+OF_THE_SERVER = {"transformers_version", "context_len", "encoder_only", "language_only"}
+"""Entries of the model's config that SGLang or transformers adds, and on which no KV depends."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size in bytes: types whose elements can be indexed on any device."""
 
@@ -61,6 +64,14 @@ def _of_all_ranks(digest: str) -> str:
     return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
 
 
+class Update(NamedTuple):
+    """An update of the weights after which a rank's own may be what they were."""
+
+    before: str
+    """Digest of its weights before."""
+    name: str
+
+
 class ModelIdentity:
     """The fingerprints of one rank's pages, before and after updates of its weights.
 
@@ -84,6 +95,9 @@ class ModelIdentity:
         self._has_draft = bool(draft_pools(params))
         ranks = get_parallel()
         self._replica = ranks.dp_rank or 0
+        self._is_alone = ranks.tp_group.world_size == 1
+        self._weights = ""
+        self._update: Update | None = None
         self._ranks = {
             "tp_rank": ranks.tp_rank,
             "tp_size": ranks.tp_size,
@@ -131,6 +145,11 @@ class ModelIdentity:
             self._first_weights = weights_digest(model)
             self._all_weights = _of_all_ranks(self._first_weights)
 
+    def updated(self) -> None:
+        """Weights of the model were updated, perhaps only on other ranks."""
+        if not self._is_alone:
+            self._update = Update(self._weights, token_hex(8))
+
     def has_changed(self) -> bool:
         """Whether the weights have changed since the last `fingerprint`."""
         return weights_digest(self._model) != self._weights
@@ -138,13 +157,16 @@ class ModelIdentity:
     def fingerprint(self) -> Fingerprint:
         """Reads a sample of the weights: only servers with a disk or remote tier pay for it."""
         args, config = self._args, self._config
-        self._weights = weights_digest(self._model)
-        decisive = {name: value for name, value in config.items() if name != "transformers_version"}
+        self._weights = weights = weights_digest(self._model)
+        if self._update is not None and weights == self._update.before:
+            # The KV depends on all ranks, and others may have new weights.
+            weights = f"{weights}, update {self._update.name}"
+        decisive = {name: value for name, value in config.items() if name not in OF_THE_SERVER}
         text = json.dumps(decisive, sort_keys=True, default=str)
         rope = {name: value for name, value in config.items() if "rope" in name or "rotary" in name}
         return Fingerprint(
             model=str(args.model_path),
-            weights=self._weights,
+            weights=weights,
             kv_dtype=args.kv_cache_dtype,
             page_size=self._pool.layout.page_size,
             component_bytes=self._pool.layout.component_bytes,
@@ -167,6 +189,8 @@ class ModelIdentity:
         layer. Once the weights have been updated, a rank knows only its own.
         """
         own = self.fingerprint()
+        if self._is_alone:
+            return replace(own, ranks=self._part)
         if own.weights != self._first_weights:
             return own
         return replace(own, weights=self._all_weights, ranks=self._part)

@@ -346,7 +346,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self.store.replace_disk(self._reopen_disk)
         else:
             self.store.reset()
-        if self.store.remote is not None and self._weights_are_here:
+        if self.store.remote is not None and self._may_share:
             self.store.remote.serve(self._identity.shared_fingerprint())
         self.layer_done_counter.reset()
 
@@ -355,6 +355,11 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if self._config.disk_path is None or not self._weights_are_here:
             return False
         return store.disk is None or identity.has_changed()
+
+    @property
+    def _may_share(self) -> bool:
+        """Whether the weights to which pages belong from now on are known."""
+        return self._weights_are_here
 
     @property
     def disk_path(self) -> str | None:
@@ -392,10 +397,20 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             logger.info("CachedAttention: weights were updated; the disk tier waits for the cache to be flushed.")
             self.store.detach_disk()
 
+    def weights_changed(self) -> None:
+        """An update has changed weights, perhaps only those of other ranks."""
+        self.weights_updated()
+        for identity in self._identities:
+            identity.updated()
+
     def check_weights(self) -> None:
         """An update has ended: as `weights_updated`, unless the weights are those for which pages are kept."""
         if self._leaves_memory and self._identity.has_changed():
             self.weights_updated()
+
+    @property
+    def _identities(self) -> list[ModelIdentity]:
+        return [self._identity]
 
     @property
     def _leaves_memory(self) -> bool:

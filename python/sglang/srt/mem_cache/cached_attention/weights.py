@@ -37,13 +37,13 @@ def _linker(updater: Any) -> CachedAttentionLinker | None:
 
 def _updated(_result: None, updater: Any, *_args: Any) -> None:
     if (linker := _linker(updater)) is not None:
-        linker.weights_updated()
+        linker.weights_changed()
 
 
 def _began(result: Any, updater: Any, *_args: Any) -> None:
     """From now on a trainer may write weights into this server's memory without telling it."""
     if result.success and (linker := _linker(updater)) is not None:
-        linker.weights_updated()
+        linker.weights_changed()
 
 
 def _ended(result: Any, updater: Any, *_args: Any) -> None:
@@ -55,7 +55,7 @@ def _ended(result: Any, updater: Any, *_args: Any) -> None:
 def _ended_somehow(result: Any, updater: Any, *_args: Any) -> None:
     """An update that failed may have changed some of the weights."""
     if not result.success and (linker := _linker(updater)) is not None:
-        linker.weights_updated()
+        linker.weights_changed()
 
 
 def _memory_leaves(updater: Any, recv_req: Any) -> None:
