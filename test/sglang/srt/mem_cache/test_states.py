@@ -294,7 +294,7 @@ def test_whichever_disk_is_missing_both_stores_forget_and_leave_theirs(
     assert ("replace kv" in log, "reset kv" in log) == (has_changed or not has_kv, has_kv and not has_changed)
     assert log[-1] == ("replace states" if has_changed or not has_states else "reset states")
     log.clear()
-    linker.weights_updated()
+    linker._pause_lower_tiers()
     assert ("detach kv" in log, "detach states" in log) == (has_kv, has_states)
 
 

@@ -30,6 +30,7 @@ class AnswersLinker(CachedAttentionLinker):
     """Host memory is only what the pages pass through on their way."""
 
     only_saves = True
+    _weights_have_changed = False
 
     def __init__(
         self, server_args: Any, params: CacheInitParams, *, components: set[ComponentType], **options: Any
@@ -41,8 +42,6 @@ class AnswersLinker(CachedAttentionLinker):
             )
         super().__init__(server_args, params, components=components, **options)
         self.has_draft = bool(draft_pools(params))
-
-    _weights_have_changed = False
 
     @property
     def _may_share(self) -> bool:

@@ -188,8 +188,8 @@ class HybridLinker(CachedAttentionLinker):
         trailing = self.store.trailing
         return super()._leaves_memory or trailing.disk is not None or trailing.remote is not None
 
-    def weights_updated(self) -> None:
-        super().weights_updated()
+    def _pause_lower_tiers(self) -> None:
+        super()._pause_lower_tiers()
         trailing = self.store.trailing
         if trailing.remote is not None:
             trailing.remote.pause()

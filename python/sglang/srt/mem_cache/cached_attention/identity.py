@@ -57,8 +57,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 def _of_all_ranks(digest: str) -> str:
     """Digest of the digests of all ranks of the model, which wait for each other."""
     group = get_parallel().tp_group
-    if group.world_size == 1:
-        return digest
     digests = [""] * group.world_size
     torch.distributed.all_gather_object(digests, digest, group=group.cpu_group)
     return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
@@ -141,7 +139,7 @@ class ModelIdentity:
         """`shares`: there will be a `shared_fingerprint`. All ranks then wait for each other."""
         self._model = model
         self._config = hf_config.to_dict()
-        if shares:
+        if shares and not self._is_alone:
             self._first_weights = weights_digest(model)
             self._all_weights = _of_all_ranks(self._first_weights)
 

@@ -389,7 +389,13 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self.store.detach_disk()
         self._config = replace(self._config, disk_path=None, disk_size=0)
 
-    def weights_updated(self) -> None:
+    def weights_changed(self) -> None:
+        """Weights were updated, or may be from now on, perhaps only those of other ranks."""
+        self._pause_lower_tiers()
+        for identity in self._identities:
+            identity.updated()
+
+    def _pause_lower_tiers(self) -> None:
         """Stop using disk and remote store until the next `reset`: the KV may be of old or new weights."""
         if self.store.remote is not None:
             self.store.remote.pause()
@@ -397,16 +403,10 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             logger.info("CachedAttention: weights were updated; the disk tier waits for the cache to be flushed.")
             self.store.detach_disk()
 
-    def weights_changed(self) -> None:
-        """An update has changed weights, perhaps only those of other ranks."""
-        self.weights_updated()
-        for identity in self._identities:
-            identity.updated()
-
     def check_weights(self) -> None:
-        """An update has ended: as `weights_updated`, unless the weights are those for which pages are kept."""
+        """An update has ended: pause the lower tiers, unless the weights are those for which pages are kept."""
         if self._leaves_memory and self._identity.has_changed():
-            self.weights_updated()
+            self._pause_lower_tiers()
 
     @property
     def _identities(self) -> list[ModelIdentity]:
@@ -419,7 +419,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
 
     def weights_left(self) -> None:
         """The weights are about to leave the device: until they are back, they cannot be read."""
-        self.weights_updated()
+        self._pause_lower_tiers()
         self._weights_are_here = False
 
     def weights_are_back(self) -> None:
