@@ -488,11 +488,13 @@ class CachedAttentionStore:
         self._wait_for_tiers()
 
     def _wait_for_tiers(self) -> None:
-        """Wait until no tier touches host memory; go on without the tiers if that takes too long."""
-        if self._migration is None or self._migration.wait(PATIENCE):
+        """Wait until no tier touches host memory; go on without those for which that takes too long."""
+        if self._migration is None or not (stuck := self._migration.wait(PATIENCE)):
             return
-        self._migration.abandon(self.host, PATIENCE)
-        self.disk = self.remote = self._migration = None
+        self._migration.abandon(stuck, self.host, PATIENCE)
+        self.disk = None if "disk" in stuck else self.disk
+        self.remote = None if "remote" in stuck else self.remote
+        self._migrate()
 
     def check_invariants(self) -> None:
         """Walk everything; for tests and debugging.

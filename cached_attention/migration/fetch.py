@@ -280,9 +280,9 @@ class Fetch:
         read.source.pace.observe(amount, (self._clock() if read.ended is None else read.ended) - read.started)
 
     @property
-    def futures(self) -> list[Future[list[ReadOutcome]]]:
-        """Of all reads that have not been processed."""
-        return [read.future for read in self._reads]
+    def reads(self) -> list[tuple[str, Future[list[ReadOutcome]]]]:
+        """All reads that have not been processed, with the tier that they read from."""
+        return [(read.source.name, read.future) for read in self._reads]
 
     @property
     def slots_in_flight(self) -> list[int]:

@@ -72,7 +72,7 @@ class Migration:
     @property
     def pins(self) -> int:
         """Number of pins held for requests, reads and writes."""
-        return self.fetch.pins + sum(writer.rows_in_flight for writer in self._writers)
+        return self.fetch.pins + sum(writer.rows_in_flight for writer in self._writers.values())
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
@@ -202,48 +202,58 @@ class Migration:
             self._put_behind.flush(deadline - time.monotonic())
         return left
 
-    def wait(self, timeout: float) -> bool:
+    def wait(self, timeout: float) -> frozenset[str]:
         """Release everything held for requests, and wait until no tier touches a page of the arena.
 
-        False, with nothing more done, if a tier still does after `timeout` seconds.
+        Returns the tiers that still do after `timeout` seconds. If there are any, nothing more is done.
         """
         self.fetch.release_all()
-        futures: list[Future[Any]] = [future for part in self._parts for future in part.futures]
-        if wait([future for future in futures if not future.cancelled()], timeout).not_done:
-            return False
-        self.settle()
-        return True
+        running = self._running()
+        wait([future for futures in running.values() for future in futures], timeout)
+        stuck = {tier for tier, futures in running.items() if not all(future.done() for future in futures)}
+        if not stuck:
+            self.settle()
+        return frozenset(stuck)
+
+    def _running(self) -> dict[str, list[Future[Any]]]:
+        """Per tier: its transfers that may not have ended."""
+        running: dict[str, list[Future[Any]]] = {"disk": [], "remote": []}
+        for tier, writer in self._writers.items():
+            running[tier] += writer.futures
+        for tier, read in self.fetch.reads:
+            running[tier].append(read)
+        return {tier: [one for one in every if not one.cancelled()] for tier, every in running.items()}
 
     @property
-    def _parts(self) -> list[Fetch | WriteBehind | PutBehind]:
-        return [self.fetch, *self._writers]
-
-    @property
-    def _writers(self) -> list[WriteBehind | PutBehind]:
-        return [writer for writer in (self.write_behind, self._put_behind) if writer is not None]
+    def _writers(self) -> dict[str, WriteBehind | PutBehind]:
+        every = {"disk": self.write_behind, "remote": self._put_behind}
+        return {tier: writer for tier, writer in every.items() if writer is not None}
 
     def settle(self) -> None:
         """Process all transfers that have ended; reads that have not will never be waited for."""
-        for part in self._parts:
+        for part in (self.fetch, *self._writers.values()):
             part.settle()
 
-    def abandon(self, host: HostTier, waited: float) -> None:
-        """Go on without the tiers, which have not answered for `waited` seconds: they are closed.
+    def abandon(self, stuck: frozenset[str], host: HostTier, waited: float) -> None:
+        """Close the tiers `stuck`, which have not answered for `waited` seconds. Nothing else may follow.
 
-        `host` loses the slots that a tier may still write to.
+        `host` loses the slots that they may still write to.
         """
         slots = self.fetch.slots_in_flight
         logger.error(
-            "CachedAttention: a tier has not answered for %.0f s. The server goes on without disk and remote"
-            " store, which keep their pages, and without %d pages of host memory. Restart it to use them again.",
+            "CachedAttention: no answer from %s for %.0f s. The server goes on without that and without %d pages"
+            " of host memory; what it holds stays there. Restart the server to use it again.",
+            " and ".join(sorted(stuck)),
             waited,
             len(slots),
         )
         host.retire(slots)
-        for tier in (self._disk, self._remote):
-            if tier is not None:
+        for name, tier in (("disk", self._disk), ("remote", self._remote)):
+            if tier is not None and name in stuck:
                 tier.close(0.0)
         self.settle()
-        for writer in self._writers:
-            writer.give_up()
-        self._pages.remote.clear()
+        for name, writer in self._writers.items():
+            if name in stuck:
+                writer.give_up()
+        if "remote" in stuck:
+            self._pages.remote.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
@@ -172,6 +172,33 @@ def test_a_put_that_never_ends_holds_nothing_up(
         a.store.check_invariants()
         assert a.save("uvwxyz"), "all of host memory can be used"
         gate.set()
+    if call == "reset":
+        assert a.counters["disk_pages_used"] == 6, "the disk is used as before"
+        assert a.save("abcdef")
+        assert a.load("uvwx") == 4
+
+
+def test_a_disk_that_never_answers_leaves_the_remote_store(
+    replicas: Callable[..., Replica], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = replicas(tmp_path), replicas()
+    a.save("ab")
+    assert a.store.flush(PATIENCE) == 0
+    a.save("uvwxyz")
+    monkeypatch.setattr(store, "PATIENCE", 0.2)
+    never: Future[object] = Future()
+    never.set_running_or_notify_cancel()
+    monkeypatch.setattr(a.store.disk, "read", lambda pages: never)
+    a.store.arrive("r", Chain(keys_of("ab")))
+    until(lambda: a.store.poll() or a.store._migration.fetch.is_reading, "nothing is read")
+    retired = a.store._migration.fetch.slots_in_flight
+    a.store.reset()
+    assert (a.store.disk, a.store.remote is None) == (None, False)
+    assert a.store.host.retired == set(retired) != set()
+    a.store.check_invariants()
+    assert a.load("ab") == 2, "the remote store has them"
+    assert a.save("mn")
+    assert b.load("mn") == 2
 
 
 def test_pages_from_the_remote_store_go_to_disk(replicas: Callable[..., Replica], tmp_path: Path) -> None:
