@@ -109,6 +109,14 @@ def test_an_outage_is_told_in_parts() -> None:
     assert picture.pages.keys() == {key(60), key(5)}
 
 
+def test_of_too_many_pages_the_newest_wait_for_their_turn() -> None:
+    """The oldest are the first to leave host memory as well."""
+    remote, _, _ = watched(most=3)
+    for number in range(5):
+        remote.offer(key(number))
+    assert [remote.next_unshared() for _ in range(4)] == [key(2), key(3), key(4), None]
+
+
 def test_nothing_is_known_where_there_is_no_store() -> None:
     remote, _, picture = watched(most=0)
     calls: list[Callable[[], object]] = [
