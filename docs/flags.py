@@ -112,11 +112,9 @@ def _contradictions() -> str:
     needed = f"`{REMOTE.option}` and `{option_of(DECODE_CACHE)}`"
     apart = "it loads nothing, and [saves answers](deployment.md#answers-of-decode-servers) for others"
     rows += [f"| {decode} without {needed} | {apart} |"]
-    excluded = (
-        f"`{DISK_PATH.option}`, `{MLA_DEDUP.option}`, `{option_of(RETRACTION)} host_pool` or "
-        f"`{option_of(HOST_RECEIVE)}` below 1"
-    )
-    rows += [f"| {decode} with {excluded} | it loads nothing |"]
+    rows += [f"| {decode} with `{DISK_PATH.option}` or `{MLA_DEDUP.option}` | it loads nothing |"]
+    taken = f"`{option_of(RETRACTION)} host_pool`, `{option_of(HOST_RECEIVE)}` below 1"
+    rows += [f"| {taken} | SGLang's own cache would take the place of this one |"]
     joins = "a rank that joins later cannot agree on what is shared"
     rows += [f"| `{REMOTE.option}` with `{option_of(ELASTIC)}` | {joins} |"]
     speculation = f"`{option_of(SPECULATION)}`"

@@ -23,16 +23,7 @@ TRANSFER = ("--disaggregation-transfer-backend", "mooncake_tcp")
 DECODE = ("--disaggregation-mode", "decode", *TRANSFER, "--disaggregation-decode-retraction-backup", "cpu_tensor")
 KEEP = "--disaggregation-decode-enable-radix-cache"
 TIGHT = ("--max-total-tokens", "1600", "--chunked-prefill-size", "256", "--enable-metrics")
-
-
 TURNS, ANSWER, PAGE = 3, 100, 64
-
-
-def until(reached: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 class Pair:
@@ -106,9 +97,7 @@ def test_a_server_that_prefills_keeps_conversations(
     assert prompts == 22  # With the one that SGLang warms the server up with.
 
 
-def test_the_next_turn_finds_the_answer(
-    master: Master, models: Any, start: Any, town: Any, store_states: Any
-) -> None:
+def test_the_next_turn_finds_the_answer(master: Master, models: Any, start: Any, town: Any, settled: Any) -> None:
     """It was decoded on a server that saves answers only, and is longer than a page."""
     model, port, actual, expected = models(), free_port(), town(3), town(3)
     remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
@@ -122,10 +111,6 @@ def test_the_next_turn_finds_the_answer(
     def hold(talk: Any, server: Any) -> None:
         for conversation in talk.conversations:
             conversation.turn(server, 40, ANSWER)
-
-    def is_shared(server: Server) -> bool:
-        (state,) = store_states(server)
-        return not state["remote_unshared"] and not state["saving"]
 
     with start(model, *tokens) as reference:
         for _ in range(TURNS):
@@ -142,7 +127,7 @@ def test_the_next_turn_finds_the_answer(
             assert [reused(talk) for talk in actual.conversations] == (known if turn else [0] * 3)
             for talk in actual.conversations:
                 answered += (len(talk.tokens) - 1) // PAGE - (len(talk.tokens) - ANSWER) // PAGE
-            until(lambda: is_shared(prefiller) and is_shared(decoder), "pages are not shared")
-        saved = store_states(decoder)[0]["saved"]
+            settled(prefiller, "remote_unshared")
+            saved = settled(decoder, "remote_unshared")["saved"]
     assert actual.answers == expected.answers
     assert saved == answered

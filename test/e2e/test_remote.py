@@ -110,6 +110,7 @@ def test_ranks_share_what_they_compute_alike(
     answers: Any,
     matches: Any,
     store_states: Any,
+    settled: Any,
     replicas: int,
     args: tuple[str, ...],
 ) -> None:
@@ -117,21 +118,17 @@ def test_ranks_share_what_they_compute_alike(
     model = {"architecture": "deepseek-mla", "dtype": "float32"}
     talk = town(3)
 
-    def is_shared(server: Server) -> bool:
-        states = store_states(server)
-        return all(state["remote_healthy"] and not state["remote_unshared"] for state in states)
-
     if (reason := missing()) is not None:
         pytest.skip(reason)
     with ExitStack() as running:
         master = running.enter_context(Master())
         remote = ("--cached-attention-remote", master.url("256MB"), "--cached-attention-wait", "complete")
         server = running.enter_context(start(models(**model), *TOKENS, *args, *remote, host_size="80MB"))
-        until(lambda: is_shared(server), "the store is not reached")
+        until(lambda: all(state["remote_healthy"] for state in store_states(server)), "the store is not reached")
         for turn in range(3):
             for number, conversation in enumerate(talk.conversations):
                 conversation.turn(server, 40, 16, routed_dp_rank=(number + turn) % replicas)
-            until(lambda: is_shared(server), "pages are not shared")
+            settled(server, "remote_unshared")
         objects = master.objects
     assert matches(talk, answers(*args, conversations=6, turns=3, **model))
     pages = sum((len(conversation.tokens) - 1) // PAGE for conversation in talk.conversations)

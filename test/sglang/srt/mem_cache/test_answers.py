@@ -37,6 +37,16 @@ def node(first: int, pages: int) -> PathTransfer:
     return PathTransfer(PoolName.KV, None, slots, hashes[first:], prefix_hashes=hashes[:first])
 
 
+@pytest.fixture
+def offloaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Nodes that were handed to upstream's wrapper to be saved."""
+    nodes: list[Any] = []
+    monkeypatch.setattr(
+        UnifiedCacheLinkerWrapper, "_offload_node", lambda _link, node_id, _transfers: nodes.append(node_id)
+    )
+    return nodes
+
+
 @pytest.mark.parametrize(
     ("prompt", "saved"),
     [
@@ -46,13 +56,7 @@ def node(first: int, pages: int) -> PathTransfer:
         (0, ["before", "prompt", "answer"]),
     ],
 )
-def test_pages_of_the_prompt_are_not_saved(
-    monkeypatch: pytest.MonkeyPatch, prompt: int, saved: list[str]
-) -> None:
-    offloaded: list[Any] = []
-    monkeypatch.setattr(
-        UnifiedCacheLinkerWrapper, "_offload_node", lambda _link, node_id, _transfers: offloaded.append(node_id)
-    )
+def test_pages_of_the_prompt_are_not_saved(offloaded: list[Any], prompt: int, saved: list[str]) -> None:
     link = tree_link()
     link.checkpoints(request(prompt))
     for name, transfer in (("before", node(0, 3)), ("prompt", node(3, 2)), ("answer", node(5, 2))):
@@ -62,13 +66,9 @@ def test_pages_of_the_prompt_are_not_saved(
 
 @pytest.mark.parametrize(("prompt", "retracted", "saved"), [(5 * PAGE, False, [4, 5]), (5 * PAGE, True, [])])
 def test_with_a_draft_model_the_last_page_of_the_prompt_may_belong_to_the_answer(
-    monkeypatch: pytest.MonkeyPatch, prompt: int, retracted: bool, saved: list[int]
+    offloaded: list[Any], prompt: int, retracted: bool, saved: list[int]
 ) -> None:
     """Where a token is named together with the next; and what was retracted has no KV of the draft model."""
-    offloaded: list[Any] = []
-    monkeypatch.setattr(
-        UnifiedCacheLinkerWrapper, "_offload_node", lambda _link, node_id, _transfers: offloaded.append(node_id)
-    )
     link = tree_link(is_eagle=True)
     link.checkpoints(request(prompt, retracted))
     for first in range(6):

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.mem_cache.cached_attention import identity
-from sglang.srt.mem_cache.cached_attention.identity import SAMPLES, ModelIdentity, weights_digest
+from sglang.srt.mem_cache.cached_attention.identity import (
+    SAMPLES,
+    ModelIdentity,
+    agree_on_weights,
+    weights_digest,
+)
 
 from cached_attention.layout import DevicePool
 
@@ -76,7 +81,8 @@ class Machine:
         )
         pool = DevicePool([[torch.zeros(64, 8)]], 16)
         found = ModelIdentity(args, params, pool, alike=alike)
-        found.describe(self.weights[number], SimpleNamespace(to_dict=lambda: config), shares=True)
+        weights = self.weights[number]
+        found.describe(weights, SimpleNamespace(to_dict=lambda: config), agree_on_weights(weights))
         return found
 
 

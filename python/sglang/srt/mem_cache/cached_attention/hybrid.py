@@ -73,10 +73,6 @@ class HybridLinker(CachedAttentionLinker):
     def _order_layers(self) -> int:
         """Prepare what `_hand_out` needs to know about the layers; returns how many the model has."""
 
-    def open(self, model: torch.nn.Module, hf_config: Any) -> None:
-        self._trailing_identity.describe(model, hf_config, shares=self._config.remote is not None)
-        super().open(model, hf_config)
-
     def _make_store(self) -> HybridStore:
         policies, size = self._policies(), self._share(self._config.host_size)
         trailing = TrailingStore(

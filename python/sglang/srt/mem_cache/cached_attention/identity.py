@@ -54,12 +54,21 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(INTEGERS[tensor.element_size()])[torch.unravel_index(places, tensor.shape)]
 
 
-def _of_all_ranks(digest: str) -> str:
-    """Digest of the digests of all ranks of the model, which wait for each other."""
+class AgreedWeights(NamedTuple):
+    """Digests of the weights at the time when all ranks of a model told each other."""
+
+    own: str
+    all_ranks: str
+
+
+def agree_on_weights(model: torch.nn.Module) -> AgreedWeights | None:
+    """All ranks of the model call this, and wait for each other; None if there is only one."""
     group = get_parallel().tp_group
-    digests = [""] * group.world_size
-    torch.distributed.all_gather_object(digests, digest, group=group.cpu_group)
-    return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
+    if group.world_size == 1:
+        return None
+    own, digests = weights_digest(model), [""] * group.world_size
+    torch.distributed.all_gather_object(digests, own, group=group.cpu_group)
+    return AgreedWeights(own, xxhash.xxh3_128("".join(digests).encode()).hexdigest())
 
 
 class Update(NamedTuple):
@@ -135,13 +144,11 @@ class ModelIdentity:
         speculative = {name: getattr(args, f"speculative_{name}") for name in names}
         return {f"speculative_{name}": str(value) for name, value in speculative.items() if value is not None}
 
-    def describe(self, model: torch.nn.Module, hf_config: Any, shares: bool = False) -> None:
-        """`shares`: there will be a `shared_fingerprint`. All ranks then wait for each other."""
+    def describe(self, model: torch.nn.Module, hf_config: Any, agreed: AgreedWeights | None = None) -> None:
+        """`agreed`: for a `shared_fingerprint`, unless there is only one rank."""
         self._model = model
         self._config = hf_config.to_dict()
-        if shares and not self._is_alone:
-            self._first_weights = weights_digest(model)
-            self._all_weights = _of_all_ranks(self._first_weights)
+        self._agreed = agreed
 
     def updated(self) -> None:
         """Weights of the model were updated, perhaps only on other ranks."""
@@ -189,6 +196,6 @@ class ModelIdentity:
         own = self.fingerprint()
         if self._is_alone:
             return replace(own, ranks=self._part)
-        if own.weights != self._first_weights:
+        if self._agreed is None or own.weights != self._agreed.own:
             return own
-        return replace(own, weights=self._all_weights, ranks=self._part)
+        return replace(own, weights=self._agreed.all_ranks, ranks=self._part)

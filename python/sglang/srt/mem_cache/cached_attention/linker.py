@@ -32,7 +32,7 @@ from cached_attention.transfer.streams import Event
 from cached_attention.units import format_size
 
 from .free_slots import free_slots
-from .identity import ModelIdentity
+from .identity import ModelIdentity, agree_on_weights
 from .kv_events import KvEvents
 from .layer_events import Layer, LayerEvents
 from .never_waits import never_waits
@@ -122,7 +122,9 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             PermissionError, NotADirectoryError, FileExistsError: it was badly chosen.
             ValueError: a tier is too small for a page.
         """
-        self._identity.describe(model, hf_config, shares=self._config.remote is not None)
+        agreed = None if self._config.remote is None else agree_on_weights(model)
+        for identity in self._identities:
+            identity.describe(model, hf_config, agreed)
         if self._truncates:
             self._find_rotations(model)
         self.store = self._make_store()

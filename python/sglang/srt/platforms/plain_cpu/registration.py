@@ -24,13 +24,13 @@ def register_hooks() -> None:
 
 def register_backend() -> None:
     """Add the attention backend to upstream's registry."""
-    allow_dp_attention()
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     register_attention_backend(NAME)(_create_backend)
     # Upstream's linear attention uses Triton.
     setup = f"{SRT}.model_executor.model_runner_components.attention_backend_setup"
     HookRegistry.register(f"{setup}.attn_backend_wrapper", linear_attention_too, HookType.AROUND)
+    allow_dp_attention()
 
 
 def allow_dp_attention() -> None:
