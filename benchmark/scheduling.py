@@ -4,7 +4,8 @@
 
 A pass is everything that a scheduling pass of SGLang asks of the store: the queue as it is and in its new order,
 what has arrived from disk, further fetches, whether each waiting request may run, and a hold on the pages of
-those that are admitted. As many requests arrive as are admitted; the cost of an arrival is a row of its own. A
+those that are admitted. As many requests arrive as are admitted; the cost of an arrival, which notes that the
+pages of its chain are in use, is a row of its own. A
 quarter of the requests have their pages on disk only and wait for them, since the model is slow; they are fetched
 meanwhile. Between two passes the thread runs small tensor operations for as long as a decode step takes, like a
 forward that launches kernels; reads finish meanwhile, on other threads. Finally host memory is full, and pages
@@ -134,8 +135,13 @@ class Queue:
     def _arrive(self, keys: list[bytes]) -> None:
         name, chain = f"request-{self._arrived}", Chain(keys)
         self._arrived += 1
-        self.arrivals.append(_timed(lambda: self.store.arrive(name, chain)))
+        self.arrivals.append(_timed(lambda: self._match(name, chain)))
         self.waiting.append((name, chain))
+
+    def _match(self, name: str, chain: Chain) -> None:
+        """What SGLang asks when a request arrives, and again before it runs."""
+        self.store.arrive(name, chain)
+        self.store.reserve(name, chain)
 
     def run_pass(self, number: int) -> float:
         """Run one pass; returns the seconds that the store took."""
@@ -153,7 +159,7 @@ class Queue:
         ready = [store.is_ready(name) for name in names]
         admitted = list(islice((i for i, is_ready in enumerate(ready) if is_ready), ADMITTED))
         for i in admitted:
-            store.reserve(*self.waiting[i])
+            self._match(*self.waiting[i])
             store.leave(names[i])
         seconds = time.perf_counter() - started
         for i in reversed(admitted):
