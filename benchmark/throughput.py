@@ -22,7 +22,7 @@ from cached_attention.checksum import page_checksum
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool, PageLayout
-from cached_attention.migration.write_behind import BATCH_PAGES, URGENT_BATCHES
+from cached_attention.migration.disk_write_behind import BATCH_PAGES, URGENT_BATCHES
 from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
 from cached_attention.tiers.disk_runs import RUN_BYTES
 from cached_attention.tiers.host import HostTier

@@ -188,8 +188,8 @@ class HybridStore(CachedAttentionStore):
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         if not super().is_ready(request, may_give_up):
             return False
-        queued, migration = self.queued.get(request), self._migration
-        if queued is None or (migration is not None and migration.gave_up(request)):
+        queued = self.queued.get(request)
+        if queued is None or self._migration.gave_up(request):
             return True
         if not self.trailing.has_sought(request, may_give_up):
             return False

@@ -74,6 +74,8 @@ class CachedAttentionStore:
         ValueError: `host_size` holds no page, or keys of this dtype or shape cannot be rotated.
     """
 
+    _lookup_type: type[Lookups] = Lookups
+
     def __init__(
         self,
         device: DevicePool,
@@ -134,10 +136,6 @@ class CachedAttentionStore:
 
     def _migrate(self) -> None:
         self._uses = Uses(self._pages, self.disk, self._min_uses, self._clock)
-        self._migration: Migration | None = None
-        lookups = self._make_lookups()
-        if self.disk is None and self.remote is None:
-            return
         self._migration = Migration(
             self._pages,
             self.disk,
@@ -146,19 +144,13 @@ class CachedAttentionStore:
             look_ahead=self._look_ahead,
             min_uses=self._min_uses,
             page_tokens=self.layout.page_size,
-            lookups=lookups,
+            lookups=self._lookup_type,
             on_found=self._found,
         )
 
-    def _make_lookups(self) -> Lookups | None:
-        if self.remote is None:
-            return None
-        return Lookups(self._pages, self.remote, self._decision, self.layout.page_size)
-
     def _found(self, request: str, keys: Sequence[PageKey]) -> None:
         """Pages of the chain `keys` of the queued `request` were found in the remote store."""
-        if self._migration is not None:
-            self._migration.ask(request, keys)
+        self._migration.ask(request, keys)
 
     @property
     def resident_pages(self) -> int:
@@ -167,10 +159,7 @@ class CachedAttentionStore:
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
-        counts = self.stats.counters() | self._pages.counters()
-        if self._migration is not None:
-            counts |= self._migration.counters()
-        return counts
+        return self.stats.counters() | self._pages.counters() | self._migration.counters()
 
     @property
     def pins(self) -> int:
@@ -240,8 +229,7 @@ class CachedAttentionStore:
         self._pages.waiting.append(request)
         if pages:
             self._pages.want(request, self._pages.last_row(chain.keys[:pages]))
-        if self._migration is not None:
-            self._migration.arrive(request, chain.keys, loadable, pages, page_tokens, on_device)
+        self._migration.arrive(request, chain.keys, loadable, pages, page_tokens, on_device)
         return pages
 
     def await_saves(self, request: str, keys: Sequence[PageKey]) -> None:
@@ -260,9 +248,7 @@ class CachedAttentionStore:
             may_give_up: False if the scheduler has not reached `request` yet. Then it is too early to give up its
                 pages: they may arrive while other requests run.
         """
-        return self._landings.has_landed(request) and (
-            self._migration is None or self._migration.is_ready(request, may_give_up)
-        )
+        return self._landings.has_landed(request) and self._migration.is_ready(request, may_give_up)
 
     def reorder(self, requests: Sequence[str]) -> None:
         """The queued requests in the order in which they will run; all others have left the queue."""
@@ -273,8 +259,7 @@ class CachedAttentionStore:
         """`request` runs or was aborted: release what is held for it."""
         self._pages.unwant(request, self._clock())
         self._landings.leave(request)
-        if self._migration is not None:
-            self._migration.leave(request)
+        self._migration.leave(request)
 
     def expect(self, chain: Chain, seconds: float) -> int:
         """The next turn of the conversation `chain` is expected in `seconds`; returns its restorable pages.
@@ -297,7 +282,7 @@ class CachedAttentionStore:
 
     def _remove(self, keys: Sequence[PageKey]) -> int:
         """Remove the chain `keys` from every tier, except for pages in use; returns how many were removed."""
-        return self._pages.drop(keys)[0] if self._migration is None else self._migration.drop(keys)
+        return self._migration.drop(keys)
 
     def chain_to(self, *ends: PageKey) -> Chain:
         """The chain that ends with the first of the pages `ends` that is known; empty if none is."""
@@ -314,7 +299,7 @@ class CachedAttentionStore:
 
     def fetched_span(self, request: str) -> Arrived:
         """What was fetched for `request` from the tiers below; known until it leaves the queue."""
-        return Arrived() if self._migration is None else self._migration.fetch.arrived(request)
+        return self._migration.fetch.arrived(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
         """Pin the loadable pages of `chain` until `end_pass`, so that a load cannot fail; returns how many."""
@@ -416,11 +401,9 @@ class CachedAttentionStore:
         if self._ttl is not None:
             limit = self._clock() - self._ttl
             self._pages.expire(EXPIRED_AT_ONCE, limit)
-            if self._migration is not None:
-                self._migration.expire(EXPIRED_AT_ONCE, limit)
+            self._migration.expire(EXPIRED_AT_ONCE, limit)
         self._outlooks.poll(has_saved=finished > 0)
-        if self._migration is not None:
-            self._migration.poll()
+        self._migration.poll()
         return finished
 
     # Life and death
@@ -434,14 +417,13 @@ class CachedAttentionStore:
         """Write dirty pages to disk for at most `timeout` seconds; returns the number not written."""
         self._saves.wait()
         self.poll()
-        return 0 if self._migration is None else self._migration.flush(timeout)
+        return self._migration.flush(timeout)
 
     def reset(self) -> None:
         """Remove every page from every tier of this server, after waiting for running transfers."""
         self._wait()
         self.stats.left("host", Reason.FLUSH, self._in_host.pages)
-        if self._migration is not None:
-            self._migration.clear()
+        self._migration.clear()
         self.host.clear()
         self._start_empty(epoch=self._pages.epoch + 1)
 
@@ -460,7 +442,7 @@ class CachedAttentionStore:
 
         Requests stop waiting for the disk, so this may be called while requests are queued or running.
         """
-        if self.disk is None or self._migration is None:
+        if self.disk is None:
             return
         self._wait_for_tiers()
         self._pages.forget_disk()
@@ -489,7 +471,7 @@ class CachedAttentionStore:
 
     def _wait_for_tiers(self) -> None:
         """Wait until no tier touches host memory; go on without those for which that takes too long."""
-        if self._migration is None or not (stuck := self._migration.wait(PATIENCE)):
+        if not (stuck := self._migration.wait(PATIENCE)):
             return
         self._migration.abandon(stuck, self.host, PATIENCE)
         self.disk = None if "disk" in stuck else self.disk
@@ -503,7 +485,5 @@ class CachedAttentionStore:
             AssertionError: a slot or pin leaked, or a count disagrees.
         """
         self._pages.check_invariants()
-        holders = self._loads.pins + self._saves.pins
-        if self._migration is not None:
-            holders += self._migration.pins
+        holders = self._loads.pins + self._saves.pins + self._migration.pins
         assert self.pins == holders, f"{self.pins} pins for {holders} holders"

@@ -17,15 +17,18 @@ class TrailingStore(CachedAttentionStore):
     beginning.
     """
 
-    _lookups: ScatteredLookups | None
+    _lookup_type = ScatteredLookups
     _sought: list[str]
     """Requests for which `seek` has found pages."""
 
-    def _make_lookups(self) -> ScatteredLookups | None:
-        self._sought, self._lookups = [], None
-        if self.remote is not None:
-            self._lookups = ScatteredLookups(self._pages, self.remote, self._decision, self.layout.page_size)
-        return self._lookups
+    def _migrate(self) -> None:
+        super()._migrate()
+        self._sought = []
+
+    @property
+    def _lookups(self) -> ScatteredLookups | None:
+        lookups = self._migration.lookups
+        return lookups if isinstance(lookups, ScatteredLookups) else None
 
     def _found(self, request: str, keys: Sequence[PageKey]) -> None:
         self._sought.append(request)
@@ -47,9 +50,7 @@ class TrailingStore(CachedAttentionStore):
 
     def has_sought(self, request: str, may_give_up: bool = True) -> bool:
         """Whether `seek` has an answer, or waiting for it is not expected to pay off."""
-        if self._migration is None or self._lookups is None:
-            return True
-        return self._lookups.is_ready(request, may_give_up)
+        return self._lookups is None or self._lookups.is_ready(request, may_give_up)
 
     def found(self) -> list[str]:
         """Requests for which `seek` has found pages since the last call."""
@@ -65,8 +66,7 @@ class TrailingStore(CachedAttentionStore):
         known = self._index.known
         for part in self.chains([key for key in keys if key in known]):
             self.drop(part)
-        if self._migration is not None:
-            self._migration.forget([key for key in keys if not self._pages.is_kept(key)])
+        self._migration.forget([key for key in keys if not self._pages.is_kept(key)])
 
     def mark_used(self, key: PageKey) -> None:
         """The page, if it is in a tier, is in use: refresh its last use."""

@@ -70,9 +70,6 @@ class Fetch:
     """Reads pages into host memory and pins them there until their request runs or leaves the queue.
 
     All calls come from one thread, and none waits for a tier.
-
-    Args:
-        disk, remote: at least one of them.
     """
 
     def __init__(
@@ -86,7 +83,7 @@ class Fetch:
         self._disk, self._remote = disk, remote
         self._sources = [source for source in (disk, remote) if source is not None]
         self._clock = clock
-        self.page_bytes = self._sources[0].tier.stride
+        self.page_bytes = self._sources[0].tier.stride if self._sources else 0
         self._reads: set[_Read] = set()
         self._ended: deque[_Read] = deque()
         """Filled by the tiers' threads."""

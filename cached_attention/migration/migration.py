@@ -11,11 +11,12 @@ from typing import Any
 from cached_attention.chain import reach
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
+from cached_attention.migration.disk_write_behind import DiskWriteBehind
 from cached_attention.migration.fetch import Fetch
 from cached_attention.migration.fetch_source import DiskSource, RemoteSource
 from cached_attention.migration.look_ahead import LookAhead
 from cached_attention.migration.lookups import Lookups
-from cached_attention.migration.put_behind import PutBehind
+from cached_attention.migration.remote_write_behind import RemoteWriteBehind
 from cached_attention.migration.write_behind import WriteBehind
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.stats import Reason
@@ -33,12 +34,11 @@ class Migration:
     """Prefetching from all lower tiers, and write-behind to each. All calls come from one thread.
 
     Args:
-        disk, remote: at least one of them.
         look_ahead: number of queued requests whose pages are fetched before they run.
         min_uses: write a page to disk after this many uses.
         page_tokens: tokens per page.
-        lookups: for `remote`.
-        on_found: called with a queued request and its chain when `lookups` found pages of it.
+        lookups: how pages are looked up in `remote`.
+        on_found: called with a queued request and its chain when a lookup found pages of it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Migration:
         look_ahead: int,
         min_uses: int,
         page_tokens: int,
-        lookups: Lookups | None,
+        lookups: type[Lookups],
         on_found: Callable[[str, Sequence[PageKey]], object],
     ) -> None:
         self._pages = pages
@@ -63,33 +63,36 @@ class Migration:
             None if remote is None else RemoteSource(pages, remote, decision.remote, page_tokens),
         )
         self.ahead = LookAhead(pages, self.fetch, decision, look_ahead, page_tokens)
-        self.write_behind = None if disk is None else WriteBehind(pages, disk, min_uses)
-        self._put_behind = None if remote is None else PutBehind(pages, remote)
-        self._lookups = lookups
+        self.to_disk = None if disk is None else DiskWriteBehind(pages, disk, min_uses)
+        self.to_remote = None if remote is None else RemoteWriteBehind(pages, remote)
+        writers: list[WriteBehind | None] = [self.to_disk, self.to_remote]
+        self._writers = [writer for writer in writers if writer is not None]
+        self.lookups = None if remote is None else lookups(pages, remote, decision, page_tokens)
         self._on_found = on_found
         self._outages = -1
 
     @property
     def pins(self) -> int:
         """Number of pins held for requests, reads and writes."""
-        return self.fetch.pins + sum(writer.rows_in_flight for writer in self._writers.values())
+        return self.fetch.pins + sum(writer.rows_in_flight for writer in self._writers)
 
     def counters(self) -> dict[str, int]:
         """Counts and fill levels, in pages."""
-        stats = self._pages.stats
-        counts = {"fetched": stats.fetched, "lost": stats.lost, "recomputed": stats.recomputed}
-        counts["look_ahead"] = self.ahead.depth
-        if self._disk is not None and self.write_behind is not None:
+        stats, counts = self._pages.stats, dict[str, int]()
+        if self._writers:
+            counts |= {"fetched": stats.fetched, "lost": stats.lost, "recomputed": stats.recomputed}
+            counts["look_ahead"] = self.ahead.depth
+        if self._disk is not None and self.to_disk is not None:
             counts |= {
                 "disk_pages": self._disk.capacity_slots,
                 "disk_pages_used": self._pages.on_disk.pages,
                 "dirty": self._pages.dirty.pages,
-                "writing": self.write_behind.rows_in_flight,
+                "writing": self.to_disk.rows_in_flight,
                 "disk_errors": self._disk.io_errors,
                 "disk_damaged": self._disk.checksum_failures,
                 "disk_healthy": int(self._disk.healthy),
             }
-        if self._remote is not None and self._lookups is not None:
+        if self._remote is not None:
             counts |= {f"remote_{name}": count for name, count in vars(self._remote.stats).items()}
             counts |= {
                 "remote_lookups": stats.lookups,
@@ -118,14 +121,14 @@ class Migration:
         """
         if restorable > max(loadable, on_device):
             self.ahead.ask(request, keys[:restorable], loadable, page_tokens)
-        if self._lookups is not None:
-            self._lookups.ask(request, keys, restorable, on_device)
+        if self.lookups is not None:
+            self.lookups.ask(request, keys, restorable, on_device)
 
     def leave(self, request: str) -> None:
         """`request` runs or was aborted."""
         self.ahead.leave(request)
-        if self._lookups is not None:
-            self._lookups.leave(request)
+        if self.lookups is not None:
+            self.lookups.leave(request)
 
     def gave_up(self, request: str) -> bool:
         """Whether `request` may run because waiting for its pages is not expected to pay off."""
@@ -133,7 +136,7 @@ class Migration:
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         """Whether `request` may run, see `LookAhead.is_ready` and `Lookups.is_ready`."""
-        is_known = self._lookups is None or self._lookups.is_ready(request, may_give_up)
+        is_known = self.lookups is None or self.lookups.is_ready(request, may_give_up)
         return is_known and self.ahead.is_ready(request, may_give_up)
 
     def poll(self) -> None:
@@ -141,20 +144,20 @@ class Migration:
         self.fetch.poll()
         self._poll_lookups()
         self.ahead.advance()
-        if self.write_behind is not None:
-            self.write_behind.poll(self.fetch.is_reading, self.fetch.held)
-        if self._put_behind is not None:
-            self._put_behind.poll()
+        if self.to_disk is not None:
+            self.to_disk.poll(self.fetch.is_reading, self.fetch.held)
+        if self.to_remote is not None:
+            self.to_remote.poll()
 
     def _poll_lookups(self) -> None:
-        if self._remote is None or self._lookups is None:
+        if self._remote is None or self.lookups is None:
             return
         if self._outages != self._remote.outages:
             self._outages = self._remote.outages
             self._pages.remote.clear()
             self._pages.epoch += 1
         self._pages.remote.tell(TOLD_AT_ONCE)
-        for request, keys in self._lookups.poll():
+        for request, keys in self.lookups.poll():
             self._on_found(request, keys)
 
     def ask(self, request: str, keys: Sequence[PageKey]) -> None:
@@ -181,9 +184,9 @@ class Migration:
 
     def expire(self, count: int, limit: float) -> None:
         """Remove up to `count` pages last used before `limit` from the disk."""
-        if self._disk is None or self.write_behind is None:
+        if self._disk is None or self.to_disk is None:
             return
-        slots = self.write_behind.evict(count, limit)
+        slots = self.to_disk.evict(count, limit)
         self._pages.stats.left("disk", Reason.TTL, len(slots))
         self._disk.remove(slots)
 
@@ -197,9 +200,9 @@ class Migration:
     def flush(self, timeout: float) -> int:
         """Write and share pending pages for at most `timeout` seconds; returns the pages not written to disk."""
         deadline = time.monotonic() + timeout
-        left = 0 if self.write_behind is None else self.write_behind.flush(timeout)
-        if self._put_behind is not None:
-            self._put_behind.flush(deadline - time.monotonic())
+        left = 0 if self.to_disk is None else self.to_disk.flush(timeout)
+        if self.to_remote is not None:
+            self.to_remote.flush(deadline - time.monotonic())
         return left
 
     def wait(self, timeout: float) -> frozenset[str]:
@@ -218,21 +221,17 @@ class Migration:
     def _running(self) -> dict[str, list[Future[Any]]]:
         """Per tier: its transfers that may not have ended."""
         running: dict[str, list[Future[Any]]] = {"disk": [], "remote": []}
-        for tier, writer in self._writers.items():
-            running[tier] += writer.futures
+        for writer in self._writers:
+            running[writer.name] += writer.futures
         for tier, read in self.fetch.reads:
             running[tier].append(read)
         return {tier: [one for one in every if not one.cancelled()] for tier, every in running.items()}
 
-    @property
-    def _writers(self) -> dict[str, WriteBehind | PutBehind]:
-        every = {"disk": self.write_behind, "remote": self._put_behind}
-        return {tier: writer for tier, writer in every.items() if writer is not None}
-
     def settle(self) -> None:
         """Process all transfers that have ended; reads that have not will never be waited for."""
-        for part in (self.fetch, *self._writers.values()):
-            part.settle()
+        self.fetch.settle()
+        for writer in self._writers:
+            writer.settle()
 
     def abandon(self, stuck: frozenset[str], host: HostTier, waited: float) -> None:
         """Close the tiers `stuck`, which have not answered for `waited` seconds. Nothing else may follow.
@@ -252,8 +251,8 @@ class Migration:
             if tier is not None and name in stuck:
                 tier.close(0.0)
         self.settle()
-        for name, writer in self._writers.items():
-            if name in stuck:
-                writer.give_up()
+        for writer in self._writers:
+            if writer.name in stuck:
+                writer.abandon()
         if "remote" in stuck:
             self._pages.remote.clear()

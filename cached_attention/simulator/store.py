@@ -9,10 +9,10 @@ from cached_attention.chain import Chain
 from cached_attention.config import DEFAULT_LOOK_AHEAD
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
+from cached_attention.migration.disk_write_behind import DiskWriteBehind
 from cached_attention.migration.fetch import Fetch
 from cached_attention.migration.fetch_source import DiskSource
 from cached_attention.migration.look_ahead import LookAhead
-from cached_attention.migration.write_behind import WriteBehind
 from cached_attention.policy.eviction import EvictionOrder
 from cached_attention.policy.waiting import WaitOrRecompute
 from cached_attention.reach import Reach
@@ -94,7 +94,7 @@ class SimulatedStore:
             # Other policies fetch when the request is first due to run.
             window = look_ahead if policy.looks_ahead else UNPROTECTED_WINDOW if policy.fetches_ahead else 1
             self._ahead = LookAhead(self.pages, self._fetch, self.decision, window, page_tokens, clock)
-            self._write_behind = WriteBehind(self.pages, self.disk, min_uses=1)
+            self._write_behind = DiskWriteBehind(self.pages, self.disk, min_uses=1)
 
     def _now(self) -> float:
         """The clock's time, but later than any time recorded before."""

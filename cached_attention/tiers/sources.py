@@ -1,4 +1,4 @@
-"""What page transfers require of a disk or another source of pages."""
+"""What page transfers require of a tier below host memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ class PageSource(Protocol):
     def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]: ...
 
 
+class PageSink(Protocol):
+    """Takes pages; no method waits. See `DiskTier` and `RemoteTier`."""
+
+    def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]: ...
+
+
 class SharedPages(PageSource, Protocol):
     """A source of pages in which only the record itself has the checksum. See `RemoteTier`."""
 
     def checksum(self, buffer: memoryview) -> int: ...
 
 
-class PageDisk(PageSource, Protocol):
+class PageDisk(PageSource, PageSink, Protocol):
     """No method waits for the disk. See `DiskTier`."""
 
     @property
@@ -38,7 +44,5 @@ class PageDisk(PageSource, Protocol):
 
     @property
     def write_room(self) -> int: ...
-
-    def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]: ...
 
     def remove(self, slots: Iterable[int]) -> None: ...

@@ -278,7 +278,7 @@ def test_a_full_disk_makes_room_for_what_is_warmer(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     for prompt in prompts:
         talk.save(prompt)
-        while (counts := talk.store.counters())["dirty"] or talk.store._migration.write_behind.rows_in_flight:
+        while (counts := talk.store.counters())["dirty"] or talk.store._migration.to_disk.rows_in_flight:
             assert time.monotonic() < deadline, f"a page waits for room for ever: {counts}"
             talk.store.poll()
             time.sleep(0.002)

@@ -166,7 +166,7 @@ def test_a_put_that_never_ends_holds_nothing_up(
         patched.setattr(a.store.remote._client, "put", lambda extents: [gate.wait(PATIENCE)] * len(extents))
         a.store.save(PageRun(None, 0, keys_of("ab"), torch.arange(2 * PAGE)))
         until(lambda: a.store.poll() and a.store.pop_save(), "nothing is saved")
-        until(lambda: a.store.poll() or a.store._migration._put_behind.rows_in_flight == 2, "nothing is put")
+        until(lambda: a.store.poll() or a.store._migration.to_remote.rows_in_flight == 2, "nothing is put")
         getattr(a.store, call)()
         assert a.store.remote is None
         a.store.check_invariants()

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.migration.write_behind import (
+from cached_attention.migration.disk_write_behind import (
     BATCH_PAGES,
     BATCHES_IN_FLIGHT,
     RESERVE,
     SHARE,
     URGENT_BATCHES,
-    WriteBehind,
+    DiskWriteBehind,
 )
 from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.disk import SimulatedDisk
@@ -52,7 +52,7 @@ class Writing:
         cost = Cost(page_bytes=1, disk_write=rate, disk_latency=0.0)
         self.disk = Disk(disk_slots or 2 * host_slots, cost, lambda: self.now)
         self.pages = Hierarchy(HostSlots(host_slots), has_disk=True)
-        self.write_behind = WriteBehind(self.pages, self.disk, 1)
+        self.write_behind = DiskWriteBehind(self.pages, self.disk, 1)
         self.save(dirty)
 
     def save(self, pages: int, after: bytes | None = None) -> None:
