@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 class Wait(StrEnum):
-    """How long a request is held for pages being fetched from disk, a few seconds at most."""
+    """How long a request is held for pages being fetched from disk or the remote store, a few seconds at most."""
 
     MEASURED = "measured"
     """As long as fetching is expected to be faster than recomputing: lowest TTFT."""
@@ -58,7 +58,7 @@ class CachedAttentionConfig:
     look_ahead: int = DEFAULT_LOOK_AHEAD
     """Number of waiting requests whose pages are fetched to host memory before they run."""
     wait: Wait = Wait.MEASURED
-    """How long a request waits for pages from the disk."""
+    """How long a request waits for pages from disk and remote store."""
     eviction: Eviction = Eviction.LEARNT
     """Eviction order of a tier's pages where the queue does not decide."""
     ttl: float = 3600.0

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cached_attention.chain import reach
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
-from cached_attention.migration.remote_pages import REMEMBERED, RemotePages
 from cached_attention.policy.demand import WaitingOrder
 from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
 from cached_attention.policy.next_use import NextUse
+from cached_attention.remote_pages import REMEMBERED, RemotePages
 from cached_attention.residency import ResidencyFeed
 from cached_attention.stats import Reason, StoreStats
 from cached_attention.tiers.disk_rows import RecordColumns
@@ -19,10 +19,10 @@ from cached_attention.tiers.host_slots import HostSlots
 class Hierarchy:
     """The index, the host slots, and the eviction order of each tier.
 
-    Residency has three columns: in host memory, on disk, and `dirty`: in host memory and still to be written to
-    disk. The host tier is closed under prefixes: a page enters it after its predecessor and leaves it after all
-    its successors. Rows that share their bytes (see `PageIndex`) share a slot in each tier that they are in, and
-    at most one of them is dirty.
+    A page can be in host memory, on disk, and `dirty`: in host memory and still to be written to disk. The host
+    tier is closed under prefixes: a page enters it after its predecessor and leaves it after all its successors.
+    Rows that share their bytes (see `PageIndex`) share a slot in each tier that they are in, and at most one of
+    them is dirty.
 
     Args:
         order: creates the eviction order of host memory, and that of the disk.
@@ -82,7 +82,7 @@ class Hierarchy:
         here = [tier.name for tier in (self.in_host, self.on_disk) if row != NOWHERE and row in tier]
         return [*here, "remote"] if key in self.remote else here
 
-    def is_usable(self, key: PageKey) -> bool:
+    def holds(self, key: PageKey) -> bool:
         """Whether the page is in a tier of this server."""
         row = self.index.find(key)
         return row != NOWHERE and (bool(self.in_host.ready[row]) or row in self.on_disk)
@@ -92,7 +92,7 @@ class Hierarchy:
         row = self.index.find(key)
         return row != NOWHERE and any(tier.children[row] for tier in (self.in_host, self.on_disk))
 
-    def is_restorable(self, key: PageKey) -> bool:
+    def is_known(self, key: PageKey) -> bool:
         """Whether the page is in any tier, or on its way there."""
         return self.index.is_resident(key) or key in self.remote
 

@@ -82,7 +82,7 @@ class HybridStore(CachedAttentionStore):
 
     def held_ends(self, chain: Chain, pages: int, on_device: int = 0) -> Iterator[int]:
         """Like `ends`, from any tier."""
-        return self._ends(chain, pages, on_device, self.trailing.can_restore)
+        return self._ends(chain, pages, on_device, self.trailing.is_restorable)
 
     def _ends(self, chain: Chain, pages: int, on_device: int, has: Callable[[PageKey], bool]) -> Iterator[int]:
         # Called for waiting requests in each pass, and most pages of a long prompt have no state.
@@ -148,7 +148,7 @@ class HybridStore(CachedAttentionStore):
         if queued.end <= queued.on_device:
             return False
         tail = self._tail(queued.chain, queued.end, queued.on_device)
-        return self.restorable_pages(queued.chain) < queued.end or not all(map(self.trailing.can_restore, tail))
+        return self.restorable_pages(queued.chain) < queued.end or not all(map(self.trailing.is_restorable, tail))
 
     def _find_end(self, chain: Chain, on_device: int) -> int:
         # A prefix that is on the device is in use, so its copy here is kept as well.

@@ -29,7 +29,7 @@ class Reach:
         reached.loadable = found = pages.loadable(chain.keys, reached.loadable)
         return found
 
-    def surely_loadable(self, chain: Chain) -> int:
+    def loadable_exactly(self, chain: Chain) -> int:
         """Number of leading pages in host memory, never too high; linear if pages came back out of order."""
         if chain.reached.disorder != self._pages.disorder:
             chain.reached.disorder, chain.reached.loadable = self._pages.disorder, 0

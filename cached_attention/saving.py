@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
+from typing import NamedTuple
 
 from cached_attention.aliases import Aliases
 from cached_attention.chain import PageRun
@@ -22,6 +23,16 @@ COMPLAINT_SECONDS = 60.0
 """Seconds between two log lines about failed saves."""
 CHAIN_SOONER = 1e-6
 """Seconds per page by which earlier pages of a save count as older, so that its first chain is evicted first."""
+
+
+class _Admitted(NamedTuple):
+    """The pages of a run that are to be copied."""
+
+    pages: list[int]
+    """Their places in the run."""
+    rows: list[int]
+    whole: bool = True
+    """Whether all pages of the run are in the store now, or will be."""
 
 
 class Saves:
@@ -78,42 +89,49 @@ class Saves:
 
     def start(self, run: PageRun, after: Sequence[Event]) -> None:
         """See `CachedAttentionStore.save`."""
-        admitted, whole = self._admit(run)
-        rows = [self._pages.index.find(run.keys[page]) for page in admitted]
-        slots = [self._pages.in_host.slot[row] for row in rows]
-        landed = self._transfers.save(run, admitted, slots, after)
+        admitted = self._admit(run)
+        slots = [self._pages.in_host.slot[row] for row in admitted.rows]
+        landed = self._transfers.save(run, admitted.pages, slots, after)
         self._stats.watch(Direction.SAVE, "host", landed, len)
-        self._running.append(PageSave(rows, whole, landed))
+        self._running.append(PageSave(admitted.rows, admitted.whole, landed))
 
-    def _admit(self, run: PageRun) -> tuple[list[int], bool]:
-        """Admit the pages of `run` that are not in the store; stops at a rotated copy, or if no slot is left.
-
-        Returns the indices of the admitted pages in `run`, and whether all of `run` is in the store now.
-        """
-        admitted: list[int] = []
+    def _admit(self, run: PageRun) -> _Admitted:
+        """Admit the pages of `run` that are not in the store; stops at a rotated copy, or if no slot is left."""
+        admitted = _Admitted([], [])
         if self.lacks_parent(run):
             self._stats.declined += len(run.keys)
-            return admitted, False
+            return admitted._replace(whole=False)
         now, parent = self._clock(), run.parent
         known = [key for key in run.keys if self._pages.is_kept(key)]
         self._pages.make_room(len(run.keys) - len(known), known[-1] if known else parent)
         for page, key in enumerate(run.keys):
-            row = self._pages.index.find(key)
-            if not (self._pages.is_kept(key) or (row != NOWHERE and self._pages.join(row))):
-                place = run.first_page + page
-                if self._begins_chain(place, parent):
-                    place, parent = 0, None
-                position = place * self._page_size
-                new = None if self._aliases.is_rotated(key) else self._pages.admit(key, parent, position)
-                if new is None:
+            row = self._kept(key)
+            if row == NOWHERE:
+                if (new := self._admit_page(key, run.first_page + page, parent)) is None:
                     self._stats.declined += len(run.keys) - page
-                    return admitted, False
+                    return admitted._replace(whole=False)
                 row = new
-                self._pages.index.uses[row] = 1
-                admitted.append(page)
+                admitted.pages.append(page)
+                admitted.rows.append(row)
             self._pages.index.last_use[row] = now - self._sooner * (len(run.keys) - page)
             parent = key
-        return admitted, True
+        return admitted
+
+    def _kept(self, key: PageKey) -> int:
+        """Row of the page if it is in a tier, or can share the bytes of one that is; else NOWHERE."""
+        row = self._pages.index.find(key)
+        return row if self._pages.is_kept(key) or (row != NOWHERE and self._pages.join(row)) else NOWHERE
+
+    def _admit_page(self, key: PageKey, place: int, parent: PageKey | None) -> int | None:
+        """Row of the page at `place` of its prompt; None if it is a rotated copy, or no slot is left."""
+        if self._aliases.is_rotated(key):
+            return None
+        if self._begins_chain(place, parent):
+            place, parent = 0, None
+        row = self._pages.admit(key, parent, place * self._page_size)
+        if row is not None:
+            self._pages.index.uses[row] = 1
+        return row
 
     def poll(self) -> int:
         """Process the saves that have ended; returns the number that wait for `pop`."""

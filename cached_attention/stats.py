@@ -70,7 +70,7 @@ class StoreStats:
     declined: int = 0
     """Pages not saved: host memory was full of pages in use, or the preceding page was not in the store."""
     failed: int = 0
-    """Saves whose copy failed."""
+    """Pages not saved because their copy failed."""
     fetched: int = 0
     lost: int = 0
     """Pages that were damaged, foreign or unreadable when read back."""

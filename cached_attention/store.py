@@ -64,7 +64,7 @@ class CachedAttentionStore:
         min_uses: write a page to disk after this many uses.
         ttl: drop pages this many seconds after their last use; None: never.
         look_ahead: number of queued requests whose pages are fetched before they run; at least 1.
-        wait: how long a request waits for pages from the disk.
+        wait: how long a request waits for pages from disk and remote store.
         eviction: order in which pages that no queued request needs leave host memory.
         chain_pages: start a new chain after this many pages, so that later pages of a prompt can be kept without
             the earlier ones; None: one chain per prompt. See `TrailingStore`.
@@ -200,7 +200,7 @@ class CachedAttentionStore:
 
     def holds(self, key: PageKey) -> bool:
         """Whether the page is in some tier of this server."""
-        return self._pages.is_usable(key)
+        return self._pages.holds(key)
 
     def is_followed(self, key: PageKey) -> bool:
         """Whether a successor of the page is in some tier of this server."""
@@ -304,7 +304,7 @@ class CachedAttentionStore:
     def reserve(self, request: str, chain: Chain) -> int:
         """Pin the loadable pages of `chain` until `end_pass`, so that a load cannot fail; returns how many."""
         self._loads.release(request)
-        pages = self._reach.surely_loadable(chain)
+        pages = self._reach.loadable_exactly(chain)
         if pages:
             row = self._index.find(chain.keys[pages - 1])
             self._uses.mark(row)

@@ -73,7 +73,7 @@ class TrailingStore(CachedAttentionStore):
         if (row := self._index.find(key)) != NOWHERE:
             self._uses.mark(row)
 
-    def can_restore(self, key: PageKey) -> bool:
+    def is_restorable(self, key: PageKey) -> bool:
         """Whether the page is in some tier."""
         return self.holds(key) or key in self._pages.remote
 

@@ -66,6 +66,16 @@ class _Hold:
     """Places in the chain of the rows requested from the remote store."""
 
 
+class _Found(NamedTuple):
+    """Consecutive pages with a slot in host memory."""
+
+    rows: list[int]
+    are_new: bool
+    """Whether they got their slots just now, and have to be read."""
+    is_short: bool
+    """Whether the page after them gets no slot."""
+
+
 class Fetch:
     """Reads pages into host memory and pins them there until their request runs or leaves the queue.
 
@@ -116,52 +126,51 @@ class Fetch:
         for the next one, or it is in no tier.
         """
         missing: list[int] = []
-        coming: list[int] = []
-        places: list[int] = []
-        page = first
-        while page < end:
-            if run := page_runs.find_on_disk(self._pages, keys, page, end):
-                rows = page_runs.admit(self._pages, run, rank)
+        coming: list[tuple[int, int]] = []
+        """Place in the chain, and row."""
+        page, is_short = first, False
+        while page < end and not is_short:
+            rows, are_new, is_short = self._find_or_admit(keys, page, end, rank)
+            if are_new:
                 missing += rows
-            else:
-                run, rows = [NOWHERE], self._bring(keys, page, rank, missing)
             if rows and not self._pages.in_host.ready[rows[0]]:
-                coming += rows
-                places += range(page, page + len(rows))
+                coming += enumerate(rows, page)
             page += len(rows)
-            if len(rows) < len(run):
-                break
         if coming:
-            hold = self._hold(request, places[0], coming)
+            hold = self._hold(request, coming)
             hold.reads += self._read_all(missing)
             if self._remote is not None and (far := self._remote.rows):
-                hold.remote_pages += [at for at, row in zip(places, coming, strict=True) if row in far]
+                hold.remote_pages += [place for place, row in coming if row in far]
         return page
 
-    def _bring(self, keys: Sequence[PageKey], page: int, rank: int, missing: list[int]) -> list[int]:
-        """The row of one page, admitted and added to `missing` if not in host memory; empty if impossible."""
+    def _find_or_admit(self, keys: Sequence[PageKey], page: int, end: int, rank: int) -> _Found:
+        """One or more pages of the chain `keys`, from `page` on."""
+        if run := page_runs.find_on_disk(self._pages, keys, page, end):
+            rows = page_runs.admit(self._pages, run, rank)
+            return _Found(rows, are_new=True, is_short=len(rows) < len(run))
         row = self._pages.index.find(keys[page])
         if row != NOWHERE and row not in self._pages.in_host:
             self._pages.join(row)
         if row in self._pages.in_host:
-            return [row]
-        if not self._pages.is_restorable(keys[page]):
-            return []
-        parent = keys[page - 1] if page else None
-        admitted = self._pages.admit(keys[page], parent, self._position(row, page), rank)
-        if admitted is None:
-            return []
-        missing.append(admitted)
-        return [admitted]
+            return _Found([row], are_new=False, is_short=False)
+        admitted = self._admit(keys, page, row, rank)
+        return _Found([], True, True) if admitted is None else _Found([admitted], True, False)
 
-    def _hold(self, request: str, first_page: int, rows: list[int]) -> _Hold:
+    def _admit(self, keys: Sequence[PageKey], page: int, row: int, rank: int) -> int | None:
+        """The row of a page, known as `row`, with a host slot; None if it is in no tier, or there is no room."""
+        if not self._pages.is_known(keys[page]):
+            return None
+        parent = keys[page - 1] if page else None
+        return self._pages.admit(keys[page], parent, self._position(row, page), rank)
+
+    def _hold(self, request: str, coming: list[tuple[int, int]]) -> _Hold:
         hold = self._holds.get(request)
         if hold is None:
-            hold = self._holds[request] = _Hold(self._clock(), self.in_flight, first_page)
-        for row in rows:
+            hold = self._holds[request] = _Hold(self._clock(), self.in_flight, coming[0][0])
+        for _, row in coming:
             self._pages.pin(row)
-        hold.rows += rows
-        self.held += len(rows)
+            hold.rows.append(row)
+        self.held += len(coming)
         return hold
 
     def _position(self, row: int, page: int) -> int:

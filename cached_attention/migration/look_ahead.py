@@ -166,7 +166,7 @@ class LookAhead:
                 ask.remote = sum(not self._pages.is_kept(key) for key in ask.keys[ask.first :])
         end = min(ask.next + min(BATCH, self._room(request, rank)), len(ask.keys))
         first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
-        if ask.next < end and not self._pages.is_restorable(ask.keys[ask.next]):
+        if ask.next < end and not self._pages.is_known(ask.keys[ask.next]):
             ask.cut_short()
         if ask.is_whole:
             self._open.discard(request)

@@ -147,7 +147,7 @@ class ScatteredLookups(Lookups):
         """
         if not self._is_new(request, (len(keys), True)):
             return
-        if missing := [key for key in keys if not self._pages.is_restorable(key)]:
+        if missing := [key for key in keys if not self._pages.is_known(key)]:
             self._look_up(request, missing, 0, 0, min(useful, len(missing)), page_tokens)
 
     def _learn(self, lookup: _Lookup) -> bool:

@@ -109,14 +109,14 @@ class Migration:
         keys: Sequence[PageKey],
         loadable: int,
         restorable: int,
-        page_tokens: int | None = None,
-        on_device: int = 0,
+        page_tokens: int,
+        on_device: int,
     ) -> None:
         """`request` with the chain `keys` is queued.
 
         Args:
             loadable, restorable: number of its leading pages in host memory, and in any tier.
-            page_tokens: tokens to recompute per page that is not waited for; the page size unless given.
+            page_tokens: tokens to recompute per page that is not waited for.
             on_device: leading pages that are on the device. If all restorable pages are, nothing is fetched.
         """
         if restorable > max(loadable, on_device):

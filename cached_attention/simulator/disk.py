@@ -71,7 +71,7 @@ class SimulatedDisk:
     def __init__(self, capacity: int, cost: Cost, clock: Callable[[], float]) -> None:
         self.capacity_slots = capacity
         self.stride = cost.page_bytes
-        self.read_pages = self.written_pages = 0
+        self.written_pages = 0
         self._clock = clock
         self._free = list(range(capacity - 1, -1, -1))
         self._reads = _Channel(cost.page_bytes / cost.disk_read, cost.disk_latency)
@@ -103,11 +103,7 @@ class SimulatedDisk:
         future: Future[list[ReadOutcome]] = Future()
         outcomes = [ReadOutcome.READ] * len(pages)
 
-        def finish() -> None:
-            self.read_pages += len(outcomes)
-            future.set_result(outcomes)
-
-        self._reads.add(_Job(future, self._clock(), len(pages), finish))
+        self._reads.add(_Job(future, self._clock(), len(pages), lambda: future.set_result(outcomes)))
         return future
 
     def write(self, pages: Sequence[PageWrite]) -> Future[list[int | None]]:
@@ -123,6 +119,3 @@ class SimulatedDisk:
 
     def remove(self, slots: Iterable[int]) -> None:
         self._free.extend(slots)
-
-    def touch(self, slot: int, last_use: float, uses: int) -> None:
-        """Uses need not be recorded here."""

@@ -161,7 +161,7 @@ class SimulatedStore:
         """Record the use of the pages that `request`, which runs now, finds; `on_device` pages need no load."""
         index = self.pages.index
         chain = self._chains[request.name]
-        loadable = self._reach.surely_loadable(chain)
+        loadable = self._reach.loadable_exactly(chain)
         hits = self._hits(request.name, on_device, loadable)
         for order in self._baselines:
             order.begin(request)

@@ -1,4 +1,4 @@
-"""Removes stores of before from the directory while the server runs, once all of their pages have expired."""
+"""Removes stores of other fingerprints while the server runs, once all of their pages have expired."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERIODS = (1.0, 900.0)
 class Sweeper:
     """A thread; see `remove_expired_stores` for the arguments.
 
-    After an upgrade, the stores of before take the space that the new store needs.
+    After an upgrade, the stores of the old fingerprint take the space that the new store needs.
     """
 
     def __init__(self, own: Path, whole: Path, ttl: float) -> None:

@@ -1,4 +1,4 @@
-"""Tracks whether the disk is in service, for reads or for writes."""
+"""Tracks whether a tier is in service, for reads or for writes."""
 
 from __future__ import annotations
 

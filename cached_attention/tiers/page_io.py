@@ -1,4 +1,4 @@
-"""Inputs and results of the disk tier."""
+"""Inputs and results of the tiers below host memory."""
 
 from __future__ import annotations
 

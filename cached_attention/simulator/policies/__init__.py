@@ -43,7 +43,7 @@ POLICIES = {
         _online("fetching-lru", "LRU, fetched ahead", LeastRecentlyUsed, fetches_ahead=True),
         _online("fetching-fifo", "FIFO, fetched ahead", ConversationsFirstInFirstOut, fetches_ahead=True),
         _online("none", "recompute", KeepNothing),
-        Policy("optimum", "optimum", Belady.of, offline=True),
+        Policy("optimum", "optimum", Belady.of),
     )
 }
 """All policies that can be simulated; `lru` and `optimum` bound the gap that the others close."""

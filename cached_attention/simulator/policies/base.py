@@ -105,5 +105,3 @@ class Policy:
     """Whether pages are fetched from disk in queue order, before their request is due to run."""
     refreshes: bool = False
     """Whether waiting requests keep their prefixes recent, as in SGLang's device cache."""
-    offline: bool = False
-    """Whether it needs all requests in advance."""

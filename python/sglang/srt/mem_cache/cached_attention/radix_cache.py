@@ -194,16 +194,15 @@ class CachedAttentionRadixCache(UnifiedRadixCache):
         return False
 
     def describe_store(self) -> dict[str, Any]:
-        linker = self.cache_linker
-        state = linker.describe() | {"hottest": self.linker.hottest(HOTTEST)}
+        state = self.cache_linker.describe() | {"hottest": self.linker.hottest(HOTTEST)}
         if os.environ.get(CHECK_INVARIANTS):
-            state |= {"saving": linker.store.saving, "pins": linker.store.pins, "damage": _damage(linker)}
+            state |= {"saving": self.store.saving, "pins": self.store.pins, "damage": _damage(self.store)}
         return state
 
 
-def _damage(linker: CachedAttentionLinker) -> str:
+def _damage(store: CachedAttentionStore) -> str:
     try:
-        linker.store.check_invariants()
+        store.check_invariants()
     except AssertionError as error:
         return str(error) or "an invariant does not hold"
     return ""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.migration.remote_pages import RemotePages
+from cached_attention.remote_pages import RemotePages
 from cached_attention.residency import ResidencyFeed, ResidentPage
 from cached_attention.tiers.host_slots import HostSlots
 
