@@ -9,6 +9,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.cached_attention.answers import AnswersLinker, AnswersTreeLink
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker, PathTransfer
+from sglang.srt.mem_cache.cached_attention.lower_tiers import LowerTiers
 from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError
 from sglang.srt.mem_cache.cached_attention.states import StatesLinker
 from sglang.srt.mem_cache.hicache_storage import PoolName
@@ -79,8 +80,9 @@ def test_with_a_draft_model_the_last_page_of_the_prompt_may_belong_to_the_answer
 def test_after_an_update_of_the_weights_answers_stay_here() -> None:
     log: list[str] = []
     linker: Any = object.__new__(AnswersLinker)
-    linker._config = SimpleNamespace(disk_path=None)
-    linker._identity = SimpleNamespace(updated=lambda: None, shared_fingerprint=lambda: "name")
+    config: Any = SimpleNamespace(disk_path=None)
+    identity: Any = SimpleNamespace(updated=lambda: None, shared_fingerprint=lambda: "name")
+    linker._lower = [LowerTiers(config, identity, ".", int)]
     remote = SimpleNamespace(pause=lambda: log.append("pause"), serve=log.append)
     linker.store = SimpleNamespace(remote=remote, disk=None, reset=lambda: log.append("reset"))
     linker.layer_done_counter = SimpleNamespace(reset=lambda: None)

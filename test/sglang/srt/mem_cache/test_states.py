@@ -11,6 +11,7 @@ import torch
 from sglang.srt.mem_cache.cached_attention.hybrid import form_of
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
+from sglang.srt.mem_cache.cached_attention.lower_tiers import LowerTiers
 from sglang.srt.mem_cache.cached_attention.mla_dedup import MlaDedupLinker
 from sglang.srt.mem_cache.cached_attention.pools import UnsupportedModelError
 from sglang.srt.mem_cache.cached_attention.ranks import Ranks
@@ -287,8 +288,9 @@ def test_whichever_disk_is_missing_both_stores_forget_and_leave_theirs(
     states = Disks("states", log, has_states)
     linker: Any = object.__new__(StatesLinker)
     linker.store = Disks("kv", log, has_kv, states)
-    linker._config = SimpleNamespace(disk_path="/somewhere")
-    linker._identity = linker._trailing_identity = SimpleNamespace(has_changed=lambda: has_changed)
+    config: Any = SimpleNamespace(disk_path="/somewhere")
+    identity: Any = SimpleNamespace(has_changed=lambda: has_changed)
+    linker._lower = [LowerTiers(config, identity, name, int) for name in ("kv", "states")]
     linker.layer_done_counter = LayerEvents(1)
     linker.reset()
     assert ("replace kv" in log, "reset kv" in log) == (has_changed or not has_kv, has_kv and not has_changed)

@@ -169,7 +169,6 @@ def test_a_rank_has_its_disk_if_all_that_it_keeps_has_one(
 ) -> None:
     linker: Any = object.__new__(kind)
     monkeypatch.setattr(kind, "configured_tiers", frozenset(meant))
-    linker._config = SimpleNamespace(disk_path="/kv" if "disk" in meant else None)
     disk, trailing = opened
     linker.store = SimpleNamespace(disk=disk, trailing=SimpleNamespace(disk=trailing))
     assert linker.has_its_disk == whole

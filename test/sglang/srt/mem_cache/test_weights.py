@@ -9,6 +9,7 @@ import pytest
 from sglang.srt.mem_cache.cached_attention import weights
 from sglang.srt.mem_cache.cached_attention.layer_events import LayerEvents
 from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
+from sglang.srt.mem_cache.cached_attention.lower_tiers import LowerTiers
 from sglang.srt.mem_cache.cached_attention.radix_cache import CachedAttentionRadixCache
 
 SUCCESS, FAILURE = SimpleNamespace(success=True), SimpleNamespace(success=False)
@@ -60,8 +61,10 @@ class Server:
     def __init__(self) -> None:
         self.store, self.model = Store(), Model()
         self.linker: Any = object.__new__(CachedAttentionLinker)
-        self.linker.store, self.linker._identity = self.store, self.model
-        self.linker._config = SimpleNamespace(disk_path="/somewhere")
+        self.linker.store = self.store
+        config: Any = SimpleNamespace(disk_path="/somewhere")
+        model: Any = self.model
+        self.linker._lower = [LowerTiers(config, model, ".", int)]
         self.linker.layer_done_counter = LayerEvents(1)
         cache = CachedAttentionRadixCache.__new__(CachedAttentionRadixCache)
         cache.linker = SimpleNamespace(cache_linker=self.linker)  # type: ignore[assignment]
@@ -87,8 +90,8 @@ class Server:
         (weights._began, FAILURE, False, False),
         (weights._ended, SUCCESS, True, True),
         (weights._ended, SUCCESS, False, False),
-        (weights._ended_somehow, FAILURE, False, True),
-        (weights._ended_somehow, SUCCESS, True, False),
+        (weights._may_have_failed, FAILURE, False, True),
+        (weights._may_have_failed, SUCCESS, True, False),
         (weights._updated, None, False, True),
     ],
 )

@@ -20,15 +20,15 @@ from sglang.srt.server_args import ServerArgs
 from cached_attention.chain import Chain, PageRun
 from cached_attention.hybrid_store import HybridStore
 from cached_attention.layout import DevicePool
-from cached_attention.tiers.disk import DiskTier
+from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk_ranks import Beside, beside
-from cached_attention.tiers.remote import RemoteTier
 from cached_attention.trailing_store import TrailingStore
 from cached_attention.units import format_size
 
 from .identity import ModelIdentity
 from .layer_events import LayerEvents
 from .linker import CachedAttentionLinker, page_keys
+from .lower_tiers import LowerTiers
 from .never_waits import never_waits
 from .rotary import UnsupportedRotationError
 from .tree_link import TreeLink
@@ -60,7 +60,10 @@ class HybridLinker(CachedAttentionLinker):
         super().__init__(server_args, params, **options)
         self._trailing = self._trailing_pool(params)
         form: dict[str, str] = {self.what: form_of(self._trailing)}
-        self._trailing_identity = ModelIdentity(server_args, params, self._trailing, other=form)
+        identity = ModelIdentity(server_args, params, self._trailing, other=form)
+        directory = beside(self._directory, self.what)
+        # The tiers of the KV lend what this rank lends.
+        self._lower.append(LowerTiers(self._config, identity, directory, self._rest, lends=False))
         self.pools = {**self.pools, self.pool_name: self._trailing}
         layers, waited = self._order_layers(), self._load_waited if self.on_cpu else None
         self.layer_done_counter = LayerEvents(layers, waited)
@@ -75,19 +78,20 @@ class HybridLinker(CachedAttentionLinker):
 
     def _make_store(self) -> HybridStore:
         policies, size = self._policies(), self._share(self._config.host_size)
+        kv, beside_it = self._lower
         trailing = TrailingStore(
             self._trailing,
             self._rest(self._config.host_size),
-            self._open_trailing(),
-            self._reach_remote_trailing(),
+            beside_it.open_disk(),
+            beside_it.connect(),
             chain_pages=self.chain_pages,
             **policies,
         )
         return HybridStore(
             self._pool,
             size,
-            self._open_disk(),
-            self._reach_remote(),
+            kv.open_disk(),
+            kv.connect(),
             trailing=trailing,
             span=self.span,
             **policies,
@@ -101,29 +105,15 @@ class HybridLinker(CachedAttentionLinker):
     def _rest(self, size: int) -> int:
         return super()._share(size) - self._share(size)
 
-    def _open_disk(self) -> DiskTier | None:
-        size = self._share(self._config.disk_size)
-        return self._open_directory(self._identity.rank_name, self._identity, size)
-
-    def _open_trailing(self) -> DiskTier | None:
-        name = beside(self._identity.rank_name, self.what)
-        return self._open_directory(name, self._trailing_identity, self._rest(self._config.disk_size))
-
-    def _reach_remote_trailing(self) -> RemoteTier | None:
-        """Lends nothing: the other tier lends what this rank lends."""
-        if (address := self._remote_address) is None:
-            return None
-        return RemoteTier(address, 0, self._trailing_identity.shared_fingerprint(), encryption=self._read_key())
+    @property
+    def _directory(self) -> str:
+        return self._identity.rank_name  # What is beside it needs a name of its own.
 
     def _find_rotations(self, model: torch.nn.Module) -> None:
         self._immovable = UnsupportedRotationError(
             f"CachedAttention does not truncate conversations of this model because {self.immovable}. Over-long "
             "prompts are treated as SGLang does without it."
         )
-
-    @property
-    def has_its_disk(self) -> bool:
-        return super().has_its_disk and (self.disk_path is None or self.store.trailing.disk is not None)
 
     def announce(self) -> None:
         super().announce()
@@ -164,32 +154,9 @@ class HybridLinker(CachedAttentionLinker):
     def _trailing_run(self, kv: PoolTransfer | None, trailing: PoolTransfer) -> PageRun:
         """The transfer `trailing`, with `kv` or by itself, as pages of the trailing store."""
 
-    def reset(self) -> None:
-        trailing = self.store.trailing
-        replaces = self._has_other_pages(trailing, self._trailing_identity)
-        super().reset()
-        if replaces:
-            trailing.replace_disk(lambda: self._try_to_open(self._open_trailing))
-        else:
-            trailing.reset()  # Also if only the disk of the KV was replaced.
-        if trailing.remote is not None and self._may_share:
-            trailing.remote.serve(self._trailing_identity.shared_fingerprint())
-
     @property
-    def _identities(self) -> list[ModelIdentity]:
-        return [*super()._identities, self._trailing_identity]
-
-    @property
-    def _leaves_memory(self) -> bool:
-        trailing = self.store.trailing
-        return super()._leaves_memory or trailing.disk is not None or trailing.remote is not None
-
-    def _pause_lower_tiers(self) -> None:
-        super()._pause_lower_tiers()
-        trailing = self.store.trailing
-        if trailing.remote is not None:
-            trailing.remote.pause()
-        trailing.detach_disk()
+    def _stores(self) -> list[CachedAttentionStore]:
+        return [self.store, self.store.trailing]
 
     def describe(self) -> dict[str, Any]:
         trailing = self.store.trailing

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +17,9 @@ from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
 from cached_attention.config import CachedAttentionConfig
-from cached_attention.encryption import EncryptionKey, read_key
 from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
-from cached_attention.tiers.disk import DirectoryInUseError, DiskTier
-from cached_attention.tiers.disk_directory import BADLY_CHOSEN
-from cached_attention.tiers.remote import RemoteTier
-from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
 from cached_attention.transfer.load_fence import LoadFence
 from cached_attention.transfer.streams import Event
 from cached_attention.units import format_size
@@ -35,6 +28,7 @@ from .free_slots import free_slots
 from .identity import ModelIdentity, agree_on_weights
 from .kv_events import KvEvents
 from .layer_events import Layer, LayerEvents
+from .lower_tiers import LowerTiers
 from .never_waits import never_waits
 from .pools import device_pool, draft_pools, is_replicated
 from .rotary import UnsupportedRotationError, key_rotations
@@ -55,10 +49,6 @@ class PathTransfer(PoolTransfer):
 def page_keys(hashes: Sequence[str]) -> list[bytes]:
     """SGLang's page hashes (hexadecimal SHA-256) as the store's keys."""
     return [bytes.fromhex(page_hash) for page_hash in hashes]
-
-
-def _do_without_disk(error: Exception) -> None:
-    logger.error("CachedAttention: no disk tier until the next flush of the cache: %s", error)
 
 
 class CachedAttentionLinker(UnifiedCacheLinker):
@@ -106,6 +96,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         self._params = params
         self._kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
         self._identity = ModelIdentity(server_args, params, self._pool, alike=is_replicated(params))
+        self._lower = [LowerTiers(self._config, self._identity, self._directory, self._share)]
         # Without overlap SGLang runs forwards on the stream of its scheduler, which is the current one.
         self.forward_stream = None if server_args.disable_overlap_schedule else forward_stream
         self.on_cpu = self._pool.device.type == "cpu"
@@ -123,8 +114,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             ValueError: a tier is too small for a page.
         """
         agreed = None if self._config.remote is None else agree_on_weights(model)
-        for identity in self._identities:
-            identity.describe(model, hf_config, agreed)
+        for lower in self._lower:
+            lower.identity.describe(model, hf_config, agreed)
         if self._truncates:
             self._find_rotations(model)
         self.store = self._make_store()
@@ -132,12 +123,18 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             self.events = KvEvents(self.store.residency, self._params)
         self.announce()
 
+    @property
+    def _directory(self) -> str:
+        """Name of the directory of this rank's KV on disk."""
+        return self._identity.rank_directory
+
     def _make_store(self) -> CachedAttentionStore:
+        (lower,) = self._lower
         return CachedAttentionStore(
             self._pool,
             self._share(self._config.host_size),
-            self._open_disk(),
-            self._reach_remote(),
+            lower.open_disk(),
+            lower.connect(),
             rotations=self.rotations,
             **self._policies(),
         )
@@ -172,61 +169,6 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         except UnsupportedRotationError as error:
             self._immovable = error
 
-    def _open_disk(self) -> DiskTier | None:
-        return self._open_directory(
-            self._identity.rank_directory, self._identity, self._share(self._config.disk_size)
-        )
-
-    def _open_directory(self, name: str, identity: ModelIdentity, size: int) -> DiskTier | None:
-        """The tier of up to `size` bytes in the directory `name`; None while its file system fails or is full."""
-        if self._config.disk_path is None:
-            return None
-        whole = Path(self._config.disk_path)
-        try:
-            return DiskTier(
-                whole / name,
-                identity.fingerprint(),
-                size,
-                ttl=self._config.ttl or None,
-                encryption=self._read_key(),
-                whole=whole,
-            )
-        except BADLY_CHOSEN:
-            raise
-        except (OSError, sqlite3.Error) as error:
-            # A disk that fails must not keep a server from being started again.
-            _do_without_disk(error)
-            return None
-
-    def _read_key(self) -> EncryptionKey | None:
-        return read_key(self._config.encryption_key) if self._config.encryption_key else None
-
-    def _reach_remote(self) -> RemoteTier | None:
-        """Connects in the background: the server runs whether or not the store can be reached."""
-        if (address := self._remote_address) is None:
-            return None
-        segment = max(self._share(address.segment), LEAST_SEGMENT) if address.segment else 0
-        logger.info(
-            "CachedAttention: remote tier at %s, which this rank lends %s.", address.master, format_size(segment)
-        )
-        return RemoteTier(address, segment, self._identity.shared_fingerprint(), encryption=self._read_key())
-
-    @property
-    def _remote_address(self) -> RemoteAddress | None:
-        url = self._config.remote
-        return None if url is None else parse_remote("--cached-attention-remote", url)
-
-    def _reopen_disk(self) -> DiskTier | None:
-        return self._try_to_open(self._open_disk)
-
-    def _try_to_open(self, open_disk: Callable[[], DiskTier | None]) -> DiskTier | None:
-        """If that fails, a running server continues without a disk tier rather than stopping."""
-        try:
-            return open_disk()
-        except (DirectoryInUseError, OSError, ValueError, sqlite3.Error) as error:
-            _do_without_disk(error)
-            return None
-
     def announce(self) -> None:
         """Tiers were opened: say how large they are."""
         # A full collection would walk the index: 0.2 s per million pages, on the scheduler's thread.
@@ -243,7 +185,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
                     format_size(layout.page_bytes),
                     counters[f"{tier}_pages_used"],
                 )
-        if (key := self._read_key()) is not None:
+        if (key := self._lower[0].key) is not None:
             # By its name, as `cached-attention inspect` shows it.
             logger.info("CachedAttention: what leaves host memory is encrypted, key %s.", key.id)
 
@@ -340,23 +282,10 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return self.store.pop_save()
 
     def reset(self) -> None:
-        """Remove all pages. After a weight update the disk keeps the old pages, for the old weights.
-
-        The remote store keeps its pages: other servers use them.
-        """
-        if self._has_other_pages(self.store, self._identity):
-            self.store.replace_disk(self._reopen_disk)
-        else:
-            self.store.reset()
-        if self.store.remote is not None and self._may_share:
-            self.store.remote.serve(self._identity.shared_fingerprint())
+        """Remove all pages, see `LowerTiers.reset`."""
+        for lower, store in zip(self._lower, self._stores, strict=True):
+            lower.reset(store, weights_are_here=self._weights_are_here, may_share=self._may_share)
         self.layer_done_counter.reset()
-
-    def _has_other_pages(self, store: CachedAttentionStore, identity: ModelIdentity) -> bool:
-        """Whether a disk is configured, and `store` has none open or one with pages of other weights."""
-        if self._config.disk_path is None or not self._weights_are_here:
-            return False
-        return store.disk is None or identity.has_changed()
 
     @property
     def _may_share(self) -> bool:
@@ -371,7 +300,7 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     @property
     def has_its_disk(self) -> bool:
         """Whether what this rank is meant to keep on disk can be kept there."""
-        return "disk" not in self.configured_tiers or self.store.disk is not None
+        return "disk" not in self.configured_tiers or all(store.disk is not None for store in self._stores)
 
     @property
     def weights_are_here(self) -> bool:
@@ -384,40 +313,42 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         key: place of the key that encrypts it, unless the server was started with one.
         """
         key = self._config.encryption_key or key
-        self._config = replace(self._config, disk_path=path, disk_size=size, encryption_key=key)
+        self._configure(replace(self._config, disk_path=path, disk_size=size, encryption_key=key))
 
     def detach_disk(self) -> None:
         """Continue without the disk tier, which keeps its pages. May be called while requests are running."""
         self.store.detach_disk()
-        self._config = replace(self._config, disk_path=None, disk_size=0)
+        self._configure(replace(self._config, disk_path=None, disk_size=0))
+
+    def _configure(self, config: CachedAttentionConfig) -> None:
+        self._config = config
+        for lower in self._lower:
+            lower.config = config
 
     def weights_changed(self) -> None:
         """Weights were updated, or may be from now on, perhaps only those of other ranks."""
         self._pause_lower_tiers()
-        for identity in self._identities:
-            identity.updated()
+        for lower in self._lower:
+            lower.identity.updated()
 
     def _pause_lower_tiers(self) -> None:
-        """Stop using disk and remote store until the next `reset`: the KV may be of old or new weights."""
-        if self.store.remote is not None:
-            self.store.remote.pause()
-        if self.store.disk is not None:
-            logger.info("CachedAttention: weights were updated; the disk tier waits for the cache to be flushed.")
-            self.store.detach_disk()
+        """See `LowerTiers.pause`."""
+        for lower, store in zip(self._lower, self._stores, strict=True):
+            lower.pause(store)
 
     def check_weights(self) -> None:
         """An update has ended: pause the lower tiers, unless the weights are those for which pages are kept."""
-        if self._leaves_memory and self._identity.has_changed():
+        if self._leaves_memory and self._lower[0].identity.has_changed():
             self._pause_lower_tiers()
 
     @property
-    def _identities(self) -> list[ModelIdentity]:
-        return [self._identity]
+    def _stores(self) -> list[CachedAttentionStore]:
+        return [self.store]
 
     @property
     def _leaves_memory(self) -> bool:
         """Whether pages may outlive the weights they were computed with."""
-        return self.store.disk is not None or self.store.remote is not None
+        return any(store.disk is not None or store.remote is not None for store in self._stores)
 
     def weights_left(self) -> None:
         """The weights are about to leave the device: until they are back, they cannot be read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,7 @@ from sglang.srt.mem_cache.mla_host_dedup import MLAHostDedupBroadcaster
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from cached_attention.chain import Chain
-from cached_attention.tiers.disk import DiskTier
-from cached_attention.tiers.remote import RemoteTier
+from cached_attention.config import CachedAttentionConfig
 
 from .flags import MLA_DEDUP
 from .layer_events import Layer
@@ -80,6 +80,7 @@ class MlaDedupLinker(CachedAttentionLinker):
         super().__init__(server_args, params, components=components, **options)
         self._broadcaster = _broadcaster(params, self.on_cpu)
         self._keeps = self._broadcaster is None or self._broadcaster.is_src
+        self._configure(self._config)
         self._queued: dict[str, torch.Tensor] = {}
         """Device slots of queued loads, by request."""
         self._slots = torch.empty(0, dtype=torch.int64)
@@ -97,11 +98,11 @@ class MlaDedupLinker(CachedAttentionLinker):
     def configured_tiers(self) -> frozenset[str]:
         return super().configured_tiers if self._keeps else frozenset({"host"})
 
-    def _open_disk(self) -> DiskTier | None:
-        return super()._open_disk() if self._keeps else None
-
-    def _reach_remote(self) -> RemoteTier | None:
-        return super()._reach_remote() if self._keeps else None
+    def _configure(self, config: CachedAttentionConfig) -> None:
+        super()._configure(config)
+        if not self._keeps:
+            (lower,) = self._lower
+            lower.config = replace(config, disk_path=None, remote=None)
 
     def announce(self) -> None:
         if self._keeps:

@@ -22,7 +22,7 @@ def register_hooks() -> None:
     after("begin_weight_update", _began)
     after("end_weight_update", _ended)
     for source in SOURCES:
-        after(f"update_weights_from_{source}", _update_ended)
+        after(f"update_weights_from_{source}", _may_have_failed)
     HookRegistry.register(f"{UPDATER}.release_memory_occupation", _memory_leaves, HookType.BEFORE)
     after("resume_memory_occupation", _memory_is_back)
 
@@ -52,7 +52,7 @@ def _ended(result: Any, updater: Any, *_args: Any) -> None:
         linker.check_weights()
 
 
-def _update_ended(result: Any, updater: Any, *_args: Any) -> None:
+def _may_have_failed(result: Any, updater: Any, *_args: Any) -> None:
     """An update that failed may have changed some of the weights."""
     if not result.success and (linker := _linker(updater)) is not None:
         linker.weights_changed()

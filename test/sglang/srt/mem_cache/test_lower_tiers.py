@@ -1,4 +1,4 @@
-"""How the linker opens the disk tier when the server starts."""
+"""How the disk tier is opened when the server starts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.mem_cache.cached_attention import linker
-from sglang.srt.mem_cache.cached_attention.linker import CachedAttentionLinker
+from sglang.srt.mem_cache.cached_attention import lower_tiers
+from sglang.srt.mem_cache.cached_attention.lower_tiers import LowerTiers
 
 
 def open_directory(directory: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the linker opens if the disk tier raises `error`."""
+    """What is opened if the disk tier raises `error`."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(linker, "DiskTier", fail)
-    config = SimpleNamespace(disk_path=str(directory), ttl=0)
-    rank: Any = SimpleNamespace(_config=config, _read_key=lambda: None)
+    monkeypatch.setattr(lower_tiers, "DiskTier", fail)
+    config: Any = SimpleNamespace(disk_path=str(directory), disk_size=1 << 20, ttl=0, encryption_key=None)
     identity: Any = SimpleNamespace(fingerprint=lambda: None)
-    return CachedAttentionLinker._open_directory(rank, "dp0-pp0-tp0", identity, 1 << 20)
+    return LowerTiers(config, identity, "dp0-pp0-tp0", int).open_disk()
 
 
 @pytest.mark.parametrize(
