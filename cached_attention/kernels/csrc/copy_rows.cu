@@ -15,7 +15,7 @@ using flashinfer::uint_fastdiv;
 
 constexpr int kCopyThreads = 256;
 constexpr int kWordsInFlight = 8;      // per thread, 16 bytes each; all are read before any is written
-constexpr int kArraysPerCall = 32;     // as many as fit into a kernel's parameters
+constexpr uint32_t kArraysPerCall = 32;  // as many as fit into a kernel's parameters
 constexpr int64_t kFieldsOfArrays = 5;
 
 // Two arrays of which rows are copied. Python writes these; all is in bytes.
@@ -104,6 +104,7 @@ void copy_in_words(TensorView arrays, TensorView target_rows, TensorView source_
   bool const on_host = target_rows.device().device_type == kDLCPU;
   Batch<W> batch;
   uint32_t filled = 0, most = 0;
+  uint32_t const fitting = std::min(kArraysPerCall, blocks);  // Each array of a call takes a block at least.
   auto const run = [&] {
     if (on_host) {
       copy_on_host(batch, filled, to, from);
@@ -125,7 +126,7 @@ void copy_in_words(TensorView arrays, TensorView target_rows, TensorView source_
                              reinterpret_cast<char const*>(item.source), item.source_stride,
                              static_cast<uint32_t>(words), static_cast<uint32_t>(item.size / sizeof(W))};
     most = std::max(most, static_cast<uint32_t>(words));
-    if (filled == kArraysPerCall) run();
+    if (filled == fitting) run();
   }
   if (filled > 0) run();
 }

@@ -13,9 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+from sglang.srt.arg_groups import pipeline
+from sglang.srt.arg_groups.overrides import resolved_view, run_post_process_pass
 from sglang.srt.mem_cache.cached_attention import flags, plugin, settings
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
+from sglang.srt.utils.common import is_no_spec_infer_or_topk_one
 
 from cached_attention.config import ConfigError
 from cached_attention.tiers import remote_client
@@ -128,6 +131,35 @@ def test_truncation() -> None:
 
 def test_a_given_page_size_stays() -> None:
     assert prepare_server_args([*ON, "--page-size", "16"]).page_size == 16
+
+
+CHAIN = ["--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", "1"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "is_late"),
+    [
+        (CHAIN, True),
+        ([*CHAIN, "--attention-backend", "fa3"], False),
+        ([*CHAIN, "--disable-overlap-schedule"], False),
+        (CHAIN[:2], False),
+    ],
+)
+def test_for_a_chain_of_drafts_sglang_chooses_its_attention_before_it_knows_the_page_size(
+    extra: list[str], is_late: bool
+) -> None:
+    """On Hopper and Blackwell it would choose a slower one, as the function shows that it asks."""
+    args = prepare_server_args([*ON, *extra])
+    assert (args.page_size is None) == is_late
+    assert is_no_spec_infer_or_topk_one(args) or not is_late
+    run_post_process_pass(args, pipeline._page_size_default)
+    assert resolved_view(args).page_size == 64
+
+
+def test_without_the_flag_sglang_chooses_the_page_size() -> None:
+    args = prepare_server_args([*MODEL, *CHAIN])
+    run_post_process_pass(args, pipeline._page_size_default)
+    assert resolved_view(args).page_size == 1
 
 
 def test_the_default_is_a_share_of_free_memory() -> None:

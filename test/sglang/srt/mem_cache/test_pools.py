@@ -273,6 +273,14 @@ def test_windows_that_are_kept_in_another_way_are_refused() -> None:
         window_pool(params(SimpleNamespace()))
 
 
+def test_sparse_attention_beside_windows_is_refused() -> None:
+    """SGLang does not wait for a load before it reads the indexer's data there."""
+    pool = windowed([1], [0])
+    pool.full_kv_pool = object.__new__(DSATokenToKVPool)
+    with pytest.raises(UnsupportedModelError, match="sparse attention beside sliding windows"):
+        device_pool(params(pool), WINDOWED)
+
+
 def test_layers_of_draft_models_ride_on_the_last() -> None:
     """One per depth of multi-token prediction, or a whole model of its own, of another shape."""
     own = PAGE * 2 * 32 * 2

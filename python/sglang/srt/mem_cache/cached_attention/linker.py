@@ -35,6 +35,8 @@ from .rotary import UnsupportedRotationError, key_rotations
 
 logger = logging.getLogger(__name__)
 
+LEAST_PAGE = 16
+"""Tokens per page below which the bookkeeping of a long prompt holds up the scheduler."""
 FLUSH_SECONDS = 10.0
 """SGLang kills a scheduler that takes longer than 15 s to shut down."""
 
@@ -122,6 +124,12 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         if self._params.enable_kv_cache_events and not self.only_saves:
             self.events = KvEvents(self.store.residency, self._params)
         self.announce()
+        if (page_size := self._pool.layout.page_size) < LEAST_PAGE:
+            logger.warning(
+                "CachedAttention: pages of %d tokens take much of the scheduler's time. Give --page-size 64, "
+                "and an --attention-backend that accepts it.",
+                page_size,
+            )
 
     @property
     def _directory(self) -> str:

@@ -100,7 +100,7 @@ def _from_cli_args(
         if args.disaggregation_mode != "decode":  # Such a server looks nothing up.
             HookRegistry.register(f"{TOKENIZER_MANAGER}.__init__", _serve_hints, HookType.AFTER)
         _leave_prompts_whole()
-        _name_adapters_by_content()
+        _prepare_arguments()
     return original(cls, args)
 
 
@@ -120,10 +120,12 @@ def _leave_prompts_whole() -> None:
     HookRegistry.apply_hooks()
 
 
-def _name_adapters_by_content() -> None:
-    """To be called before SGLang reads `--lora-paths`."""
+def _prepare_arguments() -> None:
+    """To be called before SGLang completes its arguments and reads `--lora-paths`."""
     adapter = "sglang.srt.lora.lora_registry.LoRARef.deterministic_id"
     HookRegistry.register(adapter, _adapter_id, HookType.AROUND)
+    page_size = "sglang.srt.arg_groups.pipeline._page_size_default"
+    HookRegistry.register(page_size, settings.default_page_size, HookType.AFTER)
     HookRegistry.apply_hooks()
 
 
@@ -180,7 +182,7 @@ def _accept_engine_arguments() -> None:
         settings.fold(kwargs)
         if flags.is_enabled(kwargs.get("unified_cache_external_linker_config")):
             _leave_prompts_whole()
-            _name_adapters_by_content()
+            _prepare_arguments()
         return server_args_class(**kwargs)
 
     module.Engine.server_args_class = staticmethod(build)

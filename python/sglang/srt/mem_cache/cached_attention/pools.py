@@ -104,6 +104,9 @@ def _of_full_attention(pool: Any) -> Any:
         return pool
     if not pool.full_layer_nums:
         refuse("all of its layers keep a sliding window only", KEEP_WINDOWS)
+    if isinstance(pool.full_kv_pool, DSATokenToKVPool):
+        # SGLang reads the data of its indexer without waiting for the layer.
+        refuse("it has sparse attention beside sliding windows")
     return pool.full_kv_pool
 
 
@@ -153,7 +156,7 @@ def _mha_layers(pool: MHATokenToKVPool) -> Layers:
 
 
 def _sparse_layers(pool: DSATokenToKVPool) -> Layers:
-    """Latents, and the indexer's data for each token; layers that reuse another layer's selection have none."""
+    """Latents, and the indexer's data for each token, if the layer has a buffer for it."""
     if pool.index_kpool != 1 or pool.index_page_size != pool.page_size:
         refuse("its indexer keeps several tokens in one, or a page in parts")
     return [

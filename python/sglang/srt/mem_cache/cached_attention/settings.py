@@ -43,6 +43,7 @@ from .flags import (
     TTL,
     WAIT,
     Flag,
+    is_enabled,
     option_of,
 )
 
@@ -80,8 +81,24 @@ def fold(values: MutableMapping[str, Any]) -> None:
         "linker_module_path": module,
         "linker_extra_config": config.to_settings(),
     }
-    if values.get("page_size") is None:
+    if values.get("page_size") is None and not _backend_comes_first(values):
         values["page_size"] = DEFAULT_PAGE_SIZE
+
+
+def _backend_comes_first(values: Mapping[str, Any]) -> bool:
+    """Whether SGLang would choose a slower attention backend if it knew the page size before.
+
+    On Hopper and Blackwell it does so for chains of drafts that are asked for. See `default_page_size`.
+    """
+    is_chain = values.get("speculative_eagle_topk") == 1
+    # Without overlap SGLang decides by the page size how it keeps the states of hybrid models.
+    return is_chain and values.get("attention_backend") is None and not values.get("disable_overlap_schedule")
+
+
+def default_page_size(chosen: dict[str, int], values: Any) -> dict[str, int] | None:
+    """What SGLang has `chosen` because no page size was given, with ours; None: nothing changes."""
+    is_ours = chosen and is_enabled(values.unified_cache_external_linker_config)
+    return {"page_size": DEFAULT_PAGE_SIZE} if is_ours else None
 
 
 def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
