@@ -28,6 +28,8 @@ LOAD_64 = Bound("load, pages of 64 tokens, to a pinned copy", 0.90, at_least=Tru
 LOAD_16 = Bound("load, pages of 16 tokens, to a pinned copy", 0.80, at_least=True)
 EXACT = Bound("bytes that differ after save, load and rotation", 0, unit="")
 THETA = 10_000.0
+PASSES = 200
+"""Over all bytes, each about a millisecond on an H200: together longer than any load here is handed over."""
 
 
 def pinned_bytes(setting: Setting) -> int:
@@ -68,6 +70,8 @@ def _measure(setting: Setting, page_size: int, outcome: Outcome) -> tuple[int, d
                 pass
             outcome.rows.append(_row(comparison))
             ratios[direction] = comparison.ratio
+        if setting.on_gpu:
+            outcome.notes.append(f"pages of {page_size} tokens: {bench.hand_over()}")
     return wrong, ratios
 
 
@@ -130,6 +134,26 @@ class Moves:
                 self._load_moved, lambda: self._copy(self._flat[less:], self._pinned[less:]), self._truncate
             ),
         }
+
+    def hand_over(self) -> str:
+        """How long a load keeps the scheduler's thread while a forward runs that it has to wait for.
+
+        A stream's queue is finite: a call that finds it full would wait for that forward.
+        """
+        self._rename()
+        self.stored.save(self._keys, self._source)
+        idle = self.stored.hand_over(self._keys, self._target, [])
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            for _ in range(PASSES):
+                self._flat.add_(1)
+            ended.record()
+        behind = self.stored.hand_over(self._keys, self._target, [ended])
+        return (
+            f"a load of {self._pages} pages is handed over in {1e3 * idle:.2f} ms, and in {1e3 * behind:.2f} ms "
+            f"behind a stream that is busy for {began.elapsed_time(ended):.0f} ms"
+        )
 
     def _differing(self, before: torch.Tensor, drop: int) -> int:
         self._kv.zero_()

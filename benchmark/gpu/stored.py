@@ -99,8 +99,13 @@ class StoredPages:
         if not self._store.pop_save():
             raise RuntimeError(f"the store declined some of {len(keys)} pages")
 
-    def start_load(self, keys: list[bytes], slots: torch.Tensor) -> tuple[int, Arrival]:
-        """Start to load the pages `keys` into `slots`; the returned number is for `finish_load`."""
+    def start_load(
+        self, keys: list[bytes], slots: torch.Tensor, behind: Sequence[Event] | None = None
+    ) -> tuple[int, Arrival]:
+        """Start to load the pages `keys` into `slots`; the returned number is for `finish_load`.
+
+        behind: what the load waits for; all work on the current stream unless given.
+        """
         number = next(self._numbers)
         request = f"request {number}"
         reserved = self._store.reserve(request, Chain(keys))
@@ -108,7 +113,7 @@ class StoredPages:
             raise RuntimeError(f"the store has {reserved} of {len(keys)} pages")
         if self._pool.device.type == "cuda":
             time.sleep(TO_BATCH_S)
-        arrival = Arrival(self._store.start_load(number, self._on_stream()))
+        arrival = Arrival(self._store.start_load(number, self._on_stream() if behind is None else behind))
         self._store.end_pass()
         return number, arrival
 
@@ -131,7 +136,17 @@ class StoredPages:
 
     def load(self, keys: list[bytes], slots: torch.Tensor) -> None:
         """Load, and return when all bytes are in the pool."""
-        number, arrival = self.start_load(keys, slots)
+        self._finish(*self.start_load(keys, slots))
+
+    def hand_over(self, keys: list[bytes], slots: torch.Tensor, behind: Sequence[Event]) -> float:
+        """Seconds that a load behind `behind` keeps the calling thread, of which `TO_BATCH_S` are idle."""
+        started = time.perf_counter()
+        load = self.start_load(keys, slots, behind)
+        seconds = time.perf_counter() - started
+        self._finish(*load)
+        return seconds
+
+    def _finish(self, number: int, arrival: Arrival) -> None:
         for layer in range(self._pool.layout.num_layers):
             arrival.wait(layer)
         self.finish_load(number)
