@@ -52,6 +52,7 @@ def _bind_runtime() -> None:
         error = simulated.cudaStreamGetCaptureInfo(ctypes.c_void_p(stream), *asked)
         return error, runtime.cudaStreamCaptureStatus(status.value), number.value
 
+    runtime.cudaSetDevice = lambda device: (simulated.cudaSetDevice(device),)
     runtime.cudaDeviceGetStreamPriorityRange = priorities
     runtime.cudaStreamGetCaptureInfo = capture_info
     runtime.cudaStreamCreateWithPriority = create

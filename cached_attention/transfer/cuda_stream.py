@@ -25,6 +25,8 @@ class CudaStream(Stream):
         from cuda.bindings import runtime
 
         with torch.cuda.device(device):
+            # These bindings bring a CUDA runtime of their own.
+            _checked(runtime.cudaSetDevice(torch.cuda.current_device()))
             least, greatest = _checked(runtime.cudaDeviceGetStreamPriorityRange())
             level = greatest if priority is Priority.HIGH else least
             (handle,) = _checked(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, level))
