@@ -25,11 +25,12 @@ from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
 from cached_attention.store import CachedAttentionStore
-from cached_attention.tiers.disk import DiskRecord, DiskTier, FileIO
+from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_directory import INDEX_NAME
-from cached_attention.tiers.disk_files import file_name
+from cached_attention.tiers.disk_files import FileIO, file_name
 from cached_attention.tiers.disk_format import store_format
 from cached_attention.tiers.disk_index import Changes, DiskIndex
+from cached_attention.tiers.disk_rows import DiskRecord
 from cached_attention.tiers.disk_space import TRANSACTION_ROWS, Space
 
 CHAIN = 32

@@ -23,9 +23,10 @@ from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool, PageLayout
 from cached_attention.migration.disk_write_behind import BATCH_PAGES, URGENT_BATCHES
-from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_runs import RUN_BYTES
 from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.page_io import PageRead, PageWrite, ReadOutcome
 from cached_attention.transfer.copier import page_copier
 
 IO_THREADS = 4

@@ -9,7 +9,6 @@ arena. The price: without its index a store is empty.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,7 +19,7 @@ from pathlib import Path
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.tiers.disk_committer import Committer
-from cached_attention.tiers.disk_directory import INDEX_NAME, DirectoryInUseError
+from cached_attention.tiers.disk_directory import INDEX_NAME
 from cached_attention.tiers.disk_files import FileIO, NoRoomError
 from cached_attention.tiers.disk_index import (
     INDEX_ERRORS,
@@ -28,6 +27,7 @@ from cached_attention.tiers.disk_index import (
     stream_rows,
 )
 from cached_attention.tiers.disk_opening import open_store
+from cached_attention.tiers.disk_requests import OpenRequests
 from cached_attention.tiers.disk_rows import DiskRecord, RecordColumns
 from cached_attention.tiers.disk_runs import IO_ERRORS, PlacedRead, Run, read_run, runs
 from cached_attention.tiers.disk_slots import FREE, REMOVING, SAVED, SlotTable
@@ -36,18 +36,6 @@ from cached_attention.tiers.disk_sweeper import Sweeper
 from cached_attention.tiers.health import Health
 from cached_attention.tiers.io_queue import IoQueue, Kind
 from cached_attention.tiers.page_io import DiskStats, PageRead, PageWrite, ReadOutcome, Ticket
-
-__all__ = [
-    "DirectoryInUseError",
-    "DiskRecord",
-    "DiskStats",
-    "DiskTier",
-    "FileIO",
-    "PageRead",
-    "PageWrite",
-    "ReadOutcome",
-    "slot_stride",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +89,7 @@ class DiskTier:
         self.page_bytes = fingerprint.page_bytes
         self.capacity_bytes = capacity_bytes
         self.stats = DiskStats()
-        self._queued_write_bytes = queued_write_bytes
-        self._lock = threading.Lock()
-        self._removing = 0
         self._closing = self._given_up = self._closed = False
-        self._writes: dict[int, tuple[Ticket[int | None], int]] = {}
-        self._reads: set[Ticket[ReadOutcome]] = set()
         whole = whole or directory
         self._store = open_store(
             directory,
@@ -124,6 +107,9 @@ class DiskTier:
         self.stats.dropped = self._store.dropped
         self._files = self._store.files
         self._slots = SlotTable(self._store.states, self._files.end(), self._files.missing(self._files.end()))
+        self._requests = OpenRequests(
+            self._slots, self._files.has_space, self.stats, queued_write_bytes // self.stride
+        )
         self._growth = self._store.growth
         if self._store.room <= self._files.end():
             self._growth.pause()
@@ -134,7 +120,7 @@ class DiskTier:
             self._store.index,
             self._read_health,
             self._write_health,
-            self,
+            self._requests,
             self._files.sync,
             self._files.probe,
         )
@@ -174,12 +160,12 @@ class DiskTier:
     @property
     def removing(self) -> int:
         """Slots that become free once the removal of their pages is durable."""
-        return self._removing
+        return self._requests.removing
 
     @property
     def write_room(self) -> int:
         """Pages that may still be queued for writing; more are declined."""
-        return max(0, self._queued_write_bytes // self.stride - len(self._writes))
+        return self._requests.write_room
 
     @property
     def direct(self) -> bool:
@@ -219,32 +205,21 @@ class DiskTier:
         If not all fit, the first ones are accepted.
         """
         self._check_buffers(pages)
-        ticket = Ticket[int | None](len(pages), None)
-        ticket.begin()
-        with self._lock:
-            slots = self._take_slots(len(pages))
-            self._writes.update((slot, (ticket, place)) for place, slot in enumerate(slots))
-            self.stats.declined += len(pages) - len(slots)
-            for place in range(len(slots), len(pages)):
-                ticket.settle(place, None)
-        if not slots:
-            ticket.finish()
-            return ticket.future
+        ticket, slots = self._requests.begin_write(len(pages), accepts=self.healthy, may_grow=self._growth.is_on)
         jobs = [partial(self._write_run, run) for run in runs(zip(slots, pages, strict=False), self._files)]
-        if not self._queue.submit(Kind.WRITE, jobs):
-            self._settle_writes(slots, saved=False)
+        if jobs and not self._queue.submit(Kind.WRITE, jobs):
+            self._requests.failed(slots)
         return ticket.future
 
     def read(self, pages: Sequence[PageRead]) -> Future[list[ReadOutcome]]:
         """Fill and verify the pages' buffers. `cancel` works until the first of them is started."""
         self._check_buffers(pages)
-        ticket = Ticket(len(pages), ReadOutcome.UNAVAILABLE)
-        with self._lock:
-            self._reads.add(ticket)
+        ticket = self._requests.begin_read(len(pages))
         items = [(page.slot, PlacedRead(place, page)) for place, page in enumerate(pages)]
         jobs = [partial(self._read_run, ticket, run) for run in runs(items, self._files)]
         if not (jobs and not self._closing and self._read_health.healthy and self._queue.submit(Kind.READ, jobs)):
-            self._settle_reads(ticket, [(place, ReadOutcome.UNAVAILABLE) for place in range(len(pages))])
+            outcomes = [(place, ReadOutcome.UNAVAILABLE) for place in range(len(pages))]
+            self._requests.settle_reads(ticket, outcomes)
         return ticket.future
 
     def remove(self, slots: Iterable[int]) -> None:
@@ -254,13 +229,7 @@ class DiskTier:
             ValueError: a slot holds no saved page.
         """
         slots = list(slots)
-        with self._lock:
-            for slot in slots:
-                if not (0 <= slot < self._slots.capacity and self._slots.states[slot] == SAVED):
-                    raise ValueError(f"slot {slot} of {self.path} holds no saved page.")
-                self._slots.states[slot] = REMOVING
-            self.stats.removed += len(slots)
-            self._removing += len(slots)
+        self._requests.begin_removal(slots)
         self._committer.remove(slots)
 
     def touch(self, slot: int, last_use: float, uses: int) -> None:
@@ -289,15 +258,8 @@ class DiskTier:
         ended = self._committer.close(max(GRACE_SECONDS, deadline - time.monotonic())) and ended
         if self._sweeper is not None:
             ended = self._sweeper.close(max(GRACE_SECONDS, deadline - time.monotonic())) and ended
-        with self._lock:
-            self._closed = True
-            open_tickets = {ticket for ticket, _ in self._writes.values()} | self._reads
-            self._writes.clear()
-            self._reads.clear()
-            for ticket in open_tickets:
-                ticket.begin()
-        for ticket in open_tickets:
-            ticket.finish()
+        self._closed = True
+        self._requests.abandon()
         if ended:
             self._store.close(self._slots.states.rfind(SAVED) + 1)
         return ended
@@ -309,9 +271,7 @@ class DiskTier:
             AssertionError: they do not.
         """
         assert self.flush(60), "pending work did not end"
-        with self._lock:
-            self._slots.check_invariants()
-            states = bytes(self._slots.states)
+        states = self._requests.check_invariants()
         with closing(open_read_only(self.path / INDEX_NAME)) as connection:
             rows = {slot for (slot,) in connection.execute("SELECT slot FROM pages")}
         assert rows == {slot for slot, state in enumerate(states) if state == SAVED}, "index and slots differ"
@@ -326,25 +286,22 @@ class DiskTier:
             if page.buffer.nbytes != expected:
                 raise ValueError(f"a buffer of {page.buffer.nbytes} bytes; slots have {expected}: give that.")
 
-    def _take_slots(self, count: int) -> list[int]:
-        return self._slots.take(min(count, self.write_room), self._growth.is_on) if self.healthy else []
-
     def _write_run(self, run: Run[PageWrite]) -> None:
         slots = [slot for slot, _ in run]
         if self._given_up or not self._write_health.healthy:
-            self._settle_writes(slots, saved=False)
+            self._requests.failed(slots)
             return
         try:
             self._files.write(slots[0], self._records.outgoing([page for _, page in run]))
         except NoRoomError as error:
             self._growth.failed(error)
-            self._settle_writes(slots, saved=False)
+            self._requests.failed(slots)
         except IO_ERRORS as error:
             self._write_health.failed(error)
-            self._settle_writes(slots, saved=False)
+            self._requests.failed(slots)
         except Exception as error:
             self._write_health.failed(error)
-            self._settle_writes(slots, saved=False)
+            self._requests.failed(slots)
             raise
         else:
             self._committer.save(
@@ -355,55 +312,10 @@ class DiskTier:
             )
 
     def _read_run(self, ticket: Ticket[ReadOutcome], run: Run[PlacedRead]) -> None:
-        with self._lock:
-            wanted = ticket.begin() and not self._given_up
+        wanted = self._requests.is_wanted(ticket) and not self._given_up
         outcomes = [(item.place, ReadOutcome.UNAVAILABLE) for _, item in run]
         try:
             if wanted:
                 outcomes = list(read_run(run, self._files, self._read_health, self._records))
         finally:
-            self._settle_reads(ticket, outcomes)
-
-    def _settle_reads(self, ticket: Ticket[ReadOutcome], outcomes: list[tuple[int, ReadOutcome]]) -> None:
-        with self._lock:
-            if ticket not in self._reads:
-                return
-            for place, outcome in outcomes:
-                ticket.settle(place, outcome)
-                setattr(self.stats, outcome.value, getattr(self.stats, outcome.value) + 1)
-            if not ticket.settled:
-                return
-            self._reads.discard(ticket)
-            ticket.begin()
-        ticket.finish()
-
-    def _settle_writes(self, slots: Iterable[int], saved: bool) -> None:
-        done = []
-        with self._lock:
-            for slot in slots:
-                if slot not in self._writes:
-                    continue
-                ticket, place = self._writes.pop(slot)
-                if saved:
-                    self._slots.states[slot] = SAVED
-                    self.stats.saved += 1
-                else:
-                    self._slots.give_back(slot, self._files.has_space(slot))
-                    self.stats.failed += 1
-                ticket.settle(place, slot if saved else None)
-                if ticket.settled:
-                    done.append(ticket)
-        for ticket in done:
-            ticket.finish()
-
-    def saved(self, records: list[DiskRecord]) -> None:
-        self._settle_writes([record.slot for record in records], saved=True)
-
-    def unsaved(self, records: list[DiskRecord]) -> None:
-        self._settle_writes([record.slot for record in records], saved=False)
-
-    def removed(self, slots: list[int]) -> None:
-        with self._lock:
-            self._removing -= len(slots)
-            for slot in slots:
-                self._slots.give_back(slot, self._files.has_space(slot))
+            self._requests.settle_reads(ticket, outcomes)

@@ -44,15 +44,12 @@ class ReadOutcome(Enum):
 class DiskStats:
     """Counts since the tier was opened, in pages."""
 
-    read: int = 0
     lost: int = 0
-    unavailable: int = 0
-    saved: int = 0
+    """Found damaged, short, foreign or unreadable when they were read."""
     declined: int = 0
     """Writes not started: full, too much queued, or out of service."""
     failed: int = 0
     """Writes started but given up."""
-    removed: int = 0
     dropped: int = 0
     """Found when the store was opened but not kept: expired, beyond the capacity, or damaged."""
 

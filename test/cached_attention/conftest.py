@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from cached_attention.tiers.disk import FileIO
+from cached_attention.tiers.disk_files import FileIO
 
 
 class GatedReads(FileIO):

@@ -22,11 +22,12 @@ from cached_attention.cli.arguments import duration, words
 from cached_attention.cli.capacity import Deployment, kv_bytes_per_token, served_dtype, state_bytes
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import FORMAT_VERSION, Fingerprint
-from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_directory import LOCK_NAME
 from cached_attention.tiers.disk_index import DiskIndex
 from cached_attention.tiers.disk_reader import StoreReader
 from cached_attention.tiers.disk_space import disk_usage
+from cached_attention.tiers.page_io import PageRead, PageWrite, ReadOutcome
 
 PAGE_BYTES = 16 << 10
 CAPACITY = 8 << 20

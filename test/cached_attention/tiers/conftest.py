@@ -14,15 +14,11 @@ import pytest
 from cached_attention.checksum import page_checksum
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
-from cached_attention.tiers.disk import (
-    DiskRecord,
-    DiskTier,
-    FileIO,
-    PageRead,
-    PageWrite,
-    ReadOutcome,
-    slot_stride,
-)
+from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.disk_files import FileIO
+from cached_attention.tiers.disk_rows import DiskRecord
+from cached_attention.tiers.disk_space import slot_stride
+from cached_attention.tiers.page_io import PageRead, PageWrite, ReadOutcome
 
 
 def make_fingerprint(page_bytes: int, weights: str = "w0") -> Fingerprint:

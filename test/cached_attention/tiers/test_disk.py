@@ -7,7 +7,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from cached_attention.tiers.disk import DirectoryInUseError, ReadOutcome
+from cached_attention.tiers.disk_directory import DirectoryInUseError
+from cached_attention.tiers.page_io import ReadOutcome
 
 
 def test_pages_come_back_as_they_were_written(store):

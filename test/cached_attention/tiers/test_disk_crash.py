@@ -11,9 +11,9 @@ from contextlib import closing
 
 import pytest
 
-from cached_attention.tiers.disk import ReadOutcome
 from cached_attention.tiers.disk_directory import stores
 from cached_attention.tiers.disk_reader import StoreReader
+from cached_attention.tiers.page_io import ReadOutcome
 
 CRASHES = int(os.environ.get("CACHED_ATTENTION_TEST_CRASHES", "200"))
 BATCH = 6

@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 
 from cached_attention.encryption import EncryptionKey
-from cached_attention.tiers.disk import PageRead, ReadOutcome
+from cached_attention.tiers.page_io import PageRead, ReadOutcome
 
 MUTATIONS = int(os.environ.get("CACHED_ATTENTION_TEST_MUTATIONS", "10000"))
 PER_STORE = 25

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from cached_attention.encryption import EncryptionKey
 from cached_attention.tiers import cipher
-from cached_attention.tiers.disk import ReadOutcome
 from cached_attention.tiers.disk_directory import read_fingerprint
 from cached_attention.tiers.disk_pruning import prune
 from cached_attention.tiers.disk_reader import StoreReader
 from cached_attention.tiers.disk_rows import KeyNeededError
+from cached_attention.tiers.page_io import ReadOutcome
 
 KEY, OTHER = EncryptionKey(bytes(range(32))), EncryptionKey(bytes(range(1, 33)))
 PAGE_BYTES, STRIDE, PAGES = 8192, 12288, 20

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from cached_attention.tiers import disk_growth, disk_space, io_queue
-from cached_attention.tiers.disk import ReadOutcome
 from cached_attention.tiers.disk_index import DiskIndex
+from cached_attention.tiers.page_io import ReadOutcome
 
 
 def wait_for(condition, seconds=10):

@@ -21,8 +21,9 @@ from cached_attention.checksum import page_checksum
 from cached_attention.encryption import EncryptionKey
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import PageLayout
-from cached_attention.tiers.disk import DiskTier, PageRead, PageWrite, ReadOutcome
+from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.host import HostTier
+from cached_attention.tiers.page_io import PageRead, PageWrite, ReadOutcome
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import parse_remote
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from cached_attention.config import CachedAttentionConfig
 from cached_attention.encryption import EncryptionKey, read_key
 from cached_attention.store import CachedAttentionStore
-from cached_attention.tiers.disk import DirectoryInUseError, DiskTier
-from cached_attention.tiers.disk_directory import BADLY_CHOSEN
+from cached_attention.tiers.disk import DiskTier
+from cached_attention.tiers.disk_directory import BADLY_CHOSEN, DirectoryInUseError
 from cached_attention.tiers.remote import RemoteTier
 from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
 from cached_attention.units import format_size
