@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from cached_attention.chain import reach
 from cached_attention.hierarchy import Hierarchy
-from cached_attention.index import PageKey
+from cached_attention.index import NOWHERE, PageKey
 
 Source = Sequence[PageKey | None]
 """Per page of a chain: the key of the same tokens computed at another position, or None."""
@@ -52,7 +52,28 @@ class Aliases:
 
     def _name(self, key: PageKey, parent: PageKey | None, source: Source, page: int) -> bool:
         original = source[page] if page < len(source) else None
-        return original is not None and self._pages.alias(key, parent, page * self._page_size, original)
+        return original is not None and self.alias(key, parent, page * self._page_size, original)
+
+    def alias(self, key: PageKey, parent: PageKey | None, place: int, source: PageKey) -> bool:
+        """Make `key`, which is in no tier, an alias of the page `source`; False if that is in no tier either.
+
+        Its predecessor `parent` is in a tier; its first token is at `place` in its prompt. If a tier still holds
+        the bytes of `key` for another row, `key` gets those instead.
+        """
+        index = self._pages.index
+        row = index.find(key)
+        if row != NOWHERE and self._join(row):
+            return True
+        named = index.find(source)
+        if named == NOWHERE or not self._pages.is_kept(source):
+            return False
+        return self._join(index.alias(key, parent, place, index.aliases.origin(named)))
+
+    def _join(self, row: int) -> bool:
+        """`Hierarchy.join`, with the latest last use of all sharers: with an older one the row would expire."""
+        index = self._pages.index
+        index.last_use[row] = max(index.last_use[sharer] for sharer in index.aliases.sharers(row))
+        return self._pages.join(row)
 
     def loaded_rotated(self, request: str, keys: Sequence[PageKey]) -> None:
         """The device holds these pages as rotated copies, at least while `request` runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from cached_attention import page_runs
 from cached_attention.chain import reach
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
@@ -72,6 +73,8 @@ class Hierarchy:
             "waiting": len(self.waiting),
         }
 
+    # Where pages are
+
     def is_kept(self, key: PageKey) -> bool:
         """Whether the page is in any tier of this server, or on its way there."""
         return self.index.is_resident(key)
@@ -116,6 +119,8 @@ class Hierarchy:
         """Row of the last of `keys` that has one; NOWHERE if none has."""
         return next((row for row in map(self.index.find, reversed(keys)) if row != NOWHERE), NOWHERE)
 
+    # What is needed, by transfers and by queued requests
+
     def pin(self, row: int) -> None:
         self.index.pin(row)
 
@@ -130,7 +135,7 @@ class Hierarchy:
                 if order.tier.slot[row] != NOWHERE:
                     order.offer(row)
 
-    def is_idle(self, row: int) -> bool:
+    def _is_idle(self, row: int) -> bool:
         """Whether the page is evictable from every tier it is in: no successors, no queued request, no pins."""
         unfollowed = not any(tier.children[row] for tier in self.index.tiers)
         wanted = any(order.demand.is_wanted(row) for order in (self.host_order, self.disk_order))
@@ -154,6 +159,8 @@ class Hierarchy:
         for order in (self.host_order, self.disk_order):
             order.demand.forget(request)
         self.waiting.discard(request)
+
+    # Into host memory, and out of it to make room
 
     def admit(
         self, key: PageKey, parent: PageKey | None, position: int, for_rank: int = NOT_WAITING
@@ -200,36 +207,26 @@ class Hierarchy:
         if for_rank != NOT_WAITING:
             # Prefetching must not lose pages that are not on disk yet: they will be written soon.
             leaving = next((place for place, row in enumerate(run) if row in self.dirty), leaving)
-        self.leave_host_run(run[:leaving])
+        page_runs.leave_host(self, run[:leaving])
         for row in run[leaving:]:
             self.offer(row)
         self.stats.left("host", Reason.ROOM, leaving)
         return leaving > 0
 
-    def leave_host_run(self, run: list[int]) -> None:
-        """`leave_host` for a run of a chain, tail first: the only successor of each page is the one before it."""
-        if len(run) < 2 or not self.are_plain(run):
-            for row in run:
-                self.leave_host(row)
-            return
-        if self.feed.observer is not None:
-            for row in run:
-                self.feed.leaves(row, self.in_host)
-        if any(map(self._leads_to_disk, run)):
-            self.epoch += 1
-        parent = self.index.parent[run[-1]]
-        self.host.give_back_all(self.index.displace_run(run, self.in_host))
-        if parent != NOWHERE:
-            self.host_order.offer(parent)
+    def expire(self, count: int, limit: float) -> int:
+        """Drop from host memory up to `count` pages that were last used before `limit`."""
+        expired = 0
+        while expired < count and (row := self.host_order.take(limit)) is not None:
+            self.leave_host(row)
+            expired += 1
+        self.stats.left("host", Reason.TTL, expired)
+        return expired
 
-    def _leads_to_disk(self, row: int) -> bool:
+    def leads_to_disk(self, row: int) -> bool:
         """Whether pages on disk are reachable only through `row`, which is not there itself."""
         return row not in self.on_disk and self.on_disk.children[row] > 0
 
-    def are_plain(self, rows: Iterable[int]) -> bool:
-        """Whether none of these pages shares its bytes or is dirty."""
-        is_shared, dirty = self.index.is_shared, self.dirty.slot
-        return not any(dirty[row] != NOWHERE or is_shared(row) for row in rows)
+    # What becomes of a page in a tier
 
     def join(self, row: int) -> bool:
         """Put `row` into every tier that holds its bytes for another row; returns whether it is in any tier."""
@@ -243,35 +240,15 @@ class Hierarchy:
         self.offer(row)
         return row in self.in_host or row in self.on_disk
 
-    def alias(self, key: PageKey, parent: PageKey | None, place: int, source: PageKey) -> bool:
-        """Make `key`, which is in no tier, an alias of the page `source`; False if that is in no tier either.
-
-        Its predecessor `parent` is in a tier; its first token is at `place` in its prompt. If a tier still holds
-        the bytes of `key` for another row, `key` gets those instead.
-        """
-        row = self.index.find(key)
-        if row != NOWHERE and self._join_as_used(row):
-            return True
-        named = self.index.find(source)
-        if named == NOWHERE or not self.is_kept(source):
-            return False
-        return self._join_as_used(self.index.alias(key, parent, place, self.index.origin(named)))
-
-    def _join_as_used(self, row: int) -> bool:
-        """`join`, with the latest last use of all sharers: with an older one the row would expire."""
-        last_use = self.index.last_use
-        last_use[row] = max(last_use[sharer] for sharer in self.index.sharers(row))
-        return self.join(row)
-
     def land(self, row: int, *, clean: bool) -> None:
         """The bytes of an admitted page have arrived; `clean`: they came from the disk."""
-        for sharer in self.index.sharers(row):
+        for sharer in self.index.aliases.sharers(row):
             self.in_host.ready[sharer] = sharer in self.in_host
             self.note_order(sharer)
             self.feed.entered(sharer, self.in_host)
         if not clean:
             self.mark_dirty(row)
-            self.remote.offer(self.index.key(self.index.origin(row)))
+            self.remote.offer(self.index.key(self.index.aliases.origin(row)))
 
     def note_order(self, row: int) -> None:
         """`row` may have become loadable."""
@@ -297,7 +274,7 @@ class Hierarchy:
                 self.host_order.offer(row)
 
     def leave_host(self, row: int) -> None:
-        if self._leads_to_disk(row):
+        if self.leads_to_disk(row):
             self.epoch += 1  # Its successors on disk are out of reach until it is recomputed.
         self.index.pin(row)
         was_dirty = row in self.dirty
@@ -316,7 +293,7 @@ class Hierarchy:
         """
         if row in self.on_disk:
             return [slot]
-        for sharer in self.index.sharers(row):
+        for sharer in self.index.aliases.sharers(row):
             if sharer in self.in_host:
                 self.mark_clean(sharer)  # It was used again while it was being written.
                 self.index.place(sharer, self.on_disk, slot)
@@ -331,7 +308,7 @@ class Hierarchy:
         self.index.pin(row)
         slot = self._leave(row, self.disk_order)
         freed = [slot] if self.index.shares(row, self.on_disk) == NOWHERE else []
-        for sharer in self.index.sharers(row) if freed else ():
+        for sharer in self.index.aliases.sharers(row) if freed else ():
             self.mark_dirty(sharer)
         self.unpin(row)
         return freed
@@ -350,7 +327,7 @@ class Hierarchy:
     def give_up(self, row: int) -> None:
         """The bytes of an admitted page will never arrive."""
         self.epoch += 1
-        for sharer in list(self.index.sharers(row)):
+        for sharer in list(self.index.aliases.sharers(row)):
             if sharer in self.in_host and not self.in_host.ready[sharer]:
                 self.leave_host(sharer)
 
@@ -358,10 +335,12 @@ class Hierarchy:
         """The record of `row` on disk is damaged: drop it for all sharers; returns the disk slots freed."""
         self.epoch += 1
         slots: list[int] = []
-        for sharer in list(self.index.sharers(row)):
+        for sharer in list(self.index.aliases.sharers(row)):
             if sharer in self.on_disk:
                 slots += self.leave_disk(sharer)
         return slots
+
+    # Many pages at once
 
     def adopt(self, records: Iterable[RecordColumns], count: int, remove: Callable[[list[int]], None]) -> None:
         """Add the `count` pages that the disk held when it was opened; `remove` gets the slots of duplicates."""
@@ -397,20 +376,11 @@ class Hierarchy:
             row = self.index.find(key)
             if row == NOWHERE:
                 continue
-            if not self.is_idle(row):
+            if not self._is_idle(row):
                 break
             dropped += 1
             slots += self.forget(row)
         return dropped, slots
-
-    def expire(self, count: int, limit: float) -> int:
-        """Drop from host memory up to `count` pages that were last used before `limit`."""
-        expired = 0
-        while expired < count and (row := self.host_order.take(limit)) is not None:
-            self.leave_host(row)
-            expired += 1
-        self.stats.left("host", Reason.TTL, expired)
-        return expired
 
     def _leave(self, row: int, order: EvictionOrder) -> int:
         """Remove `row` from the tier of `order`; returns its slot there."""
@@ -435,11 +405,11 @@ class Hierarchy:
         for row in self.index.rows():
             assert row not in self.dirty or (row in self.in_host and row not in self.on_disk)
         for row in rows:
-            pinned = any(self.index.pins[sharer] for sharer in self.index.sharers(row))
+            pinned = any(self.index.pins[sharer] for sharer in self.index.aliases.sharers(row))
             assert self.in_host.ready[row] or pinned, "a page without bytes can be evicted"
-            assert sum(sharer in self.dirty for sharer in self.index.sharers(row)) <= 1
+            assert sum(sharer in self.dirty for sharer in self.index.aliases.sharers(row)) <= 1
             parent = self.index.parent[row]
-            first = parent == NOWHERE and (not self.index.position[row] or self.index.origin(row) != row)
+            first = parent == NOWHERE and (not self.index.position[row] or self.index.aliases.origin(row) != row)
             closed = first or parent in self.in_host or parent in self.on_disk
             assert closed or self.epoch or not self.is_closed, (
                 "a page is in host memory without the one before it"

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cached_attention.alias_table import AliasTable
+
 PageKey = bytes
 """SHA-256 of the tokens up to and including the page, seeded with the request's namespace."""
 KEY_BYTES = 32
@@ -78,12 +80,7 @@ class PageIndex:
         self.find: Callable[[PageKey], int] = self._rows.__getitem__
         """The row of a key; NOWHERE if unknown."""
         self._free: list[int] = []
-        self._origins: dict[int, int] = {}
-        """Origin of each alias."""
-        self._aliases: dict[int, list[int]] = {}
-        """Aliases of each origin."""
-        self._deltas: dict[int, int] = {}
-        """Per alias: tokens from its base position to its place."""
+        self.aliases = AliasTable()
         of_tiers: list[tuple[array[Any] | bytearray, int]] = [
             (column, NOWHERE) for column in (tier.slot for tier in self.tiers)
         ]
@@ -177,55 +174,35 @@ class PageIndex:
         """
         row = self.add(key, parent, self.position[origin])
         assert not any(row in tier for tier in self.tiers), "a page with bytes of its own cannot be an alias"
-        if row == origin or self._origins.get(row, NOWHERE) == origin:
+        if self.aliases.origin(row) == origin:
             return row
         self.separate(row)
         self._separate_aliases(row)
-        self._origins[row] = origin
-        self._deltas[row] = place - self.position[origin]
-        self._aliases.setdefault(origin, []).append(row)
+        self.aliases.add(row, origin, place - self.position[origin])
         self._references[origin] += 1
         return row
 
     def separate(self, row: int) -> None:
         """Make `row`, which is in no tier, an ordinary row again."""
-        origin = self._origins.pop(row, NOWHERE)
-        if origin == NOWHERE:
+        if row not in self.aliases:
             return
-        del self._deltas[row]
-        self._aliases[origin].remove(row)
-        if not self._aliases[origin]:
-            del self._aliases[origin]
+        origin = self.aliases.remove(row)
         self._references[origin] -= 1
         self.forget_unused(origin)
 
     def _separate_aliases(self, row: int) -> None:
         """`row` becomes an alias: its own aliases, none of which is in a tier, shared bytes that are gone."""
         self.pins[row] += 1
-        for alias in tuple(self._aliases.get(row, ())):
+        for alias in tuple(self.aliases.of(row)):
             assert not any(alias in tier for tier in self.tiers), "the bytes of an alias in a tier must stay"
             self.separate(alias)
         self.pins[row] -= 1
 
-    def origin(self, row: int) -> int:
-        """The row under whose key the bytes of `row` were saved: its origin, or itself."""
-        return self._origins.get(row, row)
-
-    def delta(self, row: int) -> int:
-        """Tokens by which the keys of the page are rotated when it is loaded."""
-        return self._deltas.get(row, 0)
-
-    def sharers(self, row: int) -> Sequence[int]:
-        """All rows that share the bytes of `row`, including itself."""
-        origin = self._origins.get(row, row)
-        aliases = self._aliases.get(origin)
-        return (row,) if aliases is None else (origin, *aliases)
-
     def shares(self, row: int, tier: Residency) -> int:
         """Another row in `tier` that shares the bytes of `row`; NOWHERE if there is none."""
-        if not self.is_shared(row):
+        if not self.aliases.is_shared(row):
             return NOWHERE
-        return next((other for other in self.sharers(row) if other != row and other in tier), NOWHERE)
+        return next((other for other in self.aliases.sharers(row) if other != row and other in tier), NOWHERE)
 
     def place(self, row: int, tier: Residency, slot: int) -> None:
         """Put `row` into `tier`; rows that share its bytes there must have the same `slot`."""
@@ -353,15 +330,11 @@ class PageIndex:
         tier.pages -= len(rows)
         return slots
 
-    def is_shared(self, row: int) -> bool:
-        """Whether `row` is an alias, or has aliases."""
-        return row in self._origins or row in self._aliases
-
     def forget_unused(self, row: int) -> None:
         """Remove the row, and its predecessors, as far as nothing refers to them."""
         while row != NOWHERE and not (self._references[row] or self.pins[row]):
             parent = self.parent[row]
-            if row in self._origins:
+            if row in self.aliases:
                 self.separate(row)
             del self._rows[self.key(row)]
             self.keys[row], self.parent[row] = None, NOWHERE
@@ -391,23 +364,20 @@ class PageIndex:
             if (parent := self.parent[row]) != NOWHERE:
                 assert self.keys[parent] is not None, "a page follows a row that is gone"
                 followers[parent] = followers.get(parent, 0) + 1
-        for row, origin in self._origins.items():
+        for row, origin in self.aliases.check_invariants():
             followers[origin] = followers.get(origin, 0) + 1
             assert self.keys[origin] is not None, "the bytes of an alias are those of a row that is gone"
-            assert origin not in self._origins, "an alias of an alias"
-            assert row in self._aliases[origin]
             assert self.position[row] == self.position[origin]
-        assert sum(map(len, self._aliases.values())) == len(self._origins) == len(self._deltas)
         for row in self._rows.values():
             references = followers.get(row, 0) + sum(row in tier for tier in self.tiers)
             assert self._references[row] == references
             assert references or self.pins[row], "a row that nothing refers to lives on"
         for tier in self.tiers:
             resident = [row for row in self._rows.values() if row in tier]
-            slots = {tier.slot[row]: self.origin(row) for row in resident}
+            slots = {tier.slot[row]: self.aliases.origin(row) for row in resident}
             assert tier.pages == len(slots)
             for row in resident:
-                assert slots[tier.slot[row]] == self.origin(row), "two pages in one slot"
+                assert slots[tier.slot[row]] == self.aliases.origin(row), "two pages in one slot"
             assert len(set(slots.values())) == len(slots), "a page in two slots"
             children: dict[int, int] = {}
             for row in resident:

@@ -98,7 +98,7 @@ class Loads:
         if request in self._queued:
             raise ValueError(f"request {request!r} has a load queued already; cancel it first.")
         self._pages.pin(rows[-1])
-        deltas = list(map(self._pages.index.delta, rows))
+        deltas = list(map(self._pages.index.aliases.delta, rows))
         pages = PageLoad(device_slots, [slot[row] for row in rows], deltas)
         if indices_ready is not None:
             pages = pages._replace(numbers=self._transfers.read_numbers(device_slots, indices_ready))

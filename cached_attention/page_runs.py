@@ -5,11 +5,14 @@ For pages from disk, which are most of the pages that a scheduling pass moves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
+
+if TYPE_CHECKING:
+    from cached_attention.hierarchy import Hierarchy
 
 
 def find_on_disk(pages: Hierarchy, keys: Sequence[PageKey], first: int, end: int) -> list[int]:
@@ -18,7 +21,12 @@ def find_on_disk(pages: Hierarchy, keys: Sequence[PageKey], first: int, end: int
     Stops at the first page that is not like that, or is not known to follow the one before it.
     """
     index, find = pages.index, pages.index.find
-    in_host, on_disk, parents, is_shared = pages.in_host.slot, pages.on_disk.slot, index.parent, index.is_shared
+    in_host, on_disk, parents, is_shared = (
+        pages.in_host.slot,
+        pages.on_disk.slot,
+        index.parent,
+        index.aliases.is_shared,
+    )
     before = find(keys[first - 1]) if first else NOWHERE
     rows: list[int] = []
     if first and before == NOWHERE:
@@ -52,7 +60,11 @@ def admit(pages: Hierarchy, rows: list[int], for_rank: int) -> list[int]:
 def land(pages: Hierarchy, rows: Sequence[int]) -> None:
     """`Hierarchy.land` for pages that came from disk."""
     index, ready, slot = pages.index, pages.in_host.ready, pages.in_host.slot
-    is_observed, is_shared, note_order = pages.feed.observer is not None, index.is_shared, pages.note_order
+    is_observed, is_shared, note_order = (
+        pages.feed.observer is not None,
+        index.aliases.is_shared,
+        pages.note_order,
+    )
     for row in rows:
         if is_observed or is_shared(row):
             pages.land(row, clean=True)
@@ -71,11 +83,34 @@ def give_up(pages: Hierarchy, rows: list[int]) -> None:
     wanted = pages.host_order.demand.is_wanted
     is_run = all(index.parent[row] == before for before, row in pairwise(rows))
     is_tail = not children[rows[-1]] and all(children[row] == 1 for row in rows[:-1])
-    if is_run and is_tail and pages.are_plain(rows) and not any(map(wanted, rows)):
-        pages.leave_host_run(rows[::-1])
+    if is_run and is_tail and _are_plain(pages, rows) and not any(map(wanted, rows)):
+        leave_host(pages, rows[::-1])
     else:
         for row in reversed(rows):
             pages.give_up(row)
+
+
+def leave_host(pages: Hierarchy, rows: list[int]) -> None:
+    """`Hierarchy.leave_host` for a run of a chain, tail first; the only successor of each is the one before."""
+    if len(rows) < 2 or not _are_plain(pages, rows):
+        for row in rows:
+            pages.leave_host(row)
+        return
+    if pages.feed.observer is not None:
+        for row in rows:
+            pages.feed.leaves(row, pages.in_host)
+    if any(map(pages.leads_to_disk, rows)):
+        pages.epoch += 1
+    parent = pages.index.parent[rows[-1]]
+    pages.host.give_back_all(pages.index.displace_run(rows, pages.in_host))
+    if parent != NOWHERE:
+        pages.host_order.offer(parent)
+
+
+def _are_plain(pages: Hierarchy, rows: Iterable[int]) -> bool:
+    """Whether none of these pages shares its bytes or is dirty."""
+    is_shared, dirty = pages.index.aliases.is_shared, pages.dirty.slot
+    return not any(dirty[row] != NOWHERE or is_shared(row) for row in rows)
 
 
 def unpin(pages: Hierarchy, rows: Sequence[int]) -> None:

@@ -104,7 +104,7 @@ class DiskWriteBehind(WriteBehind):
         """Take up to `count` pages last used before `limit` off the disk; returns the slots that this frees."""
         slots: list[int] = []
         while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
-            sharers = list(self._pages.index.sharers(victim))
+            sharers = list(self._pages.index.aliases.sharers(victim))
             slots += self._pages.leave_disk(victim)
             for row in sharers:
                 # Where it stays in host memory, it is written again when it was used again.

@@ -209,7 +209,7 @@ class Fetch:
         key, checksum = index.key, index.checksum
         return [
             PageRead(key(origin), on_disk[row], checksum[origin], slot_bytes(in_host[row]))
-            for row, origin in zip(rows, map(index.origin, rows), strict=True)
+            for row, origin in zip(rows, map(index.aliases.origin, rows), strict=True)
         ]
 
     def landing(self, request: str) -> int:

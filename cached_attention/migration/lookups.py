@@ -86,7 +86,7 @@ class Lookups:
         index, remote = self._pages.index, self._pages.remote
         for key in keys:
             if key not in remote and (row := index.find(key)) in self._pages.in_host:
-                remote.offer(index.key(index.origin(row)))
+                remote.offer(index.key(index.aliases.origin(row)))
 
     def leave(self, request: str) -> None:
         """`request` runs or was aborted."""

@@ -51,7 +51,7 @@ class RemoteWriteBehind(WriteBehind):
 
     def _written(self, row: int, slot: int | None) -> None:
         index = self._pages.index
-        origin = index.origin(row)
+        origin = index.aliases.origin(row)
         key, parent = index.key(origin), index.parent[origin]
         if slot is not None:
             self._pages.remote.add([key], None if parent == NOWHERE else index.key(parent))

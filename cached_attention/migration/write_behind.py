@@ -98,7 +98,7 @@ class WriteBehind(ABC):
 
 def _page_write(pages: Hierarchy, row: int) -> PageWrite:
     """The record of `row`, which is in host memory, under the key with which it was saved."""
-    index, origin = pages.index, pages.index.origin(row)
+    index, origin = pages.index, pages.index.aliases.origin(row)
     parent = index.parent[origin]
     return PageWrite(
         key=index.key(origin),

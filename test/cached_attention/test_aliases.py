@@ -166,7 +166,7 @@ class Conversations:
         """The device page is the original, as saved, rotated once to where it is now."""
         index = self.store._index
         row = index.find(key)
-        original = index.key(index.origin(row))
+        original = index.key(index.aliases.origin(row))
         # The device may have kept the page for longer than the store, which then saved it under its new key.
         original = self.verbatim.get(original, original)
         computed_at = self.originals[original]
@@ -425,6 +425,7 @@ class Names:
         self.pages = Hierarchy(HostSlots(8), has_disk=False)
         self.pages.is_closed = False  # What comes before these pages does not matter here.
         self.index = self.pages.index
+        self.aliases = Aliases(self.pages, page_size=20, device_pages=8)
 
     def save(self, key: bytes, place: int) -> int:
         row = self.pages.admit(key, None, place)
@@ -441,13 +442,13 @@ def test_a_page_that_left_gets_its_own_bytes_back_from_its_other_name() -> None:
     """A conversation was truncated twice, went back to a shorter prompt, and grew again."""
     names = Names()
     names.save(b"once", 40)
-    assert names.pages.alias(b"twice", None, 20, b"once")
+    assert names.aliases.alias(b"twice", None, 20, b"once")
     names.pages.leave_host(names.index.find(b"once"))
     names.save(b"whole", 60)
-    assert names.pages.alias(b"once", None, 40, b"whole")
+    assert names.aliases.alias(b"once", None, 40, b"whole")
     once, twice, whole = names.slots(b"once", b"twice", b"whole")
     assert once == twice != whole
-    assert [names.index.delta(names.index.find(key)) for key in (b"once", b"twice")] == [0, -20]
+    assert [names.index.aliases.delta(names.index.find(key)) for key in (b"once", b"twice")] == [0, -20]
     names.pages.check_invariants()
     for key in (b"twice", b"once", b"whole"):
         names.pages.leave_host(names.index.find(key))
@@ -457,19 +458,19 @@ def test_a_page_that_left_gets_its_own_bytes_back_from_its_other_name() -> None:
 def test_names_without_bytes_are_forgotten_when_their_page_gets_others() -> None:
     names = Names()
     once = names.save(b"once", 40)
-    assert names.pages.alias(b"twice", None, 20, b"once")
+    assert names.aliases.alias(b"twice", None, 20, b"once")
     twice = names.index.find(b"twice")
     names.pages.pin(twice)  # A conversation that goes on from it.
     for row in (twice, once):
         names.pages.leave_host(row)
     names.save(b"whole", 60)
-    assert names.pages.alias(b"once", None, 40, b"whole")
+    assert names.aliases.alias(b"once", None, 40, b"whole")
     assert twice not in names.pages.in_host
-    assert names.index.origin(twice) == twice
-    assert names.index.delta(names.index.find(b"once")) == -20
+    assert names.index.aliases.origin(twice) == twice
+    assert names.index.aliases.delta(names.index.find(b"once")) == -20
     names.pages.check_invariants()
-    assert names.pages.alias(b"twice", None, 20, b"whole")
-    assert names.index.delta(twice) == -40
+    assert names.aliases.alias(b"twice", None, 20, b"whole")
+    assert names.index.aliases.delta(twice) == -40
     names.pages.unpin(twice)
     names.pages.check_invariants()
 

@@ -316,7 +316,7 @@ class Engine:
                 self.look_at(prompt, list(range(count)), layer)
             index = self.store._index
             for row in map(index.find, keys[:count]):
-                record, origin = self.store.host.record(self.store._in_host.slot[row]), index.origin(row)
+                record, origin = self.store.host.record(self.store._in_host.slot[row]), index.aliases.origin(row)
                 if index.checksum[origin] != page_checksum(index.key(origin), record):
                     self.mismatches.append(f"{prompt}: a checksum")
 
