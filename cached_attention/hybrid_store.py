@@ -15,6 +15,7 @@ from cached_attention.chain import Chain, PageRun
 from cached_attention.index import PageKey
 from cached_attention.store import CachedAttentionStore
 from cached_attention.trailing_store import TrailingStore
+from cached_attention.transfer.layer_wise_load import LayerWiseLoad
 from cached_attention.transfer.streams import Event
 
 
@@ -256,6 +257,10 @@ class HybridStore(CachedAttentionStore):
                 return False
             first = end
         return True
+
+    def start_tail_load(self, batch: int, after: Sequence[Event] = ()) -> LayerWiseLoad:
+        """`start_load` for what `queue_tail` queued; to be called with every `start_load`."""
+        return self.trailing.start_load(batch, after)
 
     def _cancel_tail(self, request: str) -> None:
         for name in self._names(request):

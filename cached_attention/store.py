@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from cached_attention.aliases import Aliases, Source
+from cached_attention.awaited_saves import AwaitedSaves
 from cached_attention.chain import Chain, PageRun
 from cached_attention.clock import EpochClock
 from cached_attention.config import DEFAULT_LOOK_AHEAD, Eviction, Wait
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.hints import Hints
 from cached_attention.index import NOWHERE, PageKey
-from cached_attention.landing import Landings
 from cached_attention.layout import DevicePool
 from cached_attention.loading import Loads
-from cached_attention.migration.fetch import Arrived
+from cached_attention.migration.fetch import FetchedSpan
 from cached_attention.migration.lookups import Lookups
 from cached_attention.migration.migration import Migration
 from cached_attention.outlooks import Outlooks
@@ -131,7 +131,7 @@ class CachedAttentionStore:
         self._saves = Saves(
             self._pages, self._transfers, self._aliases, self.stats, page_size, self._clock, self._chain_pages
         )
-        self._landings = Landings(self._pages, self._clock)
+        self._awaited_saves = AwaitedSaves(self._pages, self._clock)
         self._loads = Loads(self._pages, self._transfers, self._aliases, self.stats)
 
     def _migrate(self) -> None:
@@ -150,7 +150,7 @@ class CachedAttentionStore:
 
     def _found(self, request: str, keys: Sequence[PageKey]) -> None:
         """Pages of the chain `keys` of the queued `request` were found in the remote store."""
-        self._migration.ask(request, keys)
+        self._migration.prefetch_found(request, keys)
 
     @property
     def resident_pages(self) -> int:
@@ -239,7 +239,7 @@ class CachedAttentionStore:
         ends when recomputing them would have taken as long.
         """
         page_tokens, seconds = self.layout.page_size, self._decision.computing.seconds
-        self._landings.hold(request, keys, lambda pages: seconds(pages * page_tokens))
+        self._awaited_saves.hold(request, keys, lambda pages: seconds(pages * page_tokens))
 
     def is_ready(self, request: str, may_give_up: bool = True) -> bool:
         """Whether `request` may run: nothing is being fetched for it, or recomputing is expected to be faster.
@@ -248,7 +248,7 @@ class CachedAttentionStore:
             may_give_up: False if the scheduler has not reached `request` yet. Then it is too early to give up its
                 pages: they may arrive while other requests run.
         """
-        return self._landings.has_landed(request) and self._migration.is_ready(request, may_give_up)
+        return self._awaited_saves.has_landed(request) and self._migration.is_ready(request, may_give_up)
 
     def reorder(self, requests: Sequence[str]) -> None:
         """The queued requests in the order in which they will run; all others have left the queue."""
@@ -258,7 +258,7 @@ class CachedAttentionStore:
     def leave(self, request: str) -> None:
         """`request` runs or was aborted: release what is held for it."""
         self._pages.unwant(request, self._clock())
-        self._landings.leave(request)
+        self._awaited_saves.leave(request)
         self._migration.leave(request)
 
     def expect(self, chain: Chain, seconds: float) -> int:
@@ -297,9 +297,9 @@ class CachedAttentionStore:
         """The engine computed `tokens` new tokens in `seconds`."""
         self._decision.computing.observe(tokens, seconds)
 
-    def fetched_span(self, request: str) -> Arrived:
+    def fetched_span(self, request: str) -> FetchedSpan:
         """What was fetched for `request` from the tiers below; known until it leaves the queue."""
-        return self._migration.fetch.arrived(request)
+        return self._migration.fetch.span(request)
 
     def reserve(self, request: str, chain: Chain) -> int:
         """Pin the loadable pages of `chain` until `end_pass`, so that a load cannot fail; returns how many."""

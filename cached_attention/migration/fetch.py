@@ -27,7 +27,7 @@ class BytesInFlight(NamedTuple):
     remote: int
 
 
-class Arrived(NamedTuple):
+class FetchedSpan(NamedTuple):
     """The pages fetched for a request: consecutive pages of its chain."""
 
     first_page: int = 0
@@ -212,7 +212,7 @@ class Fetch:
             for row, origin in zip(rows, map(index.aliases.origin, rows), strict=True)
         ]
 
-    def landing(self, request: str) -> int:
+    def outstanding(self, request: str) -> int:
         """Number of pages requested for `request`, from the first that is still on its way to the last."""
         hold = self._holds.get(request)
         if hold is None:
@@ -230,14 +230,14 @@ class Fetch:
         hold = self._holds.get(request)
         return None if hold is None else (hold.started, hold.ahead)
 
-    def arrived(self, request: str) -> Arrived:
+    def span(self, request: str) -> FetchedSpan:
         """The pages requested for `request` that have arrived."""
         hold = self._holds.get(request)
         if hold is None:
-            return Arrived()
+            return FetchedSpan()
         pages = sum(bool(self._pages.in_host.ready[row]) for row in hold.rows)
         end = hold.first_page + pages
-        return Arrived(hold.first_page, pages, [page for page in hold.remote_pages if page < end])
+        return FetchedSpan(hold.first_page, pages, [page for page in hold.remote_pages if page < end])
 
     def release(self, request: str) -> None:
         """Release what is held for `request`; cancels reads that nothing else needs, which `poll` settles."""

@@ -33,7 +33,7 @@ many of the others, in rotation."""
 
 
 @dataclass(slots=True)
-class _Ask:
+class _Prefetch:
     """What one request lacks in host memory."""
 
     keys: Sequence[PageKey]
@@ -95,7 +95,7 @@ class LookAhead:
         self._window = window
         self._page_tokens = page_tokens
         self._clock = clock
-        self._asks: dict[str, _Ask] = {}
+        self._prefetches: dict[str, _Prefetch] = {}
         self._waits: dict[str, None] = {}
         """Requests that were decided to keep waiting, oldest decision first."""
         self._passed_at = clock()
@@ -110,9 +110,11 @@ class LookAhead:
     @property
     def depth(self) -> int:
         """Number of requests whose pages are all on their way or held."""
-        return len(self._asks) - len(self._open)
+        return len(self._prefetches) - len(self._open)
 
-    def ask(self, request: str, keys: Sequence[PageKey], loadable: int, page_tokens: int | None = None) -> None:
+    def prefetch(
+        self, request: str, keys: Sequence[PageKey], loadable: int, page_tokens: int | None = None
+    ) -> None:
         """The queued `request` can use the pages `keys`, of which the first `loadable` are in host memory.
 
         Pages beyond those that fit into host memory at once are not waited for.
@@ -121,19 +123,19 @@ class LookAhead:
             page_tokens: tokens to recompute per page that is not waited for; the page size unless given.
         """
         keys = keys[: min(loadable + self._limit(request), self._pages.host.capacity)]
-        known = self._asks.get(request)
+        known = self._prefetches.get(request)
         if loadable >= len(keys) or (known is not None and (known.given_up or len(known.keys) >= len(keys))):
             return
         if known is None:
-            known = self._asks[request] = _Ask(keys[:loadable], loadable, 0, loadable, 0)
+            known = self._prefetches[request] = _Prefetch(keys[:loadable], loadable, 0, loadable, 0)
         known.extend(keys, page_tokens or self._page_tokens, self._pages.is_kept)
         self._open.add(request)
 
     def leave(self, request: str) -> None:
         """`request` runs or was aborted."""
-        ask = self._asks.pop(request, None)
-        if ask is not None and ask.given_up:
-            self._pages.stats.recomputed += self._missing(request, ask)
+        prefetch = self._prefetches.pop(request, None)
+        if prefetch is not None and prefetch.given_up:
+            self._pages.stats.recomputed += self._missing(request, prefetch)
         self._fetch.release(request)
         self._open.discard(request)
         self._waits.pop(request, None)
@@ -143,8 +145,8 @@ class LookAhead:
         until = self._begin_pass()
         for rank, request in enumerate(self._pages.waiting.requests[: self._window] if self._open else ()):
             while request in self._open:
-                asked = self._ask_for(request, rank)
-                if request in self._open and not asked:
+                requested = self._request_more(request, rank)
+                if request in self._open and not requested:
                     return  # No room: later requests must not overtake.
                 if self._clock() >= until:
                     return
@@ -157,20 +159,20 @@ class LookAhead:
             self._waits.pop(request, None)
         return now + min(max(ASKING, ASKING_SHARE * since), ASKING_MOST)
 
-    def _ask_for(self, request: str, rank: int) -> int:
+    def _request_more(self, request: str, rank: int) -> int:
         """Request another batch for the request at `rank`; returns its number of pages."""
-        ask = self._asks[request]
-        if ask.next == ask.first:  # Nothing is held yet: pages may have left host memory.
-            ask.first = ask.next = self._pages.loadable(ask.keys, ask.first)
-            if ask.remote:  # Some may have come for another request.
-                ask.remote = sum(not self._pages.is_kept(key) for key in ask.keys[ask.first :])
-        end = min(ask.next + min(BATCH, self._room(request, rank)), len(ask.keys))
-        first, ask.next = ask.next, self._fetch.start(request, ask.keys, ask.next, end, rank)
-        if ask.next < end and not self._pages.is_known(ask.keys[ask.next]):
-            ask.cut_short()
-        if ask.is_whole:
+        prefetch = self._prefetches[request]
+        if prefetch.next == prefetch.first:  # Nothing is held yet: pages may have left host memory.
+            prefetch.first = prefetch.next = self._pages.loadable(prefetch.keys, prefetch.first)
+            if prefetch.remote:  # Some may have come for another request.
+                prefetch.remote = sum(not self._pages.is_kept(key) for key in prefetch.keys[prefetch.first :])
+        end = min(prefetch.next + min(BATCH, self._room(request, rank)), len(prefetch.keys))
+        first, prefetch.next = prefetch.next, self._fetch.start(request, prefetch.keys, prefetch.next, end, rank)
+        if prefetch.next < end and not self._pages.is_known(prefetch.keys[prefetch.next]):
+            prefetch.cut_short()
+        if prefetch.is_whole:
             self._open.discard(request)
-        return ask.next - first
+        return prefetch.next - first
 
     def _room(self, request: str, rank: int) -> int:
         """Number of pages that may be held for the request at `rank`, after releasing those of later requests."""
@@ -178,7 +180,7 @@ class LookAhead:
         while self._fetch.held >= limit and (last := self._last_holder(rank)) is not None:
             self._fetch.release(last)
             self._fetch.poll()
-            self._asks[last].next = self._asks[last].first
+            self._prefetches[last].next = self._prefetches[last].first
             self._open.add(last)
         return max(0, limit - self._fetch.held)
 
@@ -193,39 +195,39 @@ class LookAhead:
 
         Fetching continues until it really runs: there may be no room for it in the batch for a while.
         """
-        ask = self._asks.get(request)
-        if ask is None or ask.given_up:
+        prefetch = self._prefetches.get(request)
+        if prefetch is None or prefetch.given_up:
             return True
-        if request not in self._open and not self._fetch.landing(request):
+        if request not in self._open and not self._fetch.outstanding(request):
             return True
         if request in self._waits or not may_give_up:
             return False
-        ask.given_up = not self._decision.is_worth_waiting(self._outstanding(request, ask))
-        if ask.given_up:
+        prefetch.given_up = not self._decision.is_worth_waiting(self._outstanding(request, prefetch))
+        if prefetch.given_up:
             self._waits.pop(request, None)
             self._pages.stats.given_up += 1
         else:
             self._waits[request] = None
-        return ask.given_up
+        return prefetch.given_up
 
     def gave_up(self, request: str) -> bool:
         """Whether `request` may run because waiting for its pages is not expected to pay off."""
-        ask = self._asks.get(request)
-        return ask is not None and ask.given_up
+        prefetch = self._prefetches.get(request)
+        return prefetch is not None and prefetch.given_up
 
-    def _missing(self, request: str, ask: _Ask) -> int:
+    def _missing(self, request: str, prefetch: _Prefetch) -> int:
         """Number of pages that are not in host memory yet."""
-        return self._fetch.landing(request) + len(ask.keys) - ask.next
+        return self._fetch.outstanding(request) + len(prefetch.keys) - prefetch.next
 
-    def _outstanding(self, request: str, ask: _Ask) -> Outstanding:
+    def _outstanding(self, request: str, prefetch: _Prefetch) -> Outstanding:
         now = self._clock()
-        ask.held_since = now if ask.held_since is None else ask.held_since
-        since, ahead = self._fetch.begun(request) or (ask.held_since, self._fetch.in_flight)
+        prefetch.held_since = now if prefetch.held_since is None else prefetch.held_since
+        since, ahead = self._fetch.begun(request) or (prefetch.held_since, self._fetch.in_flight)
         return Outstanding(
             waited=now - since,
-            held=now - ask.held_since,
-            total_bytes=(ask.pages - ask.remote) * self._fetch.page_bytes,
+            held=now - prefetch.held_since,
+            total_bytes=(prefetch.pages - prefetch.remote) * self._fetch.page_bytes,
             ahead_bytes=ahead.disk,
-            missing_tokens=self._missing(request, ask) * ask.page_tokens,
-            remote_bytes=ask.remote * self._fetch.page_bytes + ahead.remote if ask.remote else 0,
+            missing_tokens=self._missing(request, prefetch) * prefetch.page_tokens,
+            remote_bytes=prefetch.remote * self._fetch.page_bytes + ahead.remote if prefetch.remote else 0,
         )

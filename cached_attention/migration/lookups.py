@@ -56,7 +56,7 @@ class Lookups:
         self._asked: dict[str, tuple[int, bool]] = {}
         """Per queued request: length of its chain in pages, and whether some of it was not on the device."""
 
-    def ask(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
+    def look_up(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
         """Look up the pages of the chain `keys` after the first `restorable`, unless that was done before.
 
         Skipped if the whole chain is on the device, which has its first `on_device` pages.
@@ -65,7 +65,7 @@ class Lookups:
             return
         self._offer(keys[:restorable])
         if max(restorable, on_device) < len(keys):
-            self._look_up(request, keys, restorable, on_device, len(keys) - restorable, self._page_tokens)
+            self._submit(request, keys, restorable, on_device, len(keys) - restorable, self._page_tokens)
 
     def _is_new(self, request: str, state: tuple[int, bool]) -> bool:
         """Whether the store may be asked, and `request` has not asked in this `state` before."""
@@ -74,7 +74,7 @@ class Lookups:
         self._asked[request] = state
         return True
 
-    def _look_up(
+    def _submit(
         self, request: str, keys: Sequence[PageKey], first: int, on_device: int, useful: int, page_tokens: int
     ) -> None:
         self._pages.stats.lookups += 1
@@ -130,10 +130,10 @@ class Lookups:
 class ScatteredLookups(Lookups):
     """Looks up pages that are useful without the pages before them, see `TrailingStore`.
 
-    `seek` looks up the whole prompt of a request, so `ask`, for chains of it, needs no lookup.
+    `seek` looks up the whole prompt of a request, so `look_up`, for chains of it, needs no lookup.
     """
 
-    def ask(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
+    def look_up(self, request: str, keys: Sequence[PageKey], restorable: int, on_device: int = 0) -> None:
         """Offer the first `restorable` of the pages `keys` for sharing, unless that was done before."""
         if self._is_new(request, (len(keys), on_device < len(keys))):
             self._offer(keys[:restorable])
@@ -148,7 +148,7 @@ class ScatteredLookups(Lookups):
         if not self._is_new(request, (len(keys), True)):
             return
         if missing := [key for key in keys if not self._pages.is_known(key)]:
-            self._look_up(request, missing, 0, 0, min(useful, len(missing)), page_tokens)
+            self._submit(request, missing, 0, 0, min(useful, len(missing)), page_tokens)
 
     def _learn(self, lookup: _Lookup) -> bool:
         there = [key for key, is_there in zip(lookup.keys, lookup.answer.result(), strict=True) if is_there]

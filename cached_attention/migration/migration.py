@@ -120,9 +120,9 @@ class Migration:
             on_device: leading pages that are on the device. If all restorable pages are, nothing is fetched.
         """
         if restorable > max(loadable, on_device):
-            self.ahead.ask(request, keys[:restorable], loadable, page_tokens)
+            self.ahead.prefetch(request, keys[:restorable], loadable, page_tokens)
         if self.lookups is not None:
-            self.lookups.ask(request, keys, restorable, on_device)
+            self.lookups.look_up(request, keys, restorable, on_device)
 
     def leave(self, request: str) -> None:
         """`request` runs or was aborted."""
@@ -160,10 +160,10 @@ class Migration:
         for request, keys in self.lookups.poll():
             self._on_found(request, keys)
 
-    def ask(self, request: str, keys: Sequence[PageKey]) -> None:
+    def prefetch_found(self, request: str, keys: Sequence[PageKey]) -> None:
         """Fetch all restorable pages of the chain `keys` for the queued `request`."""
         loadable, restorable = self._pages.loadable(keys, 0), self._pages.restorable(keys, 0)
-        self.ahead.ask(request, keys[:restorable], loadable)
+        self.ahead.prefetch(request, keys[:restorable], loadable)
 
     def drop(self, keys: Sequence[PageKey]) -> int:
         """Remove a chain from every tier, except for pages in use; returns the pages removed from this server."""

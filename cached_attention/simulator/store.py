@@ -132,7 +132,7 @@ class SimulatedStore:
             self._ahead.leave(name)  # Part of it has left the disk.
         self._asked[name] = restorable
         if restorable > (loadable := self._reach.loadable(chain)):
-            self._ahead.ask(name, chain.keys[:restorable], loadable)
+            self._ahead.prefetch(name, chain.keys[:restorable], loadable)
 
     def restorable_pages(self, request: Request) -> int:
         """Leading pages of the prompt of the waiting `request` that are in some tier."""
@@ -179,7 +179,7 @@ class SimulatedStore:
     def _hits(self, name: str, on_device: int, loadable: int) -> Hits:
         if self.disk is None:
             return Hits(on_device, max(0, loadable - on_device))
-        first, fetched, _ = self._fetch.arrived(name)
+        first, fetched, _ = self._fetch.span(name)
         in_time = max(on_device, min(loadable, self._in_time.get(name, loadable)))
         late = max(0, loadable - in_time)
         ahead = max(0, min(in_time, first + fetched) - max(first, on_device)) if fetched else 0

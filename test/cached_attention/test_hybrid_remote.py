@@ -135,7 +135,7 @@ class Replica:
             assert self.store.queue_tail(prompt, tail, torch.arange(len(tail) * PAGE))
             batch = next(self.batches)
             self.store.start_load(batch)
-            self.store.trailing.start_load(batch)
+            self.store.start_tail_load(batch)
             assert self.store.finish_load(batch)
             for buffers, keys, seed in ((self.kv, chain.keys[:end], 0), (self.trailing, tail, 2)):
                 for page, key in enumerate(keys):

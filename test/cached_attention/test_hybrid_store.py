@@ -105,7 +105,7 @@ class Hybrid:
             assert self.store.queue_tail(prompt, [key], torch.tensor([4]))
             batch = next(self.batches)
             self.store.start_load(batch)
-            self.store.trailing.start_load(batch)
+            self.store.start_tail_load(batch)
             assert self.store.finish_load(batch)
             for page, page_key in enumerate(chain.keys[:end]):
                 for buffer in self.kv:

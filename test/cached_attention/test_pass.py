@@ -37,7 +37,7 @@ class Waiting:
                 row = self.pages.index.add(key, keys[place - 1] if place else None, place)
                 self.pages.index.place(row, self.pages.on_disk, row)
             self.pages.waiting.append(name)
-            self.ahead.ask(name, keys, 0)
+            self.ahead.prefetch(name, keys, 0)
 
     def look(self) -> float:
         """The clock, as a pass sees it: its own work takes time."""
@@ -105,7 +105,7 @@ def test_more_that_turns_out_to_be_there_is_asked_for_beside_what_is_on_its_way(
     keys = waiting.keys(name)
     waiting.ahead.leave(name)
     for restorable in (CHAIN // 2, CHAIN):
-        waiting.ahead.ask(name, keys[:restorable], 0)
+        waiting.ahead.prefetch(name, keys[:restorable], 0)
         waiting.ahead.advance()
         assert waiting.fetch.held == restorable
     waiting.now += 1
@@ -113,7 +113,7 @@ def test_more_that_turns_out_to_be_there_is_asked_for_beside_what_is_on_its_way(
     while waiting.fetch.is_reading:
         waiting.fetch.poll()
     assert waiting.ahead.is_ready(name)
-    assert waiting.fetch.arrived(name).pages == CHAIN
+    assert waiting.fetch.span(name).pages == CHAIN
     waiting.ahead.leave(name)
     assert not waiting.fetch.pins
 
@@ -121,12 +121,12 @@ def test_more_that_turns_out_to_be_there_is_asked_for_beside_what_is_on_its_way(
 def test_what_was_lost_and_is_asked_for_again_counts_once() -> None:
     """Pages of the remote store, which was out of reach meanwhile."""
     keys = Waiting.keys("request")[:8]
-    ask = look_ahead._Ask([], 0, 0, 0, 0)
+    prefetch = look_ahead._Prefetch([], 0, 0, 0, 0)
     for _ in range(3):
-        ask.extend(keys, PAGE_TOKENS, lambda key: False)
-        assert (ask.pages, ask.remote) == (8, 8)
-        ask.cut_short()
-        assert (ask.pages, ask.remote) == (0, 0)
+        prefetch.extend(keys, PAGE_TOKENS, lambda key: False)
+        assert (prefetch.pages, prefetch.remote) == (8, 8)
+        prefetch.cut_short()
+        assert (prefetch.pages, prefetch.remote) == (0, 0)
 
 
 @pytest.mark.parametrize("requests", [REVIEWED, 10 * REVIEWED])

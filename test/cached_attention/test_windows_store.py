@@ -112,7 +112,7 @@ class Windowed:
             assert self.store.queue_tail(prompt, tail, tail_slots)
             batch = next(self.batches)
             self.store.start_load(batch)
-            self.store.trailing.start_load(batch)
+            self.store.start_tail_load(batch)
             assert self.store.finish_load(batch)
             self.check(self.kv, 0, pages, 0)
             self.check(self.windows, 2, tail, WINDOWS - len(tail))

@@ -237,7 +237,7 @@ def test_no_call_that_waits_for_the_device_is_on_the_schedulers_way() -> None:
         here / "store.py": set(),
         here / "loading.py": {"wait"},
         here / "saving.py": set(),
-        here / "landing.py": set(),
+        here / "awaited_saves.py": set(),
         here / "outlooks.py": set(),
         here / "reach.py": set(),
         here / "transfer" / "jobs.py": {"_save"},

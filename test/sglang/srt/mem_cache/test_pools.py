@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt import runtime_context
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, Mamba2StateShape
+from sglang.srt.mem_cache import kv_cache_configurator
+from sglang.srt.mem_cache.cached_attention import flags, plugin
 from sglang.srt.mem_cache.cached_attention.pools import (
     UnsupportedModelError,
     device_pool,
@@ -113,6 +116,34 @@ def test_sparse_attention_has_what_its_indexer_knows() -> None:
     pool.index_k_with_scale_buffer[2][5] = 7
     assert device.layers[2][1][5].eq(7).all()
     assert not device.layers[2][1][[4, 6]].eq(7).any()
+
+
+OURS = {"linker_module_path": flags.LINKER[0]}
+
+
+@pytest.mark.parametrize(
+    ("config", "is_draft_worker", "spares"),
+    [
+        (OURS, False, True),
+        (OURS, True, False),
+        ({"linker_module_path": "another"}, False, False),
+        (None, False, True),
+    ],
+)
+def test_layers_without_an_indexer_of_their_own_need_no_memory_for_one(
+    config: dict[str, Any] | None, is_draft_worker: bool, spares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream makes none for layers that take another one's selection, except with a linker."""
+    memory = SimpleNamespace(
+        enable_hisparse=False,
+        enable_hierarchical_cache=False,
+        enable_unified_cache_external_linker=config is not None,
+        unified_cache_external_linker_config=config,
+    )
+    for module in (kv_cache_configurator, runtime_context):
+        monkeypatch.setattr(module, "get_memory", lambda: memory)
+    original = kv_cache_configurator._should_elide_dsa_index_k
+    assert plugin._spare_indexers(original, is_draft_worker=is_draft_worker) == spares
 
 
 def test_latents_are_alike_on_all_ranks() -> None:

@@ -80,6 +80,8 @@ def activate() -> None:
         register(f"{scheduler}.clear_hicache_storage_wrapped", _clear_storage, HookType.AROUND)
         register(f"{scheduler}.attach_hicache_storage_wrapped", _attach_storage, HookType.AROUND)
         register(f"{scheduler}.detach_hicache_storage_wrapped", _detach_storage, HookType.AROUND)
+        indexer = "sglang.srt.mem_cache.kv_cache_configurator._should_elide_dsa_index_k"
+        register(indexer, _spare_indexers, HookType.AROUND)
         from .weights import register_hooks
 
         register_hooks()
@@ -214,6 +216,19 @@ def _create_radix_cache(original: Callable[..., Any], ctx: TreeCacheBuildContext
     cache = original(ctx, cache_class=CachedAttentionRadixCache)
     cache.open_store(ctx.tp_worker.model_runner.model, ctx.model_config.hf_config)
     return cache
+
+
+def _spare_indexers(original: Callable[..., bool], *, is_draft_worker: bool) -> bool:
+    """Whether layers that take another layer's selection need no memory for an indexer of their own.
+
+    SGLang spares it except for linkers, whose pages it expects to be alike in all layers.
+    """
+    from sglang.srt.runtime_context import get_memory
+
+    memory = get_memory()
+    if not flags.is_enabled(memory.unified_cache_external_linker_config):
+        return original(is_draft_worker=is_draft_worker)
+    return not (memory.enable_hisparse or is_draft_worker)
 
 
 def _ours(owner: Any) -> CachedAttentionRadixCache | None:

@@ -156,7 +156,7 @@ def _mha_layers(pool: MHATokenToKVPool) -> Layers:
 
 
 def _sparse_layers(pool: DSATokenToKVPool) -> Layers:
-    """Latents, and the indexer's data for each token, if the layer has a buffer for it."""
+    """Latents, and the indexer's data for each token; layers that take another layer's selection have none."""
     if pool.index_kpool != 1 or pool.index_page_size != pool.page_size:
         refuse("its indexer keeps several tokens in one, or a page in parts")
     return [

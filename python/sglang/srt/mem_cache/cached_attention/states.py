@@ -45,7 +45,7 @@ class StatesLinker(HybridLinker):
 
         Which forward used a slot of states last is not tracked, so the load waits for all forwards.
         """
-        states = self.store.trailing.start_load(batch, self.record_offload_ready()).layers
+        states = self.store.start_tail_load(batch, self.record_offload_ready()).layers
         kv = [NOTHING if number is None else layers[number] for number in self._kv_before]
         self.layer_done_counter.add(batch, kv, states[-1:])
 

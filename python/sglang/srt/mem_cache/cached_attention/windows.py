@@ -56,7 +56,7 @@ class WindowsLinker(HybridLinker):
 
         Which forward used a slot of windows last is not tracked, so the load waits for all forwards.
         """
-        windows = self.store.trailing.start_load(batch, self.record_offload_ready()).layers
+        windows = self.store.start_tail_load(batch, self.record_offload_ready()).layers
         of_model = [(windows if is_window else layers)[number] for number, is_window in self._numbers]
         # A graph of the whole prefill waits only for the last layer.
         self.layer_done_counter.add(batch, [*of_model[:-1], Several(layers[-1], windows[-1])])

@@ -10,14 +10,14 @@ from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 
 
-class _Landing(NamedTuple):
+class _AwaitedSave(NamedTuple):
     last: PageKey
     """The page that lands last, since saves end in order."""
     until: float
     """Time by which recomputing the pages would have been as fast."""
 
 
-class Landings:
+class AwaitedSaves:
     """Says of queued requests whether the pages that they wait for have been saved.
 
     Args:
@@ -27,7 +27,7 @@ class Landings:
     def __init__(self, pages: Hierarchy, clock: Callable[[], float]) -> None:
         self._pages = pages
         self._clock = clock
-        self._awaited: dict[str, _Landing] = {}
+        self._awaited: dict[str, _AwaitedSave] = {}
 
     def hold(self, request: str, keys: Sequence[PageKey], recompute: Callable[[int], float]) -> None:
         """See `CachedAttentionStore.await_saves`; `recompute`: seconds to recompute a number of pages."""
@@ -35,7 +35,7 @@ class Landings:
         coming = [place for place, row in enumerate(here) if not self._pages.in_host.ready[row]]
         if coming:
             until = self._clock() + recompute(coming[-1] + 1 - coming[0])
-            self._awaited[request] = _Landing(keys[coming[-1]], until)
+            self._awaited[request] = _AwaitedSave(keys[coming[-1]], until)
 
     def has_landed(self, request: str) -> bool:
         """Whether `request` waits for no save, or has waited long enough."""
