@@ -67,7 +67,8 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = "bfloat16") -> in
             elements = 2 * (config.get("num_key_value_heads") or heads) * dim
     except KeyError as error:
         raise ValueError(f"the config has no {error}: give --bytes-per-token instead.") from error
-    return layers * (elements * BYTES_PER_ELEMENT[dtype] + _index_bytes(config.get("index_head_dim") or 0))
+    index = _indexers(config) * _index_bytes(config.get("index_head_dim") or 0)
+    return layers * elements * BYTES_PER_ELEMENT[dtype] + index
 
 
 def state_bytes(config: Mapping[str, Any]) -> int:
@@ -99,6 +100,19 @@ def _delta_nets(config: Mapping[str, Any]) -> int:
         return types.count("linear_attention")
     layers, interval = config.get("num_hidden_layers", 0), config.get("full_attention_interval")
     return layers - layers // interval if interval else 0
+
+
+def _indexers(config: Mapping[str, Any]) -> int:
+    """Number of layers with sparse attention that select tokens; the others take an earlier layer's selection."""
+    layers = range(config["num_hidden_layers"])
+    if types := config.get("indexer_types"):
+        return len(layers) - types[: len(layers)].count("shared")
+    if (every := config.get("cli_factor") or 1) > 1:
+        return len(layers[::every])
+    if pattern := config.get("index_topk_pattern"):
+        return len(layers) - pattern[: len(layers)].count("S")
+    every, first = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset") or 2
+    return sum(max(layer - first + 1, 0) % every == 0 for layer in layers)
 
 
 def _index_bytes(dim: int) -> int:

@@ -92,7 +92,7 @@ class WriteBehind(ABC):
             self.poll()
             if time.monotonic() > report:
                 report += FLUSH_REPORT
-                logger.info("CachedAttention: %s tier: %d pages are still to be written.", self.name, self.left)
+                logger.info("CachedAttention: %s tier: up to %d pages are left to write.", self.name, self.left)
         return self.left
 
 

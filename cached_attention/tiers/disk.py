@@ -108,7 +108,7 @@ class DiskTier:
         self._files = self._store.files
         self._slots = SlotTable(self._store.states, self._files.end(), self._files.missing(self._files.end()))
         self._requests = OpenRequests(
-            self._slots, self._files.has_space, self.stats, queued_write_bytes // self.stride
+            self._slots, self._files.has_space, self.stats, queued_write_bytes // self.stride, self.path
         )
         self._growth = self._store.growth
         if self._store.room <= self._files.end():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from cached_attention.tiers.disk_rows import DiskRecord
 from cached_attention.tiers.disk_slots import REMOVING, SAVED, SlotTable
@@ -18,11 +19,18 @@ class OpenRequests:
     Args:
         has_space: whether a slot has space on disk already.
         most_writes: pages that may be on their way to the disk; more are declined.
+        where: the store's directory, for messages.
     """
 
     def __init__(
-        self, slots: SlotTable, has_space: Callable[[int], bool], stats: DiskStats, most_writes: int
+        self,
+        slots: SlotTable,
+        has_space: Callable[[int], bool],
+        stats: DiskStats,
+        most_writes: int,
+        where: Path,
     ) -> None:
+        self._where = where
         self._slots = slots
         self._has_space = has_space
         self._stats = stats
@@ -80,7 +88,7 @@ class OpenRequests:
         with self._lock:
             for slot in slots:
                 if not (0 <= slot < capacity and states[slot] == SAVED):
-                    raise ValueError(f"slot {slot} holds no saved page.")
+                    raise ValueError(f"slot {slot} of {self._where} holds no saved page.")
                 states[slot] = REMOVING
             self.removing += len(slots)
 

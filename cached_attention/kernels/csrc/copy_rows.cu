@@ -14,7 +14,7 @@ namespace cached_attention {
 using flashinfer::uint_fastdiv;
 
 constexpr int kCopyThreads = 256;
-constexpr int kWordsInFlight = 8;      // per thread, 16 bytes each; all are read before any is written
+constexpr int kWordsInFlight = 8;        // per thread, 16 bytes each; all are read before any is written
 constexpr uint32_t kArraysPerCall = 32;  // as many as fit into a kernel's parameters
 constexpr int64_t kFieldsOfArrays = 5;
 

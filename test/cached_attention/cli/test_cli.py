@@ -11,6 +11,8 @@ import time
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -375,6 +377,27 @@ def test_kv_of_a_token(config, expected):
 
 def test_sparse_attention_keeps_an_index_as_well() -> None:
     assert kv_bytes_per_token(DEEPSEEK | {"index_head_dim": 128}) == 70_272 + 61 * 132
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"indexer_types": ["full", "shared", "shared"] * 20 + ["full"]},
+        {"cli_factor": 2},
+        {"index_topk_pattern": "FFSS" * 15 + "F"},
+        {"index_topk_freq": 4},
+        {"index_topk_freq": 4, "index_skip_topk_offset": 3},
+        {"index_topk_freq": None},
+    ],
+)
+def test_layers_that_take_another_ones_selection_keep_no_index(shares: dict[str, Any]) -> None:
+    """As SGLang decides it."""
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+
+    config = DEEPSEEK | {"index_head_dim": 128, "index_topk": 2048, **shares}
+    hf_config: Any = SimpleNamespace(architectures=["DeepseekV32ForCausalLM"], **config)
+    indexers = sum(not dsa_layer_skips_topk(hf_config, layer) for layer in range(61))
+    assert kv_bytes_per_token(config) == 70_272 + indexers * 132
 
 
 QWEN_NEXT = {

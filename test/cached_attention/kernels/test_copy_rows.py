@@ -28,6 +28,11 @@ def by_cores(copies: RowCopies, targets: torch.Tensor, sources: torch.Tensor) ->
     copies.by_cores(slice(None), targets, sources, 4)
 
 
+def by_many_cores(copies: RowCopies, targets: torch.Tensor, sources: torch.Tensor) -> None:
+    """With blocks for as many arrays as fit into a launch."""
+    copies.by_cores(slice(None), targets, sources, 64)
+
+
 def by_engines(copies: RowCopies, targets: torch.Tensor, sources: torch.Tensor) -> None:
     copies.by_engines(slice(None), targets, sources, NO_STREAM)
 
@@ -50,7 +55,7 @@ def numbers(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("copy", [by_cores, by_engines])
+@pytest.mark.parametrize("copy", [by_cores, by_many_cores, by_engines])
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_rows_go_where_they_shall_and_nothing_else_changes(library: Any, copy: Copy, data: st.DataObject) -> None:

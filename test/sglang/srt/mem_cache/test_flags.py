@@ -156,6 +156,13 @@ def test_for_a_chain_of_drafts_sglang_chooses_its_attention_before_it_knows_the_
     assert resolved_view(args).page_size == 64
 
 
+def test_where_states_are_kept_at_the_end_only_pages_stay_as_sglang_wants_them() -> None:
+    """It would stop with an assertion; so we say why such a model is not supported."""
+    args = prepare_server_args([*ON, *CHAIN, "--mamba-radix-cache-strategy", "no_buffer"])
+    run_post_process_pass(args, pipeline._page_size_default)
+    assert resolved_view(args).page_size == 1
+
+
 def test_without_the_flag_sglang_chooses_the_page_size() -> None:
     args = prepare_server_args([*MODEL, *CHAIN])
     run_post_process_pass(args, pipeline._page_size_default)

@@ -75,7 +75,7 @@ def test_the_forward_has_its_states_before_it_begins() -> None:
     linker._kv_before = [None, 0, 0, 1]
     linker.layer_done_counter = LayerEvents(4)
     states = SimpleNamespace(layers=[Layer("state 0", log), Layer("state 1", log)])
-    linker.store = SimpleNamespace(trailing=SimpleNamespace(start_load=lambda batch, after: states))
+    linker.store = SimpleNamespace(start_tail_load=lambda batch, after: states)
     linker.on_cpu = True
     batch = linker.layer_done_counter.next_batch()
     linker._hand_out(batch, [Layer("kv 0", log), Layer("kv 1", log)])
@@ -298,6 +298,21 @@ def test_whichever_disk_is_missing_both_stores_forget_and_leave_theirs(
     log.clear()
     linker._pause_lower_tiers()
     assert ("detach kv" in log, "detach states" in log) == (has_kv, has_states)
+
+
+def test_a_disk_that_fails_during_a_reset_is_left_alone() -> None:
+    """Opened again at once, it would hold up the scheduler once more."""
+    log: list[str] = []
+    states = Disks("states", log, has_disk=True)
+    states.reset = lambda: setattr(states, "disk", None)  # type: ignore[method-assign]
+    linker: Any = object.__new__(StatesLinker)
+    linker.store = Disks("kv", log, has_disk=True, trailing=states)
+    config: Any = SimpleNamespace(disk_path="/somewhere")
+    identity: Any = SimpleNamespace(has_changed=lambda: False)
+    linker._lower = [LowerTiers(config, identity, name, int) for name in ("kv", "states")]
+    linker.layer_done_counter = LayerEvents(1)
+    linker.reset()
+    assert log == ["reset kv"]
 
 
 def test_a_state_that_was_saved_with_its_pages_or_is_not_new_is_not_saved_again() -> None:

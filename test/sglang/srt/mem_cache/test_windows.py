@@ -68,7 +68,7 @@ def test_each_layer_waits_for_what_it_reads() -> None:
     linker.layer_done_counter = LayerEvents(4)
     linker.on_cpu = True
     windows = SimpleNamespace(layers=[Layer("window 0", log), Layer("window 1", log)])
-    linker.store = SimpleNamespace(trailing=SimpleNamespace(start_load=lambda batch, after: windows))
+    linker.store = SimpleNamespace(start_tail_load=lambda batch, after: windows)
     batch = linker.layer_done_counter.next_batch()
     linker._hand_out(batch, [Layer("kv 0", log), Layer("kv 1", log)])
     linker.layer_done_counter.set_consumer(batch)

@@ -290,9 +290,15 @@ class CachedAttentionLinker(UnifiedCacheLinker):
         return self.store.pop_save()
 
     def reset(self) -> None:
-        """Remove all pages, see `LowerTiers.reset`."""
-        for lower, store in zip(self._lower, self._stores, strict=True):
-            lower.reset(store, weights_are_here=self._weights_are_here, may_share=self._may_share)
+        """Remove all pages. After a weight update the disk keeps the old pages, for the old weights.
+
+        The remote store keeps its pages: other servers use them.
+        """
+        pairs = list(zip(self._lower, self._stores, strict=True))
+        # All decisions first: a disk that fails during the reset is left alone until the next one.
+        replaces = [self._weights_are_here and lower.has_other_pages(store) for lower, store in pairs]
+        for (lower, store), replaces_disk in zip(pairs, replaces, strict=True):
+            lower.reset(store, replaces_disk=replaces_disk, may_share=self._may_share)
         self.layer_done_counter.reset()
 
     @property

@@ -25,7 +25,7 @@ class LowerTiers:
     """Opens the tiers that are configured, and keeps pages of different weights apart.
 
     Args:
-        config: may be replaced; takes effect with the next `reset`.
+        config: may be replaced; what it says of the disk takes effect with the next `reset`.
         identity: of the pages.
         directory: name of their directory on disk, below that of the server.
         share: their part of some bytes of this machine.
@@ -93,23 +93,21 @@ class LowerTiers:
             logger.info("CachedAttention: remote tier at %s, which this rank lends %s.", address.master, lent)
         return RemoteTier(address, segment, self.identity.shared_fingerprint(), encryption=self.key)
 
-    def reset(self, store: CachedAttentionStore, *, weights_are_here: bool, may_share: bool) -> None:
-        """Remove all pages of `store`. After a weight update the disk keeps the old pages, for the old weights.
-
-        The remote store keeps its pages: other servers use them.
+    def reset(self, store: CachedAttentionStore, *, replaces_disk: bool, may_share: bool) -> None:
+        """Remove all pages of `store`.
 
         Args:
-            weights_are_here: whether the weights can be read.
+            replaces_disk: leave the pages on disk, and open the disk for the present weights.
             may_share: whether the weights to which pages belong from now on are known.
         """
-        if weights_are_here and self._has_other_pages(store):
+        if replaces_disk:
             store.replace_disk(self._open_disk_again)
         else:
             store.reset()
         if store.remote is not None and may_share:
             store.remote.serve(self.identity.shared_fingerprint())
 
-    def _has_other_pages(self, store: CachedAttentionStore) -> bool:
+    def has_other_pages(self, store: CachedAttentionStore) -> bool:
         """Whether a disk is configured, and `store` has none open or one with pages of other weights."""
         return self.config.disk_path is not None and (store.disk is None or self.identity.has_changed())
 

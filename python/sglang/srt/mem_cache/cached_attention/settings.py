@@ -96,9 +96,13 @@ def _backend_comes_first(values: Mapping[str, Any]) -> bool:
 
 
 def default_page_size(chosen: dict[str, int], values: Any) -> dict[str, int] | None:
-    """What SGLang has `chosen` because no page size was given, with ours; None: nothing changes."""
+    """What SGLang has `chosen` because no page size was given, with ours; None: nothing changes.
+
+    Where it keeps states at the end of requests only, it takes no larger pages; such a model is refused later.
+    """
     is_ours = chosen and is_enabled(values.unified_cache_external_linker_config)
-    return {"page_size": DEFAULT_PAGE_SIZE} if is_ours else None
+    takes_any = values.mamba_radix_cache_strategy != "no_buffer"
+    return {"page_size": DEFAULT_PAGE_SIZE} if is_ours and takes_any else None
 
 
 def _config(settings: Mapping[Flag, Any]) -> CachedAttentionConfig:
