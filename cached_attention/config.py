@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypedDict
 
 DEFAULT_PAGE_SIZE = 64
 """Tokens per page unless the operator gives `--page-size`."""
@@ -37,6 +37,16 @@ class Eviction(StrEnum):
     """Latest expected next use first, learnt from the gaps between past turns."""
     LRU = "lru"
     """Least recently used first."""
+
+
+class Policies(TypedDict):
+    """Options of a store for fetching, eviction and waiting, see `CachedAttentionStore`."""
+
+    min_uses: int
+    ttl: float | None
+    look_ahead: int
+    wait: Wait
+    eviction: Eviction
 
 
 @dataclass(frozen=True)

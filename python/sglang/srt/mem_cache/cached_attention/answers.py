@@ -30,6 +30,7 @@ class AnswersLinker(CachedAttentionLinker):
     """Host memory is only what the pages pass through on their way."""
 
     only_saves = True
+    kv_chain_pages = 1  # The pages before those of an answer are on another server.
     _weights_have_changed = False
 
     def __init__(
@@ -53,10 +54,6 @@ class AnswersLinker(CachedAttentionLinker):
         if not self._weights_have_changed:
             logger.warning("CachedAttention: weights were updated; answers are not saved until a restart.")
         self._weights_have_changed = True
-
-    def _policies(self) -> dict[str, Any]:
-        # The pages before those of an answer are on another server.
-        return super()._policies() | {"chain_pages": 1}
 
 
 class AnswersTreeLink(TreeLink):

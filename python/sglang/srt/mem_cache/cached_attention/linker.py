@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang.srt.server_args import ServerArgs
 
 from cached_attention.chain import Chain, PageRun
-from cached_attention.config import CachedAttentionConfig
+from cached_attention.config import CachedAttentionConfig, Policies
 from cached_attention.position.rotation import Rotation
 from cached_attention.position.truncation import TruncationRule
 from cached_attention.store import CachedAttentionStore
@@ -60,6 +60,8 @@ class CachedAttentionLinker(UnifiedCacheLinker):
     """Per layer: how keys are moved to other positions; None if they cannot be, or need not be."""
     _immovable: UnsupportedRotationError | None = None
     _weights_are_here = True
+    kv_chain_pages: int | None = None
+    """`chain_pages` of the KV's store, see `CachedAttentionStore`."""
     only_saves = False
     """Whether nothing that is saved is loaded on this server again."""
     events: KvEvents | None = None
@@ -144,19 +146,19 @@ class CachedAttentionLinker(UnifiedCacheLinker):
             lower.open_disk(),
             lower.connect(),
             rotations=self.rotations,
+            chain_pages=self.kv_chain_pages,
             **self._policies(),
         )
 
-    def _policies(self) -> dict[str, Any]:
-        """Options of a store for fetching, eviction and waiting."""
+    def _policies(self) -> Policies:
         config = self._config
-        return {
-            "min_uses": config.disk_min_uses,
-            "ttl": config.ttl or None,
-            "look_ahead": config.look_ahead,
-            "wait": config.wait,
-            "eviction": config.eviction,
-        }
+        return Policies(
+            min_uses=config.disk_min_uses,
+            ttl=config.ttl or None,
+            look_ahead=config.look_ahead,
+            wait=config.wait,
+            eviction=config.eviction,
+        )
 
     @property
     def configured_tiers(self) -> frozenset[str]:
