@@ -55,36 +55,45 @@ def activate() -> None:
         let_hints_pass()
     # Hooks import what they hook: a process without a scheduler should not pay for that.
     if "sglang.srt.managers.scheduler" in sys.modules:
-        cache = "sglang.srt.mem_cache.registry.create_unified_radix_cache"
-        register(cache, _create_radix_cache, HookType.AROUND)
-        state = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
-        register(state, _add_store_state, HookType.AFTER)
-        scheduler = "sglang.srt.managers.scheduler.Scheduler"
-        register(f"{scheduler}.__init__", _look_ahead, HookType.AFTER)
-        register(f"{scheduler}._create_generation_req", _truncate, HookType.AFTER)
-        register(f"{scheduler}._prefetch_kvcache", _announce, HookType.AROUND)
-        adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
-        register(f"{adder}.preempt_to_schedule", _preempt, HookType.AROUND)
-        order = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
-        register(order, _order_known, HookType.AFTER)
-        worker = "sglang.srt.managers.tp_worker.BaseTpWorker"
-        register(f"{worker}.forward_batch_embedding", _wait_for_loads, HookType.BEFORE)
-        results = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
-        register(f"{results}.process_batch_result_prefill", _prefill_ended, HookType.AFTER)
-        prefill = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
-        register(f"{prefill}.process_batch_result_disagg_prefill", _prefill_ended, HookType.AFTER)
-        decode = "sglang.srt.disaggregation.decode.SchedulerDisaggregationDecodeMixin"
-        register(f"{decode}.process_decode_queue", _poll, HookType.BEFORE)
-        streamer = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
-        register(f"{streamer}._get_storage_backend_type", _storage_backend, HookType.AROUND)
-        register(f"{scheduler}.clear_hicache_storage_wrapped", _clear_storage, HookType.AROUND)
-        register(f"{scheduler}.attach_hicache_storage_wrapped", _attach_storage, HookType.AROUND)
-        register(f"{scheduler}.detach_hicache_storage_wrapped", _detach_storage, HookType.AROUND)
-        indexer = "sglang.srt.mem_cache.kv_cache_configurator._should_elide_dsa_index_k"
-        register(indexer, _spare_indexers, HookType.AROUND)
         from .weights import register_hooks
 
+        for hook_type, hooks in _hooks_of_a_scheduler().items():
+            for target, hook in hooks.items():
+                register(f"sglang.srt.{target}", hook, hook_type)
         register_hooks()
+
+
+def _hooks_of_a_scheduler() -> dict[HookType, dict[str, Callable[..., Any]]]:
+    """By target, below `sglang.srt`."""
+    scheduler = "managers.scheduler.Scheduler"
+    streamer = "managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+    results = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+    prefill = "disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
+    decode = "disaggregation.decode.SchedulerDisaggregationDecodeMixin"
+    return {
+        HookType.BEFORE: {
+            "managers.tp_worker.BaseTpWorker.forward_batch_embedding": _wait_for_loads,
+            f"{decode}.process_decode_queue": _poll,
+        },
+        HookType.AROUND: {
+            "mem_cache.registry.create_unified_radix_cache": _create_radix_cache,
+            "mem_cache.kv_cache_configurator._should_elide_dsa_index_k": _spare_indexers,
+            f"{scheduler}._prefetch_kvcache": _announce,
+            "managers.schedule_policy.PrefillAdder.preempt_to_schedule": _preempt,
+            f"{streamer}._get_storage_backend_type": _storage_backend,
+            f"{scheduler}.clear_hicache_storage_wrapped": _clear_storage,
+            f"{scheduler}.attach_hicache_storage_wrapped": _attach_storage,
+            f"{scheduler}.detach_hicache_storage_wrapped": _detach_storage,
+        },
+        HookType.AFTER: {
+            f"{scheduler}.__init__": _equip,
+            f"{scheduler}._create_generation_req": _truncate,
+            f"{scheduler}.get_internal_state": _add_store_state,
+            "managers.schedule_policy.SchedulePolicy.calc_priority": _order_known,
+            f"{results}.process_batch_result_prefill": _prefill_ended,
+            f"{prefill}.process_batch_result_disagg_prefill": _prefill_ended,
+        },
+    }
 
 
 def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
@@ -239,7 +248,7 @@ def _ours(owner: Any) -> CachedAttentionRadixCache | None:
     return tree if isinstance(tree, CachedAttentionRadixCache) else None
 
 
-def _look_ahead(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+def _equip(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     """Announce requests to the store when they arrive, and let them wait until their pages are in host memory.
 
     The scheduler announces arrivals, and calls `check_prefetch_progress`, only for caches with storage of their
