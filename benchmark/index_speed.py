@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from cached_attention import admission
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.layout import PageLayout
 from cached_attention.tiers.host import HostTier
@@ -62,7 +63,7 @@ def _place(hierarchy: Hierarchy, keys: Sequence[bytes]) -> None:
     parent = None
     for place, key in enumerate(keys):
         parent = parent if place % CHAIN else None
-        row = hierarchy.admit(key, parent, place % CHAIN)
+        row = admission.admit(hierarchy, key, parent, place % CHAIN)
         assert row is not None
         hierarchy.land(row, clean=True)
         hierarchy.unpin(row)
@@ -82,4 +83,4 @@ def _touch(hierarchy: Hierarchy, rows: Iterable[int], now: float) -> None:
 
 
 def _evict(hierarchy: Hierarchy, count: int) -> None:
-    assert hierarchy.expire(count, float("inf")) == count
+    assert admission.expire(hierarchy, count, float("inf")) == count

@@ -35,6 +35,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmark.report import machine
+from cached_attention import admission
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
@@ -124,7 +125,7 @@ class Queue:
         pages.next_use.ran("earlier", time.time())
         rows: list[int] = []
         for place, key in enumerate(keys):
-            row = pages.admit(key, keys[place - 1] if place else None, place * PAGE_TOKENS)
+            row = admission.admit(pages, key, keys[place - 1] if place else None, place * PAGE_TOKENS)
             if row is None:
                 break
             rows.append(row)
@@ -174,7 +175,7 @@ class Queue:
 
     def evict(self, pages: int) -> float:
         """Seconds to evict `pages` pages from host memory; as many new ones take their slots afterwards."""
-        seconds = _timed(lambda: self.store._pages.make_room(pages, None))
+        seconds = _timed(lambda: admission.make_room(self.store._pages, pages, None))
         self.fill_up()
         return seconds
 

@@ -1,14 +1,13 @@
-"""Which page is in which tier, and which is evicted when room is needed. Moves no bytes."""
+"""Which page is in which tier, and in which order pages are evicted. Moves no bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cached_attention import page_runs
 from cached_attention.chain import reach
 from cached_attention.index import NOWHERE, PageIndex, PageKey, Residency
 from cached_attention.policy.demand import WaitingOrder
-from cached_attention.policy.eviction import NOT_WAITING, EvictionOrder
+from cached_attention.policy.eviction import EvictionOrder
 from cached_attention.policy.next_use import NextUse
 from cached_attention.remote_pages import REMEMBERED, RemotePages
 from cached_attention.residency import ResidencyFeed
@@ -160,73 +159,11 @@ class Hierarchy:
             order.demand.forget(request)
         self.waiting.discard(request)
 
-    # Into host memory, and out of it to make room
-
-    def admit(
-        self, key: PageKey, parent: PageKey | None, position: int, for_rank: int = NOT_WAITING
-    ) -> int | None:
-        """A pinned row with a host slot for `key`, evicting if necessary; None if nothing can be evicted.
-
-        The page is not ready until `land`. `for_rank`: rank of the queued request that needs it.
-        """
-        self.make_room(1, parent, for_rank)
-        slot = self.host.take_slot()
-        if slot is None:
-            return None
-        row = self.index.add(key, parent, position)
-        if (before := self.index.parent[row]) != NOWHERE:
-            self.index.walked[row] = self.index.walked[before]
-        if not any(row in tier for tier in self.index.tiers):
-            self.index.separate(row)  # It is about to have bytes of its own.
-        (self.index.kind[row],) = self.next_use.kinds([key], self.kind_before(row))
-        self.index.place(row, self.in_host, slot)
-        self.index.pin(row)
-        return row
-
-    def kind_before(self, row: int) -> int | None:
-        """Class of the page before `row`; None if that page is in no tier, because its class is then unknown."""
-        parent = self.index.parent[row]
-        return self.index.kind[parent] if parent in self.in_host or parent in self.on_disk else None
-
-    def make_room(self, slots: int, before: PageKey | None, for_rank: int = NOT_WAITING) -> None:
-        """Evict until `slots` slots are free or nothing is evictable; spares `before`, whose chain will grow."""
-        if self.host.free_slots >= slots:
-            return
-        row = NOWHERE if before is None else self.index.find(before)
-        if row != NOWHERE:
-            self.index.pin(row)
-        while (missing := slots - self.host.free_slots) > 0 and self._evict(missing, for_rank):
-            pass  # Evicting a page that shares its slot does not free the slot.
-        if row != NOWHERE:
-            self.unpin(row)
-
-    def _evict(self, most: int, for_rank: int) -> bool:
-        """Evict up to `most` pages from host memory, in eviction order; False if none could be evicted."""
-        run = self.host_order.take_run(most, for_rank)
-        leaving = len(run)
-        if for_rank != NOT_WAITING:
-            # Prefetching must not lose pages that are not on disk yet: they will be written soon.
-            leaving = next((place for place, row in enumerate(run) if row in self.dirty), leaving)
-        page_runs.leave_host(self, run[:leaving])
-        for row in run[leaving:]:
-            self.offer(row)
-        self.stats.left("host", Reason.ROOM, leaving)
-        return leaving > 0
-
-    def expire(self, count: int, limit: float) -> int:
-        """Drop from host memory up to `count` pages that were last used before `limit`."""
-        expired = 0
-        while expired < count and (row := self.host_order.take(limit)) is not None:
-            self.leave_host(row)
-            expired += 1
-        self.stats.left("host", Reason.TTL, expired)
-        return expired
+    # What becomes of a page in a tier
 
     def leads_to_disk(self, row: int) -> bool:
         """Whether pages on disk are reachable only through `row`, which is not there itself."""
         return row not in self.on_disk and self.on_disk.children[row] > 0
-
-    # What becomes of a page in a tier
 
     def join(self, row: int) -> bool:
         """Put `row` into every tier that holds its bytes for another row; returns whether it is in any tier."""

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
-
-if TYPE_CHECKING:
-    from cached_attention.hierarchy import Hierarchy
 
 
 def find_on_disk(pages: Hierarchy, keys: Sequence[PageKey], first: int, end: int) -> list[int]:
@@ -39,21 +36,6 @@ def find_on_disk(pages: Hierarchy, keys: Sequence[PageKey], first: int, end: int
             break
         rows.append(row)
         before = row
-    return rows
-
-
-def admit(pages: Hierarchy, rows: list[int], for_rank: int) -> list[int]:
-    """`Hierarchy.admit` for the result of `find_on_disk`; returns the leading rows that got a slot."""
-    index = pages.index
-    parent = index.parent[rows[0]]
-    pages.make_room(len(rows), None if parent == NOWHERE else index.key(parent), for_rank)
-    slots = pages.host.take_slots(len(rows))
-    rows = rows[: len(slots)]
-    index.place_run(rows, pages.in_host, slots)
-    pins, kind, before = index.pins, index.kind, pages.kind_before(rows[0]) if rows else None
-    for row, known in zip(rows, pages.next_use.kinds(map(index.key, rows), before), strict=True):
-        kind[row] = known
-        pins[row] += 1
     return rows
 
 

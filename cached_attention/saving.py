@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from typing import NamedTuple
 
+from cached_attention import admission
 from cached_attention.aliases import Aliases
 from cached_attention.chain import PageRun
 from cached_attention.hierarchy import Hierarchy
@@ -103,7 +104,7 @@ class Saves:
             return admitted._replace(whole=False)
         now, parent = self._clock(), run.parent
         known = [key for key in run.keys if self._pages.is_kept(key)]
-        self._pages.make_room(len(run.keys) - len(known), known[-1] if known else parent)
+        admission.make_room(self._pages, len(run.keys) - len(known), known[-1] if known else parent)
         for page, key in enumerate(run.keys):
             row = self._kept(key)
             if row == NOWHERE:
@@ -128,7 +129,7 @@ class Saves:
             return None
         if self._begins_chain(place, parent):
             place, parent = 0, None
-        row = self._pages.admit(key, parent, place * self._page_size)
+        row = admission.admit(self._pages, key, parent, place * self._page_size)
         if row is not None:
             self._pages.index.uses[row] = 1
         return row

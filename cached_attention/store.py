@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cached_attention import admission
 from cached_attention.aliases import Aliases, Source
 from cached_attention.awaited_saves import AwaitedSaves
 from cached_attention.chain import Chain, PageRun
@@ -400,7 +401,7 @@ class CachedAttentionStore:
         self._loads.poll()
         if self._ttl is not None:
             limit = self._clock() - self._ttl
-            self._pages.expire(EXPIRED_AT_ONCE, limit)
+            admission.expire(self._pages, EXPIRED_AT_ONCE, limit)
             self._migration.expire(EXPIRED_AT_ONCE, limit)
         self._outlooks.poll(has_saved=finished > 0)
         self._migration.poll()

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from cached_attention import admission
 from cached_attention.index import PageKey
 from cached_attention.layout import PageLayout
 from cached_attention.position.truncation import TruncationRule
@@ -102,7 +103,7 @@ def eviction_order() -> dict[str, Any]:
     held = set(keys)
     for number in range(capacity):
         # Stays pinned, as a page does that is being saved: it cannot be the one to leave.
-        store.pages.admit(b"new %d" % number, None, 0)
+        admission.admit(store.pages, b"new %d" % number, None, 0)
         gone = [key for key in keys if key in held and not store.pages.is_kept(key)]
         order += [key.decode() for key in gone]
         held -= set(gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cached_attention import admission
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.migration.write_behind import WriteBehind
 from cached_attention.stats import Reason
@@ -94,22 +95,11 @@ class DiskWriteBehind(WriteBehind):
         False if nothing is colder.
         """
         removing = self._disk.removing
-        slots = self.evict(most - removing, self._pages.index.last_use[row])
-        self._pages.stats.left("disk", Reason.ROOM, len(slots))
+        last_use = self._pages.index.last_use[row]
+        slots = admission.evict_from_disk(self._pages, most - removing, last_use, Reason.ROOM)
         if slots:
             self._disk.remove(slots)
         return bool(slots or removing)
-
-    def evict(self, count: int, limit: float) -> list[int]:
-        """Take up to `count` pages last used before `limit` off the disk; returns the slots that this frees."""
-        slots: list[int] = []
-        while len(slots) < count and (victim := self._pages.disk_order.take(limit)) is not None:
-            sharers = list(self._pages.index.aliases.sharers(victim))
-            slots += self._pages.leave_disk(victim)
-            for row in sharers:
-                # Where it stays in host memory, it is written again when it was used again.
-                self._pages.mark_clean(row)
-        return slots
 
     def _written(self, row: int, slot: int | None) -> None:
         if slot is None:

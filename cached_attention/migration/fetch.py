@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cached_attention import page_runs
+from cached_attention import admission, page_runs
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE, PageKey
 from cached_attention.migration.fetch_source import DiskSource, FetchSource, RemoteSource
@@ -146,7 +146,7 @@ class Fetch:
     def _find_or_admit(self, keys: Sequence[PageKey], page: int, end: int, rank: int) -> _Found:
         """One or more pages of the chain `keys`, from `page` on."""
         if run := page_runs.find_on_disk(self._pages, keys, page, end):
-            rows = page_runs.admit(self._pages, run, rank)
+            rows = admission.admit_run(self._pages, run, rank)
             return _Found(rows, are_new=True, is_short=len(rows) < len(run))
         row = self._pages.index.find(keys[page])
         if row != NOWHERE and row not in self._pages.in_host:
@@ -161,7 +161,7 @@ class Fetch:
         if not self._pages.is_known(keys[page]):
             return None
         parent = keys[page - 1] if page else None
-        return self._pages.admit(keys[page], parent, self._position(row, page), rank)
+        return admission.admit(self._pages, keys[page], parent, self._position(row, page), rank)
 
     def _hold(self, request: str, coming: list[tuple[int, int]]) -> _Hold:
         hold = self._holds.get(request)

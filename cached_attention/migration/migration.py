@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
+from cached_attention import admission
 from cached_attention.chain import reach
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
@@ -184,11 +185,8 @@ class Migration:
 
     def expire(self, count: int, limit: float) -> None:
         """Remove up to `count` pages last used before `limit` from the disk."""
-        if self._disk is None or self.to_disk is None:
-            return
-        slots = self.to_disk.evict(count, limit)
-        self._pages.stats.left("disk", Reason.TTL, len(slots))
-        self._disk.remove(slots)
+        if self._disk is not None:
+            self._disk.remove(admission.evict_from_disk(self._pages, count, limit, Reason.TTL))
 
     def clear(self) -> None:
         """Remove every page from the disk; the remote store keeps its pages. Walks all pages."""

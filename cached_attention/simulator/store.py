@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from cached_attention import admission
 from cached_attention.chain import Chain
 from cached_attention.config import DEFAULT_LOOK_AHEAD
 from cached_attention.hierarchy import Hierarchy
@@ -20,6 +21,7 @@ from cached_attention.simulator.cost import Cost
 from cached_attention.simulator.disk import SimulatedDisk
 from cached_attention.simulator.policies import LeafOrder, MakeOrder, Policy
 from cached_attention.simulator.request import Hits, Request
+from cached_attention.stats import Reason
 from cached_attention.tiers.host_slots import HostSlots
 
 TICK = 1e-6
@@ -209,7 +211,7 @@ class SimulatedStore:
     def _admit(self, key: PageKey, parent: PageKey | None, place: int) -> int | None:
         if not all(order.admits(key) for order in self._baselines if order.tier is self.pages.in_host):
             return None
-        row = self.pages.admit(key, parent, place * self._page_tokens)
+        row = admission.admit(self.pages, key, parent, place * self._page_tokens)
         if row is None:
             return None
         self.pages.index.uses[row] = 1
@@ -243,9 +245,9 @@ class SimulatedStore:
             self._passes += 1
 
     def _expire(self, limit: float) -> None:
-        self.pages.expire(EXPIRED_AT_ONCE, limit)
+        admission.expire(self.pages, EXPIRED_AT_ONCE, limit)
         if self.disk is not None:
-            self.disk.remove(self._write_behind.evict(EXPIRED_AT_ONCE, limit))
+            self.disk.remove(admission.evict_from_disk(self.pages, EXPIRED_AT_ONCE, limit, Reason.TTL))
 
     def _refresh_prefixes(self) -> None:
         """From the end of the queue to its head, so that the head's prefix is the most recent."""

@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cached_attention import admission
 from cached_attention.aliases import Aliases
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
@@ -428,7 +429,7 @@ class Names:
         self.aliases = Aliases(self.pages, page_size=20, device_pages=8)
 
     def save(self, key: bytes, place: int) -> int:
-        row = self.pages.admit(key, None, place)
+        row = admission.admit(self.pages, key, None, place)
         assert row is not None
         self.pages.land(row, clean=True)
         self.pages.unpin(row)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cached_attention import page_runs
+from cached_attention import admission, page_runs
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import PageKey
 from cached_attention.tiers.host_slots import HostSlots
@@ -39,7 +39,7 @@ class OneByOne:
     def admit(self, keys: list[PageKey], first: int, end: int) -> list[int]:
         rows: list[int] = []
         for page in range(first, end):
-            row = self.pages.admit(keys[page], keys[page - 1] if page else None, page)
+            row = admission.admit(self.pages, keys[page], keys[page - 1] if page else None, page)
             if row is None:
                 break
             rows.append(row)
@@ -85,7 +85,7 @@ class AtOnce(OneByOne):
     def admit(self, keys: list[PageKey], first: int, end: int) -> list[int]:
         found = page_runs.find_on_disk(self.pages, keys, first, end)
         assert len(found) == end - first
-        return page_runs.admit(self.pages, found, -1)
+        return admission.admit_run(self.pages, found, -1)
 
     def land(self, rows: list[int]) -> None:
         page_runs.land(self.pages, rows)
@@ -154,14 +154,14 @@ def test_what_was_known_of_a_chain_is_looked_up_again_when_its_pages_on_disk_are
     """Its last page is on disk, those before it were too cold for a full one: they leave host memory at once."""
     pages, keys = Hierarchy(HostSlots(HOST_PAGES), has_disk=True), keys_of("cccc")
     for place, key in enumerate(keys):
-        row = pages.admit(key, keys[place - 1] if place else None, place)
+        row = admission.admit(pages, key, keys[place - 1] if place else None, place)
         assert row is not None
         pages.land(row, clean=False)
         pages.mark_clean(row)
         pages.unpin(row)
     pages.settle_on_disk(pages.index.find(keys[-1]), 0)
     known, epoch = pages.restorable(keys, 0), pages.epoch
-    pages.make_room(HOST_PAGES, None)
+    admission.make_room(pages, HOST_PAGES, None)
     assert known == len(keys)
     assert pages.restorable(keys, 0) == 0
     assert pages.epoch > epoch

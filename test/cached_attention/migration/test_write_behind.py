@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cached_attention import admission
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.migration.disk_write_behind import (
     BATCH_PAGES,
@@ -59,7 +60,7 @@ class Writing:
         """`after`: the page that the first of them follows; without it they do not follow each other."""
         for _ in range(pages):
             self.saved += 1
-            row = self.pages.admit(key := f"page {self.saved}".encode(), after, 0)
+            row = admission.admit(self.pages, key := f"page {self.saved}".encode(), after, 0)
             after = after and key
             assert row is not None
             self.pages.index.uses[row] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cached_attention import admission
 from cached_attention.hierarchy import Hierarchy
 from cached_attention.index import NOWHERE
 from cached_attention.tiers.host_slots import HostSlots
@@ -19,7 +20,7 @@ def key(number: int) -> bytes:
 def fill(pages: Hierarchy, numbers: range) -> None:
     """Pages without parents that no disk holds, each used after the one before it."""
     for number in numbers:
-        row = pages.admit(key(number), None, 0)
+        row = admission.admit(pages, key(number), None, 0)
         assert row is not None
         pages.index.last_use[row] = float(number)
         pages.land(row, clean=False)
@@ -38,11 +39,11 @@ def test_pages_on_disk_leave_host_memory_first(written: set[int], new: int, betw
     pages = Hierarchy(HostSlots(SLOTS), has_disk=True)
     fill(pages, range(SLOTS))
     if between:
-        pages.make_room(1, None)  # Before anything is written: what was spared then is found again.
+        admission.make_room(pages, 1, None)  # Before anything is written: what was spared then is found again.
     gone = [number for number in range(SLOTS) if not pages.is_kept(key(number))]
     for number in sorted(written.difference(gone)):
         write(pages, number)
-    pages.make_room(new, None)
+    admission.make_room(pages, new, None)
     rows = {number: pages.index.find(key(number)) for number in range(SLOTS)}
     left = [number for number, row in rows.items() if row != NOWHERE and row in pages.in_host]
     assert len(left) == SLOTS - max(new, len(gone))
@@ -61,9 +62,9 @@ def test_where_nothing_is_written_the_coldest_goes() -> None:
 def test_what_was_spared_expires() -> None:
     pages = Hierarchy(HostSlots(SLOTS), has_disk=True)
     fill(pages, range(SLOTS))
-    pages.make_room(1, None)
+    admission.make_room(pages, 1, None)
     pages.index.last_use[pages.index.find(key(3))] = 100.0
-    assert pages.expire(SLOTS, limit=50.0) == SLOTS - 2
+    assert admission.expire(pages, SLOTS, limit=50.0) == SLOTS - 2
     assert [n for n in range(SLOTS) if pages.is_kept(key(n))] == [3]
-    assert pages.expire(SLOTS, limit=101.0) == 1
+    assert admission.expire(pages, SLOTS, limit=101.0) == 1
     pages.check_invariants()

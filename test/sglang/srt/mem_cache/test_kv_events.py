@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from benchmark.mooncake import Master
+from cached_attention import admission
 from cached_attention.chain import Chain, PageRun
 from cached_attention.fingerprint import Fingerprint
 from cached_attention.layout import DevicePool
@@ -442,13 +443,13 @@ def test_an_adapter_has_a_namespace_with_its_name(tmp_path: Path) -> None:
 def test_a_page_on_its_way_is_not_stored(server: Server) -> None:
     key = prompt("plain", "here", 2)
     pages = server.store._pages
-    first = pages.admit(keys_of(key)[0], None, 0)
+    first = admission.admit(pages, keys_of(key)[0], None, 0)
     assert first is not None
     assert not server.events.take()
     pages.land(first, clean=True)
     (stored,) = server.events.take()
     assert stored.block_hashes == on_device(key, server.params)[:1]
-    second = pages.admit(keys_of(key)[1], keys_of(key)[0], PAGE)
+    second = admission.admit(pages, keys_of(key)[1], keys_of(key)[0], PAGE)
     assert second is not None
     pages.give_up(second)
     assert not server.events.take(), "a page that never arrived never left"
