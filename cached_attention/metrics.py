@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from cached_attention.stats import StoreStats
+from cached_attention.stats import Direction, Reason, StoreStats
 
 if TYPE_CHECKING:
     from cached_attention.store import CachedAttentionStore
@@ -98,13 +98,27 @@ def _hits(reading: Reading) -> Values:
 def _moved(field: str) -> Callable[[Reading], Values]:
     def read(reading: Reading) -> Values:
         scale = reading.page_bytes if field == "bytes" else 1
-        return {(str(way), tier): flow.pages * scale for (way, tier), flow in reading.stats.flows.copy().items()}
+        flows = reading.stats.flows.copy().items()
+        return dict.fromkeys(moves(reading.has_had), 0) | {
+            (str(direction), tier): flow.pages * scale for (direction, tier), flow in flows
+        }
 
     return read
 
 
+def moves(tiers: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """The directions in which pages are moved to and from `tiers`, with the tier.
+
+    All are published from the start: a rate does not see how a series that is new came to its first value.
+    """
+    for tier in tiers:
+        ways = (Direction.SAVE, Direction.LOAD) if tier == "host" else (Direction.DEMOTE, Direction.FETCH)
+        yield from ((str(way), tier) for way in ways)
+
+
 def _gone(reading: Reading) -> Values:
-    return {(tier, str(reason)): pages for (tier, reason), pages in reading.stats.gone.items()}
+    own, gone = (tier for tier in OWN_TIERS if tier in reading.has_had), reading.stats.gone
+    return {(tier, str(reason)): gone[tier, reason] for tier in own for reason in Reason}
 
 
 SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

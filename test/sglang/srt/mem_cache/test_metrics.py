@@ -94,6 +94,16 @@ def test_fill_and_transfers_come_from_the_store(published: Published) -> None:
     assert published.value("transfer_seconds_count", direction="demote", tier="disk") == 1
 
 
+def test_rates_can_see_the_first_transfer_and_the_first_eviction(published: Published) -> None:
+    """A series that is not there before its first value has a rate of 0 then."""
+    for direction, tier in (("save", "host"), ("load", "host"), ("demote", "disk"), ("fetch", "disk")):
+        for name in ("transfer_seconds_count", "transfer_bytes_total", "transfer_pages_total"):
+            assert published.value(name, direction=direction, tier=tier) == 0
+    assert published.value("load_wait_seconds_count") == 0
+    for tier in ("host", "disk"):
+        assert published.value("evicted_pages_total", tier=tier, reason="room") == 0
+
+
 def test_a_disk_that_is_gone_is_not_healthy_and_one_that_comes_back_counts_on(published: Published) -> None:
     disk = published.store.disk
     assert disk is not None

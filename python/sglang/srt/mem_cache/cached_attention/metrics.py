@@ -6,7 +6,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cached_attention.metrics import LOAD_WAIT_SECONDS, METRICS, TRANSFER_SECONDS, Kind, Metric, read, tiers_of
+from cached_attention.metrics import (
+    LOAD_WAIT_SECONDS,
+    METRICS,
+    TRANSFER_SECONDS,
+    Kind,
+    Metric,
+    moves,
+    read,
+    tiers_of,
+)
 from cached_attention.stats import Direction
 from cached_attention.store import CachedAttentionStore
 
@@ -85,6 +94,9 @@ class StoreMetrics:
         configured = self._configured()
         self._tiers |= tiers_of(self._store) | configured
         reading = read(self._store, self._tiers, configured)
+        for move in moves(self._tiers):
+            self._child(TRANSFER_SECONDS, move)
+        self._child(LOAD_WAIT_SECONDS, ())
         for metric in METRICS:
             for labels, value in metric.read(reading).items():
                 self._tell(metric, labels, value)
