@@ -5,11 +5,10 @@
 A pass is everything that a scheduling pass of SGLang asks of the store: the queue as it is and in its new order,
 what has arrived from disk, further fetches, whether each waiting request may run, and a hold on the pages of
 those that are admitted. As many requests arrive as are admitted; the cost of an arrival, which notes that the
-pages of its chain are in use, is a row of its own. A
-quarter of the requests have their pages on disk only and wait for them, since the model is slow; they are fetched
-meanwhile. Between two passes the thread runs small tensor operations for as long as a decode step takes, like a
-forward that launches kernels; reads finish meanwhile, on other threads. Finally host memory is full, and pages
-are evicted to make room for others.
+pages of its chain are in use, is a row of its own. A quarter of the requests have their pages on disk only and
+wait for them, since the model is slow; they are fetched meanwhile. Between two passes the thread runs small
+tensor operations for as long as a decode step takes, like a forward that launches kernels; reads finish
+meanwhile, on other threads. Finally host memory is full, and pages are evicted to make room for others.
 """
 
 from __future__ import annotations

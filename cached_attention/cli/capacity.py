@@ -58,7 +58,7 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = "bfloat16") -> in
     """
     config = config.get("text_config", config)
     try:
-        layers = config["num_hidden_layers"] - _delta_nets(config)
+        layers = config["num_hidden_layers"] - sum(_has_delta_net(config))
         if config.get("kv_lora_rank"):
             elements = config["kv_lora_rank"] + config["qk_rope_head_dim"]
         else:
@@ -67,7 +67,8 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str = "bfloat16") -> in
             elements = 2 * (config.get("num_key_value_heads") or heads) * dim
     except KeyError as error:
         raise ValueError(f"the config has no {error}: give --bytes-per-token instead.") from error
-    index = _indexers(config) * _index_bytes(config.get("index_head_dim") or 0)
+    indexers = sum(_selects(config, layer) for layer, other in enumerate(_has_delta_net(config)) if not other)
+    index = indexers * _index_bytes(config.get("index_head_dim") or 0)
     return layers * elements * BYTES_PER_ELEMENT[dtype] + index
 
 
@@ -78,7 +79,7 @@ def state_bytes(config: Mapping[str, Any]) -> int:
         ValueError: the config lacks a value or has layers that the planner does not know.
     """
     config = config.get("text_config", config)
-    if not (layers := _delta_nets(config)):
+    if not (layers := sum(_has_delta_net(config))):
         return 0
     try:
         k_heads, v_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
@@ -90,29 +91,28 @@ def state_bytes(config: Mapping[str, Any]) -> int:
     return layers * (convolution * CONVOLUTION_BYTES + v_heads * v_dim * k_dim * RECURRENCE_BYTES)
 
 
-def _delta_nets(config: Mapping[str, Any]) -> int:
-    """Number of layers with a gated delta net instead of attention."""
+def _has_delta_net(config: Mapping[str, Any]) -> list[bool]:
+    """Per layer: whether it has a gated delta net instead of attention."""
     if known := [name for name in OTHER_STATES if config.get(name)]:
         raise ValueError(
             f"the planner does not know the states of a model with {known[0]}: give --bytes-per-token."
         )
     if types := config.get("layer_types"):
-        return types.count("linear_attention")
-    layers, interval = config.get("num_hidden_layers", 0), config.get("full_attention_interval")
-    return layers - layers // interval if interval else 0
+        return [kind == "linear_attention" for kind in types]
+    layers, interval = range(config.get("num_hidden_layers", 0)), config.get("full_attention_interval") or 1
+    return [(layer + 1) % interval != 0 for layer in layers]
 
 
-def _indexers(config: Mapping[str, Any]) -> int:
-    """Number of layers with sparse attention that select tokens; the others take an earlier layer's selection."""
-    layers = range(config["num_hidden_layers"])
+def _selects(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer with sparse attention selects tokens, rather than take an earlier layer's selection."""
     if types := config.get("indexer_types"):
-        return len(layers) - types[: len(layers)].count("shared")
+        return types[layer : layer + 1] != ["shared"]
     if (every := config.get("cli_factor") or 1) > 1:
-        return len(layers[::every])
+        return layer % every == 0
     if pattern := config.get("index_topk_pattern"):
-        return len(layers) - pattern[: len(layers)].count("S")
+        return pattern[layer : layer + 1] != "S"
     every, first = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset") or 2
-    return sum(max(layer - first + 1, 0) % every == 0 for layer in layers)
+    return max(layer - first + 1, 0) % every == 0
 
 
 def _index_bytes(dim: int) -> int:

@@ -400,6 +400,15 @@ def test_layers_that_take_another_ones_selection_keep_no_index(shares: dict[str,
     assert kv_bytes_per_token(config) == 70_272 + indexers * 132
 
 
+def test_layers_without_attention_keep_no_index() -> None:
+    layers = ["linear_attention", "full_attention"] * 30 + ["full_attention"]
+    config = DEEPSEEK | {"index_head_dim": 128, "index_topk_freq": 2, "layer_types": layers}
+    indexers = [0, *range(1, 61, 2)]
+    with_attention = [layer for layer, kind in enumerate(layers) if kind == "full_attention"]
+    found = len(set(indexers).intersection(with_attention))
+    assert kv_bytes_per_token(config) == 70_272 // 61 * len(with_attention) + found * 132
+
+
 QWEN_NEXT = {
     "num_hidden_layers": 48,
     "num_attention_heads": 16,

@@ -278,6 +278,17 @@ class Disks:
             self.trailing.detach_disk()
 
 
+def linker_of(kv: Disks, has_changed: bool) -> Any:
+    """Linker of the store `kv` and the one of its states."""
+    config: Any = SimpleNamespace(disk_path="/somewhere")
+    identity: Any = SimpleNamespace(has_changed=lambda: has_changed)
+    linker: Any = object.__new__(StatesLinker)
+    linker.store = kv
+    linker._lower = [LowerTiers(config, identity, name, int) for name in ("kv", "states")]
+    linker.layer_done_counter = LayerEvents(1)
+    return linker
+
+
 @pytest.mark.parametrize("has_kv", [True, False])
 @pytest.mark.parametrize("has_states", [True, False])
 @pytest.mark.parametrize("has_changed", [True, False])
@@ -286,12 +297,7 @@ def test_whichever_disk_is_missing_both_stores_forget_and_leave_theirs(
 ) -> None:
     log: list[str] = []
     states = Disks("states", log, has_states)
-    linker: Any = object.__new__(StatesLinker)
-    linker.store = Disks("kv", log, has_kv, states)
-    config: Any = SimpleNamespace(disk_path="/somewhere")
-    identity: Any = SimpleNamespace(has_changed=lambda: has_changed)
-    linker._lower = [LowerTiers(config, identity, name, int) for name in ("kv", "states")]
-    linker.layer_done_counter = LayerEvents(1)
+    linker = linker_of(Disks("kv", log, has_kv, states), has_changed)
     linker.reset()
     assert ("replace kv" in log, "reset kv" in log) == (has_changed or not has_kv, has_kv and not has_changed)
     assert log[-1] == ("replace states" if has_changed or not has_states else "reset states")
@@ -305,12 +311,7 @@ def test_a_disk_that_fails_during_a_reset_is_left_alone() -> None:
     log: list[str] = []
     states = Disks("states", log, has_disk=True)
     states.reset = lambda: setattr(states, "disk", None)  # type: ignore[method-assign]
-    linker: Any = object.__new__(StatesLinker)
-    linker.store = Disks("kv", log, has_disk=True, trailing=states)
-    config: Any = SimpleNamespace(disk_path="/somewhere")
-    identity: Any = SimpleNamespace(has_changed=lambda: False)
-    linker._lower = [LowerTiers(config, identity, name, int) for name in ("kv", "states")]
-    linker.layer_done_counter = LayerEvents(1)
+    linker = linker_of(Disks("kv", log, has_disk=True, trailing=states), has_changed=False)
     linker.reset()
     assert log == ["reset kv"]
 

@@ -13,9 +13,10 @@ from cached_attention.store import CachedAttentionStore
 from cached_attention.tiers.disk import DiskTier
 from cached_attention.tiers.disk_directory import BADLY_CHOSEN, DirectoryInUseError
 from cached_attention.tiers.remote import RemoteTier
-from cached_attention.tiers.remote_address import LEAST_SEGMENT, RemoteAddress, parse_remote
+from cached_attention.tiers.remote_address import LEAST_SEGMENT, parse_remote
 from cached_attention.units import format_size
 
+from .flags import REMOTE
 from .identity import ModelIdentity
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,6 @@ class LowerTiers:
         self._directory = directory
         self._share = share
         self._lends = lends
-
-    @property
-    def address(self) -> RemoteAddress | None:
-        url = self.config.remote
-        return None if url is None else parse_remote("--cached-attention-remote", url)
 
     @property
     def key(self) -> EncryptionKey | None:
@@ -85,8 +81,9 @@ class LowerTiers:
 
     def connect(self) -> RemoteTier | None:
         """Connects in the background: the server runs whether or not the store can be reached."""
-        if (address := self.address) is None:
+        if self.config.remote is None:
             return None
+        address = parse_remote(REMOTE.option, self.config.remote)
         segment = max(self._share(address.segment), LEAST_SEGMENT) if address.segment and self._lends else 0
         if self._lends:
             lent = format_size(segment)
